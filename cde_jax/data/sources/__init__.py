@@ -1,0 +1,1 @@
+"""One file a source; each yields `Pair`s or an `EvaluationSet`."""

@@ -1,0 +1,1 @@
+"""Checkpoints of other people, and ours for them: PyTorch and Hugging Face, both ways."""

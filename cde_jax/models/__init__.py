@@ -1,0 +1,1 @@
+"""The encoder and the two-stage contextual model (paper, section 4)."""

@@ -1,0 +1,1 @@
+"""What users hold: the embedder, the index, the evaluation."""

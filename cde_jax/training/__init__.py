@@ -1,0 +1,1 @@
+"""Loss, sharding, step, checkpoints and the loop."""
