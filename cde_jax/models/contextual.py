@@ -1,0 +1,303 @@
+"""The two-stage contextual encoder (paper, section 4) and the plain biencoder beside it.
+
+`M1` embeds J context documents, once; `M2` reads `[c_1 … c_J | s_1 … s_8 | t_1 … t_L]`: J context slots, a soft
+prompt, the text, and pools the text.
+
+Axis letters, used everywhere: `B` texts, `K` hard negatives per query, `N` documents in a batch = B(1+K),
+`J` context documents, `L` tokens, `D` width, `S` steps in a plan, `G` plan batches per step; here also
+`P` = slots and soft prompt together, `H` heads of `d` features.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from cde_jax.models.attention import Prefix
+from cde_jax.models.encoder import Encoder, EncoderConfig, linear
+
+
+@dataclasses.dataclass(frozen=True)
+class BiencoderConfig:
+    """An encoder, how its hidden states become one vector, and whether an MLP follows."""
+
+    encoder: EncoderConfig
+    pooling: Literal["mean", "cls"] = "mean"
+    head: bool = False  # Linear, GELU, Linear after pooling: the first stage has it
+    output_width: int | None = None  # of the head; None: the encoder's width
+    tokens_per_document: int = 1  # the reference can pool a context document into several slots
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextualConfig:
+    """Shape and habits of a contextual encoder. The last block of fields exists for imported weights."""
+
+    first_stage: BiencoderConfig
+    second_stage: EncoderConfig
+    context_size: int  # J
+    context_attention: Literal["joint", "isolated"] = "isolated"
+    soft_prompt: int = 8  # learned tokens between the slots and the text
+    slot_bias: float | None = -5.0  # first value of the learned bias from text to slots; None: no such bias
+    null_embedding: bool = True  # one learned vector that stands in for a missing context document
+    tie_token_embeddings: bool = False  # both stages share one table of word embeddings
+
+    residual_output: bool = True  # p + projection(p); the shipped cde file drops the p
+    text_token_types: int = 1  # how often token type 0 is added to text; the shipped file adds it twice
+    slot_token_types: int = 0  # … and to slots and soft prompt; the shipped file adds it once
+    absolute_positions: bool = (
+        False  # the reference counts positions from the first slot on, not from the text
+    )
+    rotary_start: int = 0  # … and turns only tokens from this index on
+    pool_slots: bool = False  # the training code can pool slots and soft prompt with the text
+    pool_after_token: int | None = None  # … and leave out the text up to the first of this token (a colon)
+    fixed_context: Literal["no", "at most", "exactly"] = (
+        "no"  # the reference reads the first J documents only
+    )
+
+    def __post_init__(self):
+        if self.first_stage.encoder.width != self.second_stage.width:
+            raise ValueError(
+                f"context vectors of the first stage stand beside the second stage's tokens, so both need one "
+                f"width; got {self.first_stage.encoder.width} and {self.second_stage.width}"
+            )
+        if self.context_size < 1:
+            raise ValueError(
+                f"context_size is the number of context documents J ≥ 1, got {self.context_size}; "
+                f"use a Biencoder to train without context"
+            )
+        if self.context_attention == "isolated" and (self.absolute_positions or self.pool_slots):
+            raise ValueError(
+                "absolute positions and pooled slots belong to imported joint models, not to isolated"
+            )
+
+
+class ContextCache(NamedTuple):
+    """The context as the second stage reads it; computed once per corpus, or once per batch in training."""
+
+    slots: Float[Array, "*B P D"]
+    prefix: Prefix | None  # isolated: keys and values, [layers, *B, P, H, d]
+
+
+class Biencoder(nnx.Module):
+    """Text to vector, without context; with `head` it is the first stage of a contextual encoder."""
+
+    def __init__(self, config: BiencoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config.encoder, rngs=rngs)
+        if config.head:
+            c = config.encoder
+            self.head_in = linear(c.width, c.width, c, rngs)
+            self.head_out = linear(c.width, config.output_width or c.width, c, rngs)
+
+    def embed(
+        self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], context: None = None
+    ) -> Float[Array, "B D"]:
+        """Vectors of texts, float32, not normalised. `context` must be None: a biencoder reads none."""
+        if context is not None:
+            raise ValueError(
+                "a biencoder reads no context: call embed(ids, mask), or load a contextual encoder"
+            )
+        vectors = self.pool(self.encoder(ids, mask), mask)
+        if self.config.head:
+            hidden = jax.nn.gelu(self.head_in(vectors), approximate=False)
+            vectors = self.head_out(hidden).astype(jnp.float32)
+        return vectors if vectors.ndim == 2 else vectors.reshape(-1, vectors.shape[-1])
+
+    def pool(self, hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B *T D"]:
+        """Mean over real tokens (or the first token) in float32; T vectors where several are asked for."""
+        c = self.config
+        if c.pooling == "cls":
+            return hidden[:, 0].astype(jnp.float32)
+        if c.tokens_per_document == 1:
+            return mean_pool(hidden, mask)
+        return _pool_pieces(hidden, mask, c.tokens_per_document)
+
+
+class ContextualEncoder(nnx.Module):
+    """`embed_context` once, `prepare_context` once, `embed` for every query and document."""
+
+    def __init__(self, config: ContextualConfig, *, rngs: nnx.Rngs):
+        c, second = config, config.second_stage
+        self.config = c
+        self.first_stage = Biencoder(c.first_stage, rngs=rngs)
+        self.encoder = Encoder(second, rngs=rngs)
+        if c.tie_token_embeddings:
+            self.encoder.word = self.first_stage.encoder.word
+        self.prompt_in = linear(second.width, second.width, second, rngs)
+        self.prompt_out = linear(second.width, second.width * c.soft_prompt, second, rngs)
+        self.project_in = linear(second.width, second.width, second, rngs)
+        self.project_out = linear(second.width, second.width, second, rngs)
+        if c.null_embedding:
+            self.null = nnx.Param(0.01 * jax.random.normal(rngs.params(), (second.width,)))
+        if c.slot_bias is not None:
+            self.slot_bias = nnx.Param(jnp.full((second.layers, second.heads), c.slot_bias, jnp.float32))
+
+    def embed_context(self, ids: Int[Array, "J L"], mask: Bool[Array, "J L"]) -> Float[Array, "J D"]:
+        """First stage: one float32 vector per context document (T of them for imported multi-token models)."""
+        return self.first_stage.embed(ids, mask)
+
+    def with_null(
+        self, context: Float[Array, "*B J D"], present: Bool[Array, "*B J"]
+    ) -> Float[Array, "*B J D"]:
+        """Put the null embedding where no document is present (missing context, sequence dropout)."""
+        return jnp.where(present[..., None], context, self._null())
+
+    def prepare_context(self, context: Float[Array, "J D"] | Float[Array, "B J D"] | None) -> ContextCache:
+        """What `embed` needs of a context: slots with the soft prompt and, if isolated, their keys and values.
+
+        `context` is [J, D], shared by all texts, or [B, J, D], one a text; None is a context of null slots.
+        """
+        slots = self._slots(context)
+        if self.config.context_attention == "joint":
+            return ContextCache(slots, None)
+        x = slots if slots.ndim == 3 else slots[None]
+        mask = jnp.ones(x.shape[:2], bool)
+        positions = jnp.full(x.shape[1], -1, jnp.int32)
+        _, prefix = self.encoder.run(x, mask, self.encoder.angles(positions), collect="keys_values")
+        if slots.ndim == 2:
+            prefix = Prefix(*(y[:, 0] for y in prefix))
+        return ContextCache(slots, prefix)
+
+    def embed(
+        self,
+        ids: Int[Array, "B L"],
+        mask: Bool[Array, "B L"],
+        context: Float[Array, "J D"] | Float[Array, "B J D"] | ContextCache | None = None,
+    ) -> Float[Array, "B D"]:
+        """Second stage: vectors of texts that have read their context, float32, not normalised."""
+        cache = context if isinstance(context, ContextCache) else self.prepare_context(context)
+        return self.output(*self.hidden(ids, mask, cache))
+
+    def hidden(
+        self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache
+    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
+        """Last hidden states and which of them are pooled: S = L text tokens, or P + L with `pool_slots`."""
+        c = self.config
+        text = self.encoder.embed_tokens(ids, mask, times_token_type=c.text_token_types)
+        bias = self.slot_bias[...] if c.slot_bias is not None else None
+        pooled = mask & self._after_instruction(ids, mask)
+        if cache.prefix is not None:
+            angles = self.encoder.angles(self.encoder.positions(mask))
+            return self.encoder.run(text, mask, angles, prefix=cache.prefix, bias=bias)[0], pooled
+
+        x, seen, positions = self.joint_sequence(text, mask, cache.slots)
+        count = cache.slots.shape[-2]
+        x, _ = self.encoder.run(x, seen, self.encoder.angles(positions), bias=bias, slots=count)
+        if c.pool_slots:
+            return x, seen.at[:, count:].set(pooled)
+        return x[:, count:], pooled
+
+    def joint_sequence(self, text, mask, slots) -> tuple[Array, Array, Array]:
+        """Embeddings [B, P + L, D], mask and positions of slots and text as one sequence."""
+        c, (batch, length) = self.config, mask.shape
+        count = slots.shape[-2]
+        slots = jnp.broadcast_to(slots, (batch, *slots.shape[-2:])).astype(text.dtype)
+        seen = jnp.concatenate([jnp.ones((batch, count), bool), mask], axis=1)
+        of_text = self.encoder.positions(mask)
+        if c.absolute_positions:
+            of_slots = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+            positions = jnp.concatenate([of_slots, count + of_text], axis=1)
+            positions = jnp.where(positions < c.rotary_start, -1, positions)
+        else:
+            positions = jnp.concatenate([jnp.full((batch, count), -1, jnp.int32), of_text], axis=1)
+        return jnp.concatenate([slots, text], axis=1), seen, positions
+
+    def output(self, hidden: Float[Array, "B S D"], pooled: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+        """Mean over the pooled tokens, then the output projection."""
+        vectors = mean_pool(hidden, pooled)
+        projected = self.project_out(jax.nn.relu(self.project_in(vectors))).astype(jnp.float32)
+        return vectors + projected if self.config.residual_output else projected
+
+    def _slots(self, context):
+        """Context slots and soft prompt, [*B, P, D], before the embedding norm."""
+        c = self.config
+        if context is None:
+            count = c.context_size * c.first_stage.tokens_per_document
+            context = jnp.broadcast_to(self._null(), (count, c.second_stage.width))
+        context = self._fixed(context).astype(jnp.float32)
+        ones = jnp.ones(c.second_stage.width)
+        prompt = self.prompt_out(jax.nn.relu(self.prompt_in(ones))).astype(jnp.float32)
+        prompt = prompt.reshape(c.soft_prompt, -1)
+        prompt = jnp.broadcast_to(prompt, (*context.shape[:-2], *prompt.shape))
+        slots = jnp.concatenate([context, prompt], axis=-2)
+        if c.slot_token_types:
+            slots += c.slot_token_types * self.encoder.token_type(jnp.zeros((), jnp.int32)).astype(
+                jnp.float32
+            )
+        return slots
+
+    def _fixed(self, context):
+        """The reference's rule for the number of slots; our own models read any number."""
+        c = self.config
+        count = c.context_size * c.first_stage.tokens_per_document
+        if c.fixed_context == "no":
+            return context
+        if c.fixed_context == "exactly" and context.shape[-2] < count:
+            raise ValueError(
+                f"this model was published for exactly {count} context vectors, got {context.shape[-2]}: embed more "
+                f"documents of the corpus, repeat some, or pass None for null slots"
+            )
+        return context[..., :count, :]
+
+    def _null(self):
+        if not self.config.null_embedding:
+            raise ValueError("these weights have no null embedding: give the model a context of the corpus")
+        return self.null[...]
+
+    def _after_instruction(self, ids, mask):
+        """True after the first `pool_after_token` at a position > 0; everywhere in texts without one."""
+        token = self.config.pool_after_token
+        if token is None:
+            return jnp.ones_like(mask)
+        index = jnp.arange(ids.shape[1])
+        ends = jnp.argmax((ids == token) & mask & (index > 0), axis=1)[:, None]
+        return (index > ends) | (ends == 0)
+
+
+def mean_pool(hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+    """Mean of the hidden states where `mask` is True, in float32; zeros for a text without tokens."""
+    weights = mask.astype(jnp.float32)
+    total = jnp.einsum("bld,bl->bd", hidden.astype(jnp.float32), weights)
+    return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+
+
+def _pool_pieces(hidden, mask, pieces: int) -> Float[Array, "B T D"]:
+    """The reference's pooling into T vectors: T equal stretches of the padded text.
+
+    A stretch without a real token takes the plain mean of all hidden states, padding included: that is a quirk of
+    the reference which its weights were trained with.
+    """
+    short = -hidden.shape[1] % pieces
+    hidden = jnp.pad(hidden.astype(jnp.float32), ((0, 0), (0, short), (0, 0)))
+    weights = jnp.pad(mask.astype(jnp.float32), ((0, 0), (0, short)))
+    everything = hidden.mean(axis=1, keepdims=True)  # [B, 1, D]
+    hidden = hidden.reshape(hidden.shape[0], pieces, -1, hidden.shape[-1])  # [B, T, L/T, D]
+    weights = weights.reshape(weights.shape[0], pieces, -1)  # [B, T, L/T]
+    count = weights.sum(axis=-1)[..., None]
+    pooled = jnp.einsum("btld,btl->btd", hidden, weights) / jnp.maximum(count, 1e-9)
+    return jnp.where(count > 0, pooled, everything)
+
+
+def map_chunks(
+    function: Callable[[Int[Array, "c L"], Bool[Array, "c L"]], Float[Array, "c D"]],
+    ids: Int[Array, "B L"],
+    mask: Bool[Array, "B L"],
+    chunk: int,
+) -> Float[Array, "B D"]:
+    """`function(ids, mask)` over chunks of `chunk` texts, each recomputed in the backward pass.
+
+    Only a chunk's inputs and vectors are kept, so activation memory does not grow with B; gradients are those of
+    the whole batch. It does what GradCache (Gao et al., arXiv 2101.06983) does, as a JAX transformation. `chunk` 0
+    runs the batch as a whole and keeps its activations.
+    """
+    texts = ids.shape[0]
+    if not chunk:
+        return function(ids, mask)
+    short = -texts % chunk
+    ids, mask = (jnp.pad(x, ((0, short), (0, 0))).reshape(-1, chunk, x.shape[1]) for x in (ids, mask))
+    vectors = jax.lax.map(jax.checkpoint(lambda xs: function(*xs)), (ids, mask))  # [chunks, c, D]
+    return vectors.reshape(-1, vectors.shape[-1])[:texts]
