@@ -1,0 +1,323 @@
+"""Write-once folders of memory-mapped arrays with a readable `manifest.json`.
+
+A store is a folder of raw little-endian `<name>.bin` files; the manifest gives each one's dtype, shape, bytes
+and sha256, so `np.memmap` reads it without parsing. It is written under a temporary name beside its place and
+renamed when whole: a kill at any moment leaves either no store or the whole one, and a store that is being
+replaced stays until the new one is complete. Rows of different lengths ("ragged") are two arrays, `x.values`
+and `x.offsets`. Those who write manifests find `fingerprint`, `write_json` and `read_json` here too.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, Int32
+
+from cde_jax.data.files import explained, fingerprint, plain, read_json, sync_folder, write_all, write_json
+
+__all__ = ["Ragged", "Store", "StoreWriter", "fingerprint", "read_json", "write_json"]
+
+FORMAT = 1
+_RESERVED = ("kind", "format", "arrays", "manifest_sha256")
+_REBUILD = "delete the folder (or run with --rebuild) and write it again"
+
+
+class Ragged(NamedTuple):
+    """Rows of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    values: np.ndarray  # [total]
+    offsets: np.ndarray  # int64 [n + 1]
+
+    def count(self) -> int:
+        """Number of rows, n (`len()` of a NamedTuple is its number of fields)."""
+        return len(self.offsets) - 1
+
+    def row(self, i: int) -> np.ndarray:
+        """Row i as a view, 1-d."""
+        if not 0 <= i < self.count():
+            raise IndexError(f"row {i} of {self.count()} rows")
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def text(self, i: int) -> str:
+        """Row i of UTF-8 bytes (uint8) as text."""
+        return self.row(i).tobytes().decode("utf-8")
+
+    def padded(
+        self, rows: Int[np.ndarray, "m"], length: int, *, fill: int = 0
+    ) -> tuple[Int32[np.ndarray, "m length"], Bool[np.ndarray, "m length"]]:
+        """The named rows cut or padded to `length`: ids int32 and mask bool (True = token), [m, length].
+
+        A row number of −1 is "no row": all `fill`, all False. Other numbers outside 0..n−1 raise IndexError.
+        """
+        if len(rows) and (rows.min() < -1 or rows.max() >= self.count()):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of {self.count()} rows (−1 = no row)")
+        at = np.maximum(rows, 0).astype(np.int64)
+        starts = self.offsets[at]
+        ends = self.offsets[np.minimum(at + 1, self.count())]  # the minimum: n = 0 and every row absent
+        sizes = np.where(rows < 0, 0, ends - starts)
+        columns = np.arange(length)
+        mask = columns < sizes[:, None]  # [m, length]
+        ids = np.full(mask.shape, fill, np.int32)
+        ids[mask] = self.values[(starts[:, None] + columns)[mask]]
+        return ids, mask
+
+
+class StoreWriter:
+    """Writes one store: `with StoreWriter(directory, "pairs") as w: w.append(...); w.finish({...})`.
+
+    Memory stays flat: each append goes to disk. Leaving the block without `finish` removes what was written.
+    An existing store in `directory` is replaced by `finish`; a folder that is not a store is never touched.
+    """
+
+    def __init__(self, directory: str | Path, kind: str):
+        self.directory = Path(directory).absolute()
+        self.kind = kind
+        self._files: dict[str, Any] = {}
+        self._hashes: dict[str, Any] = {}
+        self._arrays: dict[str, dict] = {}
+        self._ends: dict[str, int] = {}
+        self._temporary: Path | None = None
+        self._lock = -1
+
+    def __enter__(self) -> "StoreWriter":
+        if self.directory.exists() and not _replaceable(self.directory):
+            raise ValueError(
+                f"{self.directory}: expected a store or a free name, found something else; "
+                "choose another directory or move it away"
+            )
+        parent = self.directory.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{self.directory.name}.tmp-"
+        guard = os.open(parent, os.O_RDONLY)
+        try:
+            # The parent is held only while names are made and stale ones removed, so that nobody takes a
+            # folder for a dead writer's before its own lock is on it. The kernel drops the locks of the dead.
+            _flock(guard, fcntl.LOCK_EX)
+            for entry in list(parent.iterdir()):
+                if entry.name.startswith(prefix):
+                    _remove_if_dead(entry)
+            self._temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self._lock = os.open(self._temporary, os.O_RDONLY)
+            _flock(self._lock, fcntl.LOCK_EX)
+            os.chmod(self._temporary, 0o755)  # mkdtemp's 0700 would follow the store into its place
+        except OSError as error:
+            raise explained(error, self.directory) from error
+        finally:
+            os.close(guard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_files()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def append(self, name: str, array: np.ndarray) -> None:
+        """Add `array` at the end of `name` along axis 0. The first call fixes dtype and trailing shape."""
+        array = np.asarray(array)
+        dtype = array.dtype.newbyteorder("<")
+        if name not in self._arrays:
+            self._create(name, array, dtype)
+        entry = self._arrays[name]
+        if entry["dtype"] != dtype.str or entry["shape"][1:] != list(array.shape[1:]):
+            raise ValueError(
+                f"{name}: every append needs dtype {entry['dtype']} and trailing shape {entry['shape'][1:]}, "
+                f"got {dtype.str} and {list(array.shape[1:])}"
+            )
+        content = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)
+        try:
+            write_all(self._files[name], content)
+        except OSError as error:
+            raise explained(error, self.directory / f"{name}.bin") from error
+        self._hashes[name].update(content)
+        entry["shape"][0] += len(array)
+        entry["bytes"] += len(content)
+
+    def append_ragged(self, name: str, rows: Iterable[np.ndarray], dtype: Any = None) -> None:
+        """Add 1-d rows of one dtype at the end of the ragged array `name`; no rows at all need `dtype`."""
+        rows = [np.asarray(row, dtype) for row in rows]
+        if not rows and dtype is None and name not in self._ends:
+            raise ValueError(f"{name}: no rows to take the dtype from; give dtype=")
+        if name not in self._ends:
+            self._ends[name] = 0
+            self.append(f"{name}.offsets", np.zeros(1, np.int64))
+            self.append(f"{name}.values", np.zeros(0, rows[0].dtype if rows else dtype))
+        if not rows:
+            return
+        ends = self._ends[name] + np.cumsum([len(row) for row in rows], dtype=np.int64)
+        self.append(f"{name}.values", np.concatenate(rows))
+        self.append(f"{name}.offsets", ends)
+        self._ends[name] = int(ends[-1])
+
+    def finish(self, manifest_extra: dict[str, Any] | None = None) -> "Store":
+        """Write the manifest, sync everything and put the store in its place; returns it opened.
+
+        `manifest_extra` may give "fingerprint"; without one it is the digest of kind and arrays.
+        """
+        extra = dict(manifest_extra or {})
+        if taken := sorted(set(extra) & set(_RESERVED)):
+            raise ValueError(f"manifest keys {taken} are the store's own; rename yours")
+        if self._temporary is None:
+            raise ValueError("the writer is closed: call finish() once, inside the `with` block")
+        for name, hashed in self._hashes.items():
+            self._arrays[name]["sha256"] = hashed.hexdigest()
+        body = {"kind": self.kind, "format": FORMAT, "arrays": self._arrays}
+        manifest = {"kind": self.kind, "fingerprint": fingerprint(body)} | extra | body
+        manifest = json.loads(
+            json.dumps(manifest, default=plain)
+        )  # as a reader will see it: int keys are text
+        manifest["manifest_sha256"] = fingerprint(manifest)
+        try:
+            for file in self._files.values():
+                os.fsync(file.fileno())
+            self._close_files()
+            write_json(self._temporary / "manifest.json", manifest)
+            self._put_in_place()
+        except OSError as error:
+            raise explained(error, self.directory) from error
+        return Store.open(self.directory, kind=self.kind, verify=False)
+
+    def _create(self, name: str, array: np.ndarray, dtype: np.dtype) -> None:
+        if self._temporary is None:
+            raise ValueError("the writer is closed: append inside the `with` block, before finish()")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"array name {name!r}: letters, digits, '_', '.', '-' only; it is a file name")
+        if array.ndim == 0 or dtype.kind not in "biuf":
+            raise ValueError(f"{name}: expected numbers with at least one axis, got {dtype} {array.shape}")
+        try:
+            self._files[name] = open(self._temporary / f"{name}.bin", "wb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise explained(error, self.directory / f"{name}.bin") from error
+        self._hashes[name] = hashlib.sha256()
+        self._arrays[name] = {"dtype": dtype.str, "shape": [0, *array.shape[1:]], "bytes": 0}
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _put_in_place(self) -> None:
+        parent = self.directory.parent
+        if self.directory.exists():
+            # The old store goes under a stale name first: a kill in between leaves none, never half of one.
+            old = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.tmp-", dir=parent))
+            os.rename(self.directory, old)
+            try:
+                os.rename(self._temporary, self.directory)
+            except OSError:
+                os.rename(old, self.directory)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(self._temporary, self.directory)
+        self._temporary = None
+        sync_folder(parent)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store, read-only. `manifest` is the content of manifest.json."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: str | Path, *, kind: str | None = None, verify: bool = True) -> "Store":
+        """Open the store in `directory`; sizes are always compared, the bytes' digests when `verify` is True.
+
+        Raises ValueError naming the file, what was expected and found, and what to do.
+        """
+        directory = Path(directory)
+        path = directory / "manifest.json"
+        if not path.exists():
+            raise ValueError(
+                f"{directory}: expected a store, found no manifest.json; run the stage that writes it"
+            )
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or not set(_RESERVED) <= set(manifest):
+            raise ValueError(f"{path}: expected a store's manifest with the keys {_RESERVED}; {_REBUILD}")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"{path}: expected store format {FORMAT}, got {manifest['format']}; {_REBUILD}")
+        if kind is not None and manifest["kind"] != kind:
+            raise ValueError(
+                f"{path}: expected kind {kind!r}, got {manifest['kind']!r}; name the {kind} store"
+            )
+        expected = manifest["manifest_sha256"]
+        got = fingerprint({key: value for key, value in manifest.items() if key != "manifest_sha256"})
+        if got != expected:
+            raise ValueError(f"{path}: expected digest {expected}, got {got}: it was altered; {_REBUILD}")
+        for name, entry in manifest["arrays"].items():
+            _check_file(directory / f"{name}.bin", entry, verify)
+        return cls(directory, manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the store holds, as one hex digest."""
+        return self.manifest["fingerprint"]
+
+    def array(self, name: str) -> np.ndarray:
+        """Array `name`, memory-mapped and read-only."""
+        if name not in self.manifest["arrays"]:
+            raise ValueError(
+                f"{self.directory}: no array {name!r}; it has {', '.join(self.manifest['arrays'])}"
+            )
+        entry = self.manifest["arrays"][name]
+        dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+        if entry["bytes"] == 0:  # an empty file cannot be mapped
+            empty = np.zeros(shape, dtype)
+            empty.flags.writeable = False
+            return empty
+        # A plain view of the map: slicing np.memmap itself costs several times what an ndarray's does.
+        return np.memmap(self.directory / f"{name}.bin", dtype, "r", shape=shape).view(np.ndarray)
+
+    def ragged(self, name: str) -> Ragged:
+        """The ragged array `name`, memory-mapped and read-only."""
+        return Ragged(self.array(f"{name}.values"), self.array(f"{name}.offsets"))
+
+
+def _check_file(path: Path, entry: dict, verify: bool) -> None:
+    if not path.exists():
+        raise ValueError(f"{path}: the manifest names this file, it is missing; {_REBUILD}")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ValueError(
+            f"{path}: expected {entry['bytes']} bytes, got {size}: truncated or altered; {_REBUILD}"
+        )
+    if verify:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry["sha256"]:
+            raise ValueError(f"{path}: expected sha256 {entry['sha256']}, got {digest}: altered; {_REBUILD}")
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError:  # held by another, or a file system without locks: then nothing counts as dead
+        return False
+    return True
+
+
+def _remove_if_dead(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _replaceable(directory: Path) -> bool:
+    return directory.is_dir() and ((directory / "manifest.json").exists() or not any(directory.iterdir()))

@@ -1,0 +1,233 @@
+"""Stores: whole or absent, read back as written, every altered byte found."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cde_jax.data.store import Ragged, Store, StoreWriter, fingerprint, read_json, write_json
+
+ROWS = [[1, 2, 3], [], [7], [4, 5]]
+
+
+def write(directory, kind="numbers", **extra):
+    with StoreWriter(directory, kind) as writer:
+        writer.append("a", np.arange(6, dtype=">i4").reshape(3, 2))
+        writer.append("a", np.full((1, 2), 9, np.int32))
+        writer.append("none", np.zeros((0, 4), np.float16))
+        writer.append_ragged("r", [np.array(row, np.uint16) for row in ROWS[:2]])
+        writer.append_ragged("r", [np.array(row, np.uint16) for row in ROWS[2:]])
+        writer.append_ragged("empty", [], np.int64)
+        return writer.finish(extra)
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def run(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_arrays_come_back_as_written_and_read_only(tmp_path):
+    write(tmp_path / "s", note={"by": np.int64(3)})
+    store = Store.open(tmp_path / "s", kind="numbers")
+    np.testing.assert_array_equal(store.array("a"), [[0, 1], [2, 3], [4, 5], [9, 9]])
+    assert store.array("a").dtype == np.int32
+    assert store.array("none").shape == (0, 4)
+    assert [store.ragged("r").row(i).tolist() for i in range(4)] == ROWS
+    assert store.ragged("empty").count() == 0
+    assert store.manifest["note"] == {"by": 3}
+    for name in ("a", "none"):
+        with pytest.raises(ValueError, match="read-only"):
+            store.array(name)[...] = 1
+
+
+def test_the_same_content_gives_the_same_bytes_and_fingerprint(tmp_path):
+    first, second = write(tmp_path / "1"), write(tmp_path / "2")
+    assert first.fingerprint == second.fingerprint
+    names = sorted(os.listdir(tmp_path / "1"))
+    assert names == sorted(os.listdir(tmp_path / "2"))
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)
+
+
+def test_every_flipped_byte_of_every_file_is_found(tmp_path):
+    write(tmp_path / "s")
+    for path in sorted((tmp_path / "s").glob("*.bin")):
+        for position in range(path.stat().st_size):
+            flip(path, position)
+            with pytest.raises(ValueError, match=rf"{path.name}.*altered"):
+                Store.open(tmp_path / "s")
+            flip(path, position)
+    Store.open(tmp_path / "s")
+    manifest = tmp_path / "s" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"shape": [\n        4,', '"shape": [\n        3,'))
+    with pytest.raises(ValueError, match=r"manifest\.json: expected digest"):
+        Store.open(tmp_path / "s", verify=False)
+
+
+def test_truncated_missing_and_foreign_stores_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"found no manifest\.json"):
+        Store.open(tmp_path / "s")
+    write(tmp_path / "s")
+    with pytest.raises(ValueError, match="expected kind 'pairs', got 'numbers'"):
+        Store.open(tmp_path / "s", kind="pairs")
+    with pytest.raises(ValueError, match="no array 'b'; it has a,"):
+        Store.open(tmp_path / "s").array("b")
+    path = tmp_path / "s" / "a.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"a\.bin: expected 32 bytes, got 31: truncated"):
+        Store.open(tmp_path / "s", verify=False)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"a\.bin: the manifest names this file, it is missing"):
+        Store.open(tmp_path / "s")
+    manifest = tmp_path / "s" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-20])
+    with pytest.raises(ValueError, match="truncated or altered"):
+        Store.open(tmp_path / "s")
+    manifest.write_text('{"kind": "numbers", "format": 0, "arrays": {}, "manifest_sha256": ""}')
+    with pytest.raises(ValueError, match="expected store format 1, got 0"):
+        Store.open(tmp_path / "s")
+
+
+def test_appends_that_disagree_are_refused_and_nothing_is_left(tmp_path):
+    with pytest.raises(ValueError, match=r"dtype <i4 and trailing shape \[2\], got <i8 and \[2\]"):  # noqa: SIM117
+        with StoreWriter(tmp_path / "s", "numbers") as writer:
+            writer.append("a", np.zeros((1, 2), np.int32))
+            writer.append("a", np.zeros((1, 2), np.int64))
+    with StoreWriter(tmp_path / "s", "numbers") as writer:
+        with pytest.raises(ValueError, match="file name"):
+            writer.append("../a", np.zeros(1))
+        with pytest.raises(ValueError, match="give dtype="):
+            writer.append_ragged("a", [])
+        with pytest.raises(ValueError, match=r"\['kind'\] are the store's own"):
+            writer.finish({"kind": "other"})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_store_is_replaced_whole_and_other_folders_are_not_touched(tmp_path):
+    write(tmp_path / "s")
+    with StoreWriter(tmp_path / "s", "numbers") as writer:
+        writer.append("b", np.zeros(1))
+        assert "a" in Store.open(tmp_path / "s").manifest["arrays"]
+        writer.finish()
+    assert sorted(os.listdir(tmp_path / "s")) == ["b.bin", "manifest.json"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="found something else"):
+        write(tmp_path / "mine")
+    assert sorted(os.listdir(tmp_path)) == ["mine", "s"]
+
+
+def test_a_killed_writer_leaves_no_store_and_the_next_one_sweeps(tmp_path):
+    code = """
+        import os, signal, sys
+        import numpy as np
+        from cde_jax.data.store import StoreWriter
+        with StoreWriter(sys.argv[1], "numbers") as writer:
+            writer.append("a", np.zeros(1000))
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert run(code, tmp_path / "s").returncode == -signal.SIGKILL
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".s.tmp-")
+    with StoreWriter(tmp_path / "s", "numbers") as living:
+        living.append("a", np.zeros(1))
+        assert len(os.listdir(tmp_path)) == 1  # the dead writer's folder is gone
+        write(tmp_path / "s")  # a second writer leaves the living one's folder alone
+        living.finish()
+    assert os.listdir(tmp_path) == ["s"]
+    assert list(Store.open(tmp_path / "s").manifest["arrays"]) == ["a"]
+
+
+def test_a_full_disk_says_so_and_loses_nothing(tmp_path):
+    write(tmp_path / "s")
+    write_json(tmp_path / "config.json", {"old": True})
+    code = """
+        import resource, sys
+        from pathlib import Path
+        import numpy as np
+        from cde_jax.data.store import StoreWriter, write_json
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            with StoreWriter(Path(sys.argv[1], "s"), "numbers") as writer:
+                for _ in range(10):
+                    writer.append("a", np.zeros(1000, np.int32))
+        except OSError as error:
+            print(error)
+        try:
+            write_json(Path(sys.argv[1], "config.json"), list(range(10_000)))
+        except OSError as error:
+            print(error)
+    """
+    first, second = run(code, tmp_path).stdout.splitlines()
+    assert "free some space" in first and "s/a.bin" in first
+    assert "free some space" in second and "config.json" in second
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "s"]
+    Store.open(tmp_path / "s")
+    assert read_json(tmp_path / "config.json") == {"old": True}
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 65535), max_size=6), max_size=6),
+    length=st.integers(0, 8),
+    data=st.data(),
+)
+def test_padded_rows_hold_each_row_cut_to_length(rows, length, data):
+    ragged = Ragged(
+        np.array([value for row in rows for value in row], np.uint16),
+        np.cumsum([0, *map(len, rows)], dtype=np.int64),
+    )
+    chosen = data.draw(st.lists(st.integers(-1, len(rows) - 1), max_size=5))
+    ids, mask = ragged.padded(np.array(chosen, np.int64), length, fill=7)
+    assert ids.shape == mask.shape == (len(chosen), length)
+    for row, i in enumerate(chosen):
+        expected = rows[i][:length] if i >= 0 else []
+        assert ids[row, : len(expected)].tolist() == expected
+        assert (ids[row, len(expected) :] == 7).all()
+        assert mask[row].sum() == len(expected) and mask[row, : len(expected)].all()
+    with pytest.raises(IndexError):
+        ragged.padded(np.array([len(rows)]), length)
+
+
+def test_text_rows_come_back_as_text(tmp_path):
+    with StoreWriter(tmp_path / "s", "text") as writer:
+        writer.append_ragged("t", [np.frombuffer(text.encode(), np.uint8) for text in ("ä ≤ 1", "", "b")])
+        ragged = writer.finish().ragged("t")
+    assert [ragged.text(i) for i in range(ragged.count())] == ["ä ≤ 1", "", "b"]
+    with pytest.raises(IndexError):
+        ragged.text(3)
+
+
+def test_fingerprints_ignore_form_but_not_content():
+    assert fingerprint({"a": (1, 2), "b": np.float64(0.5)}) == fingerprint({"b": 0.5, "a": [np.int32(1), 2]})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_json_files_hold_finite_numbers_and_broken_ones_are_named(tmp_path):
+    path = tmp_path / "deep" / "x.json"
+    write_json(path, {"a": np.arange(2), "p": tmp_path})
+    assert read_json(path) == {"a": [0, 1], "p": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"x\.json.*finite"):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path)["a"] == [0, 1]
+    assert os.listdir(path.parent) == ["x.json"]
+    path.write_text('{"a": ')
+    with pytest.raises(ValueError, match=r"x\.json: not readable as JSON"):
+        read_json(path)
+    with pytest.raises(ValueError, match="there is none"):
+        read_json(tmp_path / "other.json")
