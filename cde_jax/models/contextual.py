@@ -48,15 +48,11 @@ class ContextualConfig:
     residual_output: bool = True  # p + projection(p); the shipped cde file drops the p
     text_token_types: int = 1  # how often token type 0 is added to text; the shipped file adds it twice
     slot_token_types: int = 0  # … and to slots and soft prompt; the shipped file adds it once
-    absolute_positions: bool = (
-        False  # the reference counts positions from the first slot on, not from the text
-    )
+    absolute_positions: bool = False  # the reference counts positions from the first slot on, not from the text
     rotary_start: int = 0  # … and turns only tokens from this index on
     pool_slots: bool = False  # the training code can pool slots and soft prompt with the text
     pool_after_token: int | None = None  # … and leave out the text up to the first of this token (a colon)
-    fixed_context: Literal["no", "at most", "exactly"] = (
-        "no"  # the reference reads the first J documents only
-    )
+    fixed_context: Literal["no", "at most", "exactly"] = "no"  # the reference reads the first J documents only
 
     def __post_init__(self):
         if self.first_stage.encoder.width != self.second_stage.width:
@@ -70,9 +66,7 @@ class ContextualConfig:
                 f"use a Biencoder to train without context"
             )
         if self.context_attention == "isolated" and (self.absolute_positions or self.pool_slots):
-            raise ValueError(
-                "absolute positions and pooled slots belong to imported joint models, not to isolated"
-            )
+            raise ValueError("absolute positions and pooled slots belong to imported joint models, not to isolated")
 
 
 class ContextCache(NamedTuple):
@@ -93,14 +87,10 @@ class Biencoder(nnx.Module):
             self.head_in = linear(c.width, c.width, c, rngs)
             self.head_out = linear(c.width, config.output_width or c.width, c, rngs)
 
-    def embed(
-        self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], context: None = None
-    ) -> Float[Array, "B D"]:
+    def embed(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], context: None = None) -> Float[Array, "B D"]:
         """Vectors of texts, float32, not normalised. `context` must be None: a biencoder reads none."""
         if context is not None:
-            raise ValueError(
-                "a biencoder reads no context: call embed(ids, mask), or load a contextual encoder"
-            )
+            raise ValueError("a biencoder reads no context: call embed(ids, mask), or load a contextual encoder")
         vectors = self.pool(self.encoder(ids, mask), mask)
         if self.config.head:
             hidden = jax.nn.gelu(self.head_in(vectors), approximate=False)
@@ -140,9 +130,7 @@ class ContextualEncoder(nnx.Module):
         """First stage: one float32 vector per context document (T of them for imported multi-token models)."""
         return self.first_stage.embed(ids, mask)
 
-    def with_null(
-        self, context: Float[Array, "*B J D"], present: Bool[Array, "*B J"]
-    ) -> Float[Array, "*B J D"]:
+    def with_null(self, context: Float[Array, "*B J D"], present: Bool[Array, "*B J"]) -> Float[Array, "*B J D"]:
         """Put the null embedding where no document is present (missing context, sequence dropout)."""
         return jnp.where(present[..., None], context, self._null())
 
@@ -193,7 +181,7 @@ class ContextualEncoder(nnx.Module):
 
     def joint_sequence(self, text, mask, slots) -> tuple[Array, Array, Array]:
         """Embeddings [B, P + L, D], mask and positions of slots and text as one sequence."""
-        c, (batch, length) = self.config, mask.shape
+        c, batch = self.config, mask.shape[0]
         count = slots.shape[-2]
         slots = jnp.broadcast_to(slots, (batch, *slots.shape[-2:])).astype(text.dtype)
         seen = jnp.concatenate([jnp.ones((batch, count), bool), mask], axis=1)
@@ -225,9 +213,7 @@ class ContextualEncoder(nnx.Module):
         prompt = jnp.broadcast_to(prompt, (*context.shape[:-2], *prompt.shape))
         slots = jnp.concatenate([context, prompt], axis=-2)
         if c.slot_token_types:
-            slots += c.slot_token_types * self.encoder.token_type(jnp.zeros((), jnp.int32)).astype(
-                jnp.float32
-            )
+            slots += c.slot_token_types * self.encoder.token_type(jnp.zeros((), jnp.int32)).astype(jnp.float32)
         return slots
 
     def _fixed(self, context):

@@ -76,13 +76,9 @@ _GATES: dict[str, Callable] = {
 }
 
 
-def linear(
-    inputs: int, outputs: int, config: EncoderConfig, rngs: nnx.Rngs, *, bias: bool = True
-) -> nnx.Linear:
+def linear(inputs: int, outputs: int, config: EncoderConfig, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
     """A dense layer with float32 parameters that computes in the config's dtype."""
-    return nnx.Linear(
-        inputs, outputs, use_bias=bias, kernel_init=INIT, dtype=jnp.dtype(config.dtype), rngs=rngs
-    )
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=INIT, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 def norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
