@@ -1,0 +1,187 @@
+"""The loop: batches → step → metrics → checkpoints → evaluation. All I/O of training is here."""
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from cde_jax.training.checkpoint import Checkpoints
+from cde_jax.training.step import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Cadence(NamedTuple):
+    """How often things happen, in steps; 0 is never (but the last step is always saved and evaluated)."""
+
+    log: int
+    checkpoint: int
+    evaluate: int
+
+
+class Outcome(NamedTuple):
+    """How a run ended: its state, and whether all its steps are done."""
+
+    state: TrainState
+    finished: bool
+
+
+def run(
+    train_step: Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict]],
+    state: TrainState,
+    batches: Callable[[int, int], Iterator[dict[str, Any]]],
+    key: jax.Array,
+    *,
+    steps: int,
+    cadence: Cadence,
+    checkpoints: Checkpoints,
+    workdir: Path,
+    evaluate: Callable[[TrainState], float] | None = None,
+) -> Outcome:
+    """Train from `state.step` to `steps`, or until SIGINT/SIGTERM, which ends after the current step.
+
+    `batches(start, stop)` yields device batches in step order with their `plan_batch` numbers; `evaluate` gives the
+    score by which the best checkpoint is kept. Raises FloatingPointError at a non-finite loss or gradient, with
+    the last good checkpoint left as it is.
+    """
+    start = int(state.step)
+    saved = start if checkpoints.newest() == start else -1
+    with _Metrics(workdir, start, steps, cadence.log) as metrics, _stop_requested() as stop:
+        waiting = None  # the step before: read only while the next one runs, so that the device never idles
+        for done, batch in enumerate(batches(start, steps), start + 1):
+            state, values = train_step(state, {k: v for k, v in batch.items() if k != "plan_batch"}, key)
+            if waiting is not None:
+                metrics.record(*waiting)
+            waiting = (done, values, batch)
+            due = _due(done, steps, cadence)
+            if due or stop():
+                metrics.record(*waiting)
+                waiting = None
+                score = None
+                if evaluate is not None and "evaluate" in due:
+                    score = evaluate(state)
+                    metrics.write(done, {"score": score})
+                checkpoints.save(done, state, score)
+                saved = done
+            if stop() and done < steps:
+                log.warning("stopped after step %d of %d, as asked; the same command goes on from there", done, steps)
+                break
+        if saved < 0 and int(state.step) == 0:
+            checkpoints.save(0, state)
+        checkpoints.wait()
+    return Outcome(state, int(state.step) >= steps)
+
+
+def _due(done: int, steps: int, cadence: Cadence) -> set[str]:
+    """What happens after step `done`; an evaluation is always saved, for it may be the best."""
+    due = {name for name in ("checkpoint", "evaluate") if getattr(cadence, name) and done % getattr(cadence, name) == 0}
+    return due | ({"checkpoint", "evaluate"} if done == steps else set())
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag; a second one acts at once."""
+    asked = []
+
+    def handle(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread (a notebook's worker): signals stay with their owner
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Metrics:
+    """metrics.jsonl, TensorBoard and the progress bar."""
+
+    def __init__(self, workdir: Path, start: int, steps: int, every: int):
+        self._file = workdir / "metrics.jsonl"
+        self._start, self._steps, self._every = start, steps, max(every, 1)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}"),
+            TextColumn("{task.fields[rate]:.0f} pairs/s"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+
+    def __enter__(self):
+        _forget_after(self._file, self._start)
+        nothing = {"loss": math.nan, "accuracy": math.nan, "rate": 0.0}
+        self._task = self._bar.add_task("training", total=self._steps, completed=self._start, **nothing)
+        self._bar.start()
+        self._clock, self._pairs = time.perf_counter(), 0
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+        self._board.close()
+
+    def record(self, step: int, values: dict[str, jax.Array], batch: dict[str, Any]) -> None:
+        """Wait for a step's metrics, check them, show them, and write them every few steps."""
+        values = jax.device_get(values)
+        losses = values.pop("losses")
+        _check_finite(step, losses, values["gradient_norm"], np.asarray(batch["plan_batch"]))
+        self._pairs += batch["query_ids"].shape[0] * batch["query_ids"].shape[1]
+        seconds = time.perf_counter() - self._clock
+        rate = self._pairs / seconds
+        self._bar.update(self._task, completed=step, loss=values["loss"], accuracy=values["accuracy"], rate=rate)
+        if step % self._every == 0 or step == self._steps:
+            self.write(step, {name: float(value) for name, value in values.items()} | {"pairs_per_second": rate})
+            self._clock, self._pairs = time.perf_counter(), 0
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line of JSON, and the same to TensorBoard."""
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step} | {k: round(v, 6) for k, v in values.items()}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if not self._bar.console.is_terminal:
+            log.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again, and a line that a kill cut short."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(file)
+
+
+def _check_finite(step: int, losses: np.ndarray, gradient_norm: float, plan_batch: np.ndarray) -> None:
+    bad = plan_batch[~np.isfinite(losses)]
+    if bad.size or not np.isfinite(gradient_norm):
+        what = f"loss of plan batch {bad.tolist()}" if bad.size else f"gradient of plan batches {plan_batch.tolist()}"
+        raise FloatingPointError(
+            f"step {step}: the {what} is not finite (gradient norm {gradient_norm}). The last good checkpoint is left "
+            f"as it was. Look at those batches' texts, lower train.learning_rate or raise train.temperature."
+        )

@@ -1,0 +1,49 @@
+"""The contrastive loss (paper, equations 1 and 4) and its metrics; pure functions in float32."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def info_nce(
+    queries: Float[Array, "B D"],
+    documents: Float[Array, "N D"],
+    keep: Bool[Array, "B N"] | None,
+    temperature: float | Float[Array, ""],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Masked InfoNCE over cosine scores: the mean over queries of −log softmax of the positive.
+
+    Args:
+      queries: one vector per query, any dtype, normalised in here.
+      documents: document i < B is query i's positive, the rest are hard negatives; normalised in here.
+      keep: False where a column must not count as a negative (a false negative, paper eq. 4). The positive always
+        counts, whatever `keep` says. None keeps all.
+      temperature: τ; scores are cosine / τ.
+
+    Returns:
+      The loss and metrics, float32 scalars: `accuracy` (share of queries whose positive scores highest among the
+      columns that count), `positive` and `negative` (mean cosine), `masked` (share of negatives left out).
+    """
+    count = queries.shape[0]
+    cosine = normalise(queries) @ normalise(documents).T  # [B, N]
+    own = jnp.eye(count, documents.shape[0], dtype=bool)
+    counted = jnp.ones_like(own) if keep is None else own | keep
+    logits = jnp.where(counted, cosine / temperature, -jnp.inf)
+    positive = jnp.diagonal(logits)
+    loss = jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive)
+    negatives = counted & ~own
+    of_negatives = jnp.maximum(negatives.sum(), 1)
+    metrics = {
+        "accuracy": jnp.mean(positive >= logits.max(axis=1)),
+        "positive": jnp.mean(jnp.diagonal(cosine)),
+        "negative": jnp.sum(jnp.where(negatives, cosine, 0.0)) / of_negatives,
+        "masked": 1 - negatives.sum() / jnp.maximum((~own).sum(), 1),
+    }
+    return loss, {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+
+def normalise(vectors: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Unit vectors in float32; a zero vector stays zero, with a finite gradient."""
+    vectors = vectors.astype(jnp.float32)
+    square = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    return vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-30))

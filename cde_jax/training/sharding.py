@@ -1,0 +1,71 @@
+"""The mesh and every PartitionSpec.
+
+One axis: the G plan batches of a step are split over the devices, parameters are copied to each. A model of this
+kind (≤ 1 B parameters) fits on one accelerator, so nothing else is split.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+_DATA = "data"
+
+
+def make_mesh(devices: list | None = None) -> Mesh:
+    """All devices (or those given) along the one data axis."""
+    return Mesh(np.asarray(jax.devices() if devices is None else devices), (_DATA,))
+
+
+def check_divides(mesh: Mesh, batches_per_step: int) -> None:
+    """G must be a multiple of the number of devices: a plan batch is never split between two of them."""
+    if batches_per_step % mesh.size:
+        raise ValueError(
+            f"train.batches_per_step is {batches_per_step}, which cannot be shared evenly by {mesh.size} devices: a "
+            f"plan batch stays on one device; choose a multiple of {mesh.size}"
+        )
+
+
+def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Put `[G, …]` arrays on the devices, G split; each process of several passes the G that are its own."""
+    sharding = NamedSharding(mesh, P(_DATA))
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Copy a tree of arrays to every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def on_each_device(mesh: Mesh, function: Callable, split: int) -> Callable:
+    """`function` run by each device on its own part of the last `split` arguments, the others copied.
+
+    It must return values that are equal on all devices, through `mean_over_devices` or `gather_over_devices`. Inside
+    it gradients are local, so nothing is communicated where the program does not say so.
+    """
+
+    def call(*arguments):
+        specs = (P(),) * (len(arguments) - split) + (P(_DATA),) * split
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*arguments)
+
+    return call
+
+
+def mean_over_devices(tree: Any) -> Any:
+    """Mean of each array over the devices; for use inside `on_each_device`."""
+    return jax.lax.pmean(tree, _DATA)
+
+
+def gather_over_devices(x: jax.Array) -> jax.Array:
+    """Concatenate every device's array along axis 0, in device order; for use inside `on_each_device`."""
+    return jax.lax.all_gather(x, _DATA, tiled=True)
+
+
+def first_row(rows: int) -> jax.Array:
+    """Index of this device's first row among the rows of all, each holding `rows`."""
+    return jax.lax.axis_index(_DATA) * rows

@@ -1,0 +1,171 @@
+"""One training step: `train_step(state, batch, key) → (state, metrics)`, pure and jitted once."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from cde_jax.models.contextual import Biencoder, ContextualEncoder, map_chunks
+from cde_jax.training import sharding
+from cde_jax.training.losses import info_nce
+
+_STREAMS = ("params", "context", "dropout", "data")
+
+
+def stream(seed: int, name: str) -> jax.Array:
+    """The key of a named random stream; every random number of a run comes from one seed."""
+    return jax.random.fold_in(jax.random.key(seed), _STREAMS.index(name))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What a step does besides the model: the loss, and how the batch is cut into chunks (0: not at all)."""
+
+    temperature: float = 0.02
+    sequence_dropout: float = 0.005
+    share_negatives: bool = False
+    query_chunk: int = 0
+    document_chunk: int = 0
+    context_chunk: int = 0
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step."""
+
+    step: Array  # int32 []: steps done
+    params: nnx.State  # float32
+    optimizer: Any
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    steps: int,
+    weight_decay: float,
+    clip_norm: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW with linear warm-up and linear decay to zero (paper, appendix), and gradient clipping by global norm.
+
+    Weight decay touches matrices only: norms, biases, the null embedding and the slot bias are left alone.
+    """
+    warmup_steps = min(warmup_steps, steps)
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(learning_rate / max(warmup_steps, 1), learning_rate, max(warmup_steps - 1, 1)),
+            optax.linear_schedule(learning_rate, 0.0, max(steps - warmup_steps, 1)),
+        ],
+        [warmup_steps],
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices),
+    )
+    return optimizer, schedule
+
+
+def _matrices(params: nnx.State) -> nnx.State:
+    names = ("kernel", "embedding")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(getattr(entry, "key", None) in names for entry in path), params
+    )
+
+
+def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
+    """Split a model into its graph and the state at step 0."""
+    graph, params = nnx.split(model, nnx.Param)
+    return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def embed_plan_batch(
+    model: Biencoder | ContextualEncoder, batch: dict[str, Array], key: jax.Array, config: StepConfig
+) -> tuple[Float[Array, "B D"], Float[Array, "N D"]]:
+    """Vectors of one plan batch's queries and documents, which all read one context.
+
+    A context document is null where there is none, or by sequence dropout. One draw serves the whole plan batch, so
+    that the slots' keys and values are computed once; the reference draws per text, at a rate (0.005) where both
+    only make sure that the null embedding is trained.
+    """
+    context = None
+    if isinstance(model, ContextualEncoder):
+        ids, mask = batch["context_ids"], batch["context_mask"]
+        vectors = map_chunks(model.embed_context, ids, mask, config.context_chunk)
+        present = mask.any(axis=1)
+        if model.config.null_embedding:
+            present &= ~jax.random.bernoulli(key, config.sequence_dropout, present.shape)
+            vectors = model.with_null(vectors, present)
+        context = model.prepare_context(vectors)
+    encode = partial(model.embed, context=context)
+    queries = map_chunks(encode, batch["query_ids"], batch["query_mask"], config.query_chunk)
+    documents = map_chunks(encode, batch["document_ids"], batch["document_mask"], config.document_chunk)
+    return queries, documents
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: StepConfig,
+    mesh: Mesh,
+) -> Callable[[TrainState, dict[str, Array], jax.Array], tuple[TrainState, dict[str, Array]]]:
+    """Build the step for `[G, …]` batches (`batching.loader`) on a mesh; `key` is the run's dropout stream.
+
+    The state is donated. Metrics are float32 scalars, and `losses`, one per plan batch [G].
+    """
+    device_loss = partial(_device_loss, graph=graph, config=config)
+
+    def device_gradients(params, keys, batch):
+        (_, metrics), gradients = jax.value_and_grad(device_loss, has_aux=True)(params, keys, batch)
+        losses = sharding.gather_over_devices(metrics.pop("losses"))
+        return *sharding.mean_over_devices((gradients, metrics)), losses
+
+    gradients_of = sharding.on_each_device(mesh, device_gradients, split=2)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, batch: dict[str, Array], key: jax.Array):
+        keys = jax.random.split(jax.random.fold_in(key, state.step), batch["query_ids"].shape[0])
+        gradients, metrics, losses = gradients_of(state.params, keys, batch)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {
+            "loss": losses.mean(),
+            "losses": losses,
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, optimizer_state), metrics
+
+    return train_step
+
+
+def _device_loss(params, keys, batch, *, graph, config: StepConfig):
+    """Mean loss of the plan batches on this device, with metrics."""
+    model = nnx.merge(graph, params)
+    queries, documents = jax.lax.map(lambda xs: embed_plan_batch(model, *xs, config), (batch, keys))
+    keep = batch["keep"]
+    if config.share_negatives:
+        documents, keep = _share(documents, keep)
+    losses, metrics = jax.vmap(partial(info_nce, temperature=config.temperature))(queries, documents, keep)
+    return losses.mean(), jax.tree.map(jnp.mean, metrics) | {"losses": losses}
+
+
+def _share(documents: Float[Array, "g N D"], keep) -> tuple[Float[Array, "g GN D"], Array]:
+    """Every plan batch's columns become its own N documents, then those of all other plan batches of the step.
+
+    The plan knows no false negatives across plan batches: all those columns count.
+    """
+    own, count, width = documents.shape
+    everything = sharding.gather_over_devices(documents).reshape(-1, width)  # [G·N, D]
+    starts = (sharding.first_row(own) + jnp.arange(own)) * count
+    shared = jax.vmap(lambda start: jnp.roll(everything, -start, axis=0))(starts)
+    others = jnp.ones((*keep.shape[:2], everything.shape[0] - count), bool)
+    return shared, jnp.concatenate([keep, others], axis=-1)
