@@ -1,0 +1,128 @@
+"""Clusters into equal batches, within one domain (paper, section 3.1: "packing").
+
+The rule, stated once. A domain of at least B rows is a group of its own; smaller domains are merged into one group
+named "(small domains)", which is left out if it has fewer than B rows itself. In each epoch the clusters of a group are
+put in a new order, the rows inside a cluster are shuffled, and the sequence is cut into ⌊rows / B⌋ batches. The
+remainder (rows mod B) is left out of that epoch: it is taken out as one run at a random batch boundary, because
+always taking the end would leave out the same outliers every time (a greedy tour visits them last). Batches of all
+groups are then shuffled.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Int64
+
+SMALL_DOMAINS = "(small domains)"
+PACKINGS = ("random", "tsp")
+
+
+class Group(NamedTuple):
+    """Rows that may share a batch: a domain, or the small domains together."""
+
+    name: str
+    domains: tuple[int, ...]  # indices of the domains it is made of
+    rows: Int64[np.ndarray, " rows"]  # ascending
+
+
+def domain_groups(
+    domain: Int[np.ndarray, " n"], names: Sequence[str], batch_size: int
+) -> tuple[list[Group], Group | None]:
+    """The groups of n pairs by the rule above, and the group of small domains if it had to be left out.
+
+    domain: the index into `names` of each pair. Raises ValueError if no batch of `batch_size` rows can be made.
+    """
+    order = np.argsort(domain, kind="stable").astype(np.int64)
+    bounds = np.searchsorted(domain[order], np.arange(len(names) + 1))
+    rows_of = [order[start:end] for start, end in pairwise(bounds)]
+    groups = [Group(names[i], (i,), rows) for i, rows in enumerate(rows_of) if len(rows) >= batch_size]
+    small = tuple(i for i, rows in enumerate(rows_of) if 0 < len(rows) < batch_size)
+    left_out = None
+    if small:
+        merged = Group(SMALL_DOMAINS, small, np.sort(np.concatenate([rows_of[i] for i in small])))
+        if len(merged.rows) >= batch_size:
+            groups.append(merged)
+        else:
+            left_out = merged
+    if not groups:
+        raise ValueError(
+            f"expected at least one batch of {batch_size} pairs, got {len(domain)} pairs in {len(names)} domains and "
+            "none can be made; use a smaller batch_size or more data"
+        )
+    return groups, left_out
+
+
+def document_centroids(
+    documents: Float[np.ndarray, "n D"], assignments: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, "k D"]:
+    """Plain mean of each cluster's document vectors, float64; every cluster 0…k−1 must have rows.
+
+    Tours run over these and not over the k-means centroids, as in the reference: a batch meets its documents.
+    """
+    sizes = np.bincount(assignments)
+    together = documents[np.argsort(assignments, kind="stable")]
+    sums = np.add.reduceat(together, np.cumsum(sizes) - sizes, axis=0, dtype=np.float64)
+    return sums / sizes[:, None]
+
+
+def greedy_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.ndarray, " k"]:
+    """From `start`, always on to the nearest centroid not visited yet (Euclidean), ties to the lowest index.
+
+    Takes O(k² D) time and O(k D) memory: distances from one centroid at a time, as exact differences in float64 (the
+    expanded square would round equal distances apart). Raises ValueError for a start outside 0…k−1 or a centroid that
+    is not finite.
+    """
+    k = len(centroids)
+    if not 0 <= start < k:
+        raise ValueError(f"expected a start in 0…{k - 1} for {k} centroids, got {start}")
+    points = centroids.astype(np.float64)
+    if not np.isfinite(points).all():
+        raise ValueError("expected finite centroids, got NaN or infinity; compute the clusters again")
+    order = np.empty(k, np.int64)
+    order[0] = start
+    index = np.arange(k)  # of the points still held; visited ones are dropped once they are half of them
+    open_ = np.ones(k, bool)
+    here = start
+    for step in range(1, k):
+        open_[here] = False
+        current = points[here]
+        if 2 * (k - step) < len(index):
+            points, index = points[open_], index[open_]
+            open_ = np.ones(len(index), bool)
+        difference = points - current
+        distance = np.einsum("kd,kd->k", difference, difference)
+        distance[~open_] = np.inf
+        here = int(distance.argmin())  # the first of equals: the lowest index, since `index` ascends
+        order[step] = index[here]
+    return order
+
+
+def order_clusters(
+    centroids: Float[np.ndarray, "k D"] | None, k: int, random: np.random.Generator
+) -> Int64[np.ndarray, " k"]:
+    """One epoch's order of k clusters: random, or with centroids a greedy tour from a random start."""
+    if centroids is None:
+        return random.permutation(k).astype(np.int64)
+    return greedy_tour(centroids, int(random.integers(k)))
+
+
+def arrange(
+    rows: Int64[np.ndarray, " n"],
+    assignments: Int[np.ndarray, " n"],
+    order: Int64[np.ndarray, " k"],
+    batch_size: int,
+    random: np.random.Generator,
+) -> Int64[np.ndarray, "batches B"]:
+    """One epoch's batches of one group: its rows by the place of their cluster in `order`, shuffled inside a cluster.
+
+    `order` names every cluster with rows. The remainder is left out as the module's docstring says.
+    """
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    sequence = rows[np.lexsort((random.random(len(rows)), place[assignments]))]
+    batches, remainder = divmod(len(rows), batch_size)
+    gap = int(random.integers(batches + 1)) * batch_size
+    kept = np.concatenate([sequence[:gap], sequence[gap + remainder :]])
+    return kept.reshape(batches, batch_size)
