@@ -1,1 +1,1 @@
-"""Checkpoints of other people, and ours for them: PyTorch and Hugging Face, both ways."""
+"""Weights of other people and ours for them: Hugging Face directories, PyTorch names, ONNX."""

@@ -1,0 +1,240 @@
+"""What a `config.json` describes: our configs from those of the reference, NomicBERT and BERT.
+
+The reference is two programs that give different vectors for the same weights (`NUMERICS`); its habits are switches
+of our configs, which are set here and nowhere else.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
+from cde_jax.models.encoder import EncoderConfig
+
+NUMERICS = ("shipped", "shipped-sequence", "training")
+KNOWN = (
+    "cde-small-v1's layout (architecture: transductive or biencoder)",
+    "nomic_bert (nomic-ai's and transformers' own keys)",
+    "bert",
+    "exports of cde_jax",
+)
+
+_NOMIC = {
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_inner": 3072,
+    "vocab_size": 30528,
+    "n_positions": 2048,
+    "activation_function": "swiglu",
+    "layer_norm_epsilon": 1e-12,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_base": 1000,
+    "qkv_proj_bias": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "type_vocab_size": 2,
+    "pad_vocab_size_multiple": 64,
+}
+# For directories that name their backbone and leave its config out.
+BACKBONES = {
+    "nomic-ai/nomic-bert-2048": _NOMIC,
+    "nomic-ai/nomic-embed-text-v1": {**_NOMIC, "n_positions": 8192},
+    # The reference reads BERT's config with NomicBERT's class, which knows no layer_norm_eps: GPT-2's 1e-5 stays.
+    "bert-base-uncased": {"n_positions": 512, "vocab_size": 30522, "layer_norm_epsilon": 1e-5},
+}
+# How NomicBERT's config class, a GPT-2 config, reads keys that are written the other way.
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
+_UNSUPPORTED = {
+    "causal": False,
+    "use_rms_norm": False,
+    "parallel_block": False,
+    "norm_mlp": False,
+    "num_heads_kv": None,
+    "rotary_emb_scale_base": None,
+}
+
+
+def reference_encoder(config: Mapping[str, Any], numerics: str | None, layers: int | None = None) -> EncoderConfig:
+    """An encoder by NomicBERT's own keys (`n_embd`, …), with the defaults of the reference's config class."""
+
+    def get(key: str, default: Any) -> Any:
+        return config[key] if key in config else config.get(_ALIASES.get(key, key), default)
+
+    odd = [key for key, expected in _UNSUPPORTED.items() if config.get(key, expected) not in (expected, None)]
+    if odd:
+        raise ValueError(
+            f"backbone config: {', '.join(f'{key}={config[key]}' for key in odd)} is not supported; cde_jax runs "
+            f"bidirectional NomicBERT with LayerNorm and plain multi-head attention"
+        )
+    width, activation = get("n_embd", 768), get("activation_function", "gelu_new")
+    activation = "gelu" if activation.startswith("gelu") else activation  # the reference's are all exact erf GELUs
+    if activation not in ("gelu", "swiglu", "geglu", "glu"):
+        raise ValueError(f"backbone config: expected activation_function gelu…, swiglu, geglu or glu, got {activation}")
+    gated = activation != "gelu"
+    inner = get("n_inner", None) or (int(8 * width / 3) if gated else 4 * width)
+    fraction = get("rotary_emb_fraction", 0.0)
+    encoder = EncoderConfig(
+        vocab_size=_round_up(get("vocab_size", 50257), get("pad_vocab_size_multiple", 1)),
+        width=width,
+        layers=layers or get("n_layer", 12),
+        heads=get("n_head", 12),
+        mlp_width=_round_up(inner, 256) if gated else inner,
+        activation=activation,
+        positions="rotary" if fraction > 0 else "learned",
+        max_positions=get("n_positions", 1024),
+        rotary_base=float(get("rotary_emb_base", 1000 if numerics in ("training", None) else 10000)),
+        rotary_fraction=float(fraction) if fraction > 0 else 1.0,
+        rotary_interleaved=get("rotary_emb_interleaved", False),
+        token_types=get("type_vocab_size", 2),
+        attention_bias=get("qkv_proj_bias", True),
+        mlp_bias=(get("mlp_fc1_bias", True), get("mlp_fc2_bias", True)),
+        norm_epsilon=float(get("layer_norm_epsilon", 1e-5)),
+        prenorm=get("prenorm", False),
+    )
+    return dataclasses.replace(encoder, **encoder_habits(numerics))
+
+
+def native_encoder(config: Mapping[str, Any], numerics: str | None, layers: int | None = None) -> EncoderConfig:
+    """An encoder by transformers' own nomic_bert keys."""
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default" or config.get("hidden_act", "silu") != "silu":
+        raise ValueError(
+            f"nomic_bert config: expected default rotary embeddings and silu, got {rope} and "
+            f"{config.get('hidden_act')}; other kinds are not supported"
+        )
+    return EncoderConfig(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=layers or config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_width=config["intermediate_size"],
+        max_positions=config.get("max_position_embeddings", 2048),
+        rotary_base=float(rope.get("rope_theta", config.get("rope_theta", 1000.0))),
+        token_types=config.get("type_vocab_size", 2),
+        norm_epsilon=config.get("layer_norm_eps", 1e-12),
+        **encoder_habits(numerics),
+    )
+
+
+def bert_encoder(config: Mapping[str, Any], layers: int | None = None) -> EncoderConfig:
+    """An encoder by BERT's keys."""
+    expected = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+    odd = [f"{key}={config[key]}" for key, value in expected.items() if config.get(key, value) != value]
+    if odd:
+        raise ValueError(f"bert config: {', '.join(odd)} is not supported; cde_jax runs plain BERT with exact GELU")
+    return EncoderConfig(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=layers or config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        mlp_width=config["intermediate_size"],
+        activation="gelu",
+        positions="learned",
+        max_positions=config["max_position_embeddings"],
+        token_types=config["type_vocab_size"],
+        attention_bias=True,
+        mlp_bias=(True, True),
+        norm_epsilon=config["layer_norm_eps"],
+    )
+
+
+def plain_encoder(config: Mapping[str, Any], numerics: str | None, source: str) -> EncoderConfig:
+    """The encoder of a plain Hugging Face `config.json`; an unknown family lists the known ones."""
+    family = config.get("model_type")
+    if family == "bert":
+        return bert_encoder(config)
+    if family == "nomic_bert":
+        return (reference_encoder if "n_embd" in config else native_encoder)(config, numerics)
+    raise ValueError(
+        f"{source}: unknown family (model_type {family!r}, architecture {config.get('architecture')!r}); known are "
+        f"{'; '.join(KNOWN)}"
+    )
+
+
+def encoder_habits(numerics: str | None) -> dict[str, Any]:
+    """Switches of an encoder that a program of the reference sets; none for weights that are not the reference's."""
+    if numerics == "shipped":
+        return {"rotary_axis": "heads"}
+    if numerics == "training":
+        return {"positions_skip_padding": True, "zero_padding": True}
+    return {}
+
+
+def is_reference(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` has the reference's keys at its top level."""
+    return config.get("architecture") in ("transductive", "biencoder") and "embedder" in config
+
+
+def reference_model(
+    config: Mapping[str, Any], numerics: str, *, null: bool, colon: Callable[[], int], source: str
+) -> BiencoderConfig | ContextualConfig:
+    """Our config of a directory of the reference.
+
+    Args:
+      null: whether the weights have a null embedding although their dropout probability is 0.
+      colon: token id that ends an instruction; asked for only where the training code leaves instructions out.
+    """
+    if config.get("autoregressive_backbone"):
+        raise ValueError(f"{source}: autoregressive backbones are not supported; cde_jax runs bidirectional encoders")
+    if config.get("pooling_strategy", "mean") != "mean":
+        raise ValueError(f"{source}: expected pooling_strategy mean, got {config['pooling_strategy']}")
+    contextual = config["architecture"] == "transductive"
+
+    def stage(limit: str) -> EncoderConfig:
+        return _backbone(config, numerics, config.get(limit), source)
+
+    pieces = config.get("transductive_tokens_per_document", 1)
+    first = BiencoderConfig(
+        stage("limit_layers_first_stage" if contextual else "limit_layers"),
+        head=True,
+        output_width=None if contextual else config.get("embedding_output_dim"),
+        tokens_per_document=pieces,
+    )
+    if not contextual:
+        return first
+    training, documents = numerics == "training", config.get("transductive_corpus_size", 1)
+    start = documents * pieces if config.get("disable_transductive_rotary_embedding", True) else 0
+    skip_instruction = training and config.get("pool_ignore_instruction_tokens", False)
+    return ContextualConfig(
+        first_stage=first,
+        second_stage=stage("limit_layers"),
+        context_size=documents,
+        context_attention="joint",
+        slot_bias=None,
+        null_embedding=null or config.get("transductive_sequence_dropout_prob", 0.0) > 0,
+        tie_token_embeddings=config.get("transductive_tie_token_embeddings", False),
+        residual_output=training,
+        text_token_types=1 if training else 2,
+        slot_token_types=0 if training else 1,
+        absolute_positions=True,
+        rotary_start=start,
+        pool_slots=training and not config.get("pool_ignore_contextual_tokens", True),
+        pool_after_token=colon() if skip_instruction else None,
+        fixed_context="at most" if training else "exactly",
+    )
+
+
+def _backbone(config: Mapping[str, Any], numerics: str, layers: int | None, source: str) -> EncoderConfig:
+    backbone = config.get("backbone_config")
+    if backbone is None:
+        name = config.get("dataset_backbone") or config["embedder"]
+        name = "nomic-ai/nomic-embed-text-v1" if name.startswith("nomic-ai/nomic-embed-text-v1") else name
+        if name not in BACKBONES:
+            raise ValueError(
+                f"{source}: the backbone {name!r} is not among those whose shape is known here ({', '.join(BACKBONES)}); "
+                f"put its own config.json under the key backbone_config"
+            )
+        backbone = BACKBONES[name]
+    elif backbone.get("model_type") == "nomic_bert" and "n_embd" not in backbone:
+        return native_encoder(backbone, numerics, layers)
+    return reference_encoder(backbone, numerics, layers)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,194 @@
+"""Names of PyTorch tensors ↔ paths of our parameters: one table per family, used in both directions.
+
+A rule says which torch tensors make up one of our arrays: they lie one after another along torch's first axis
+(`names`, with `{}` for the layer that is axis 0 of ours), and are transposed where torch keeps `[out, in]`.
+Reading demands a bijection: every tensor is used or named in `IGNORED`, and every parameter is filled.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from cde_jax.models.contextual import ContextualConfig
+from cde_jax.models.encoder import EncoderConfig
+
+
+class Rule(NamedTuple):
+    """One of our arrays, by path, and the torch tensors that it is made of."""
+
+    path: str
+    names: tuple[str, ...]
+    transpose: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether axis 0 of our array is the layer."""
+        return "{}" in self.names[0]
+
+
+Shape = tuple[int, ...]
+
+
+def _dense(path: str, *names: str) -> tuple[Rule, Rule]:
+    return (
+        Rule(f"{path}.kernel", tuple(f"{name}.weight" for name in names), transpose=True),
+        Rule(f"{path}.bias", tuple(f"{name}.bias" for name in names)),
+    )
+
+
+def _norm(path: str, name: str) -> tuple[Rule, Rule]:
+    return Rule(f"{path}.scale", (f"{name}.weight",)), Rule(f"{path}.bias", (f"{name}.bias",))
+
+
+_EMBEDDINGS = (
+    Rule("word.embedding", ("embeddings.word_embeddings.weight",)),
+    Rule("position.embedding", ("embeddings.position_embeddings.weight",)),
+    Rule("token_type.embedding", ("embeddings.token_type_embeddings.weight",)),
+)
+
+# NomicBERT as the reference and nomic-ai publish it; also what our own contextual exports use.
+REFERENCE = (
+    *_EMBEDDINGS,
+    *_norm("norm", "emb_ln"),
+    *_dense("blocks.qkv", "encoder.layers.{}.attn.Wqkv"),
+    *_dense("blocks.out", "encoder.layers.{}.attn.out_proj"),
+    *_norm("blocks.norm1", "encoder.layers.{}.norm1"),
+    *_dense("blocks.mlp_out", "encoder.layers.{}.mlp.fc2"),
+    *_norm("blocks.norm2", "encoder.layers.{}.norm2"),
+)
+_REFERENCE_GATED = _dense("blocks.mlp_in", "encoder.layers.{}.mlp.fc11", "encoder.layers.{}.mlp.fc12")
+_REFERENCE_PLAIN = _dense("blocks.mlp_in", "encoder.layers.{}.mlp.fc1")
+
+# NomicBERT as transformers' own class names it.
+NATIVE = (
+    *_EMBEDDINGS,
+    *_norm("norm", "embeddings.LayerNorm"),
+    *_dense("blocks.qkv", *(f"layers.{{}}.self_attn.{x}_proj" for x in "qkv")),
+    *_dense("blocks.out", "layers.{}.self_attn.o_proj"),
+    *_norm("blocks.norm1", "layers.{}.post_attention_layernorm"),
+    *_dense("blocks.mlp_in", "layers.{}.mlp.up_proj", "layers.{}.mlp.gate_proj"),
+    *_dense("blocks.mlp_out", "layers.{}.mlp.down_proj"),
+    *_norm("blocks.norm2", "layers.{}.post_mlp_layernorm"),
+)
+
+BERT = (
+    *_EMBEDDINGS,
+    *_norm("norm", "embeddings.LayerNorm"),
+    *_dense("blocks.qkv", *(f"encoder.layer.{{}}.attention.self.{x}" for x in ("query", "key", "value"))),
+    *_dense("blocks.out", "encoder.layer.{}.attention.output.dense"),
+    *_norm("blocks.norm1", "encoder.layer.{}.attention.output.LayerNorm"),
+    *_dense("blocks.mlp_in", "encoder.layer.{}.intermediate.dense"),
+    *_dense("blocks.mlp_out", "encoder.layer.{}.output.dense"),
+    *_norm("blocks.norm2", "encoder.layer.{}.output.LayerNorm"),
+)
+
+HEAD = (*_dense("head_in", "mlp.0"), *_dense("head_out", "mlp.2"))
+
+SECOND_STAGE = (
+    *_dense("prompt_in", "second_stage_model.prompt_projection.0"),
+    *_dense("prompt_out", "second_stage_model.prompt_projection.2"),
+    *_dense("project_in", "second_stage_model.output_projection.0"),
+    *_dense("project_out", "second_stage_model.output_projection.2"),
+    Rule("null", ("second_stage_model.sequence_dropout_null_embedding",)),
+    Rule("slot_bias", ("second_stage_model.slot_bias",)),  # ours; the reference has none
+)
+
+# Both names of one table where both stages share their word embeddings.
+TIED = tuple(
+    f"{stage}.embeddings.word_embeddings.weight"
+    for stage in ("first_stage_model.embedder", "second_stage_model.backbone")
+)
+
+# Tensors that published files carry and that no embedding depends on: poolers and pretraining heads.
+IGNORED = re.compile(r"(.*\.)?(pooler\.dense\.(weight|bias)|position_ids|(original_)?inv_freq)|cls\..*")
+
+
+def encoder_rules(config: EncoderConfig, naming: str = "reference") -> tuple[Rule, ...]:
+    """The table of an `Encoder` in a naming: `reference`, `native` (transformers' nomic_bert) or `bert`."""
+    if naming == "reference":
+        return REFERENCE + (_REFERENCE_GATED if config.gated else _REFERENCE_PLAIN)
+    return {"native": NATIVE, "bert": BERT}[naming]
+
+
+def biencoder_rules(config: EncoderConfig, naming: str = "reference", prefix: str = "") -> tuple[Rule, ...]:
+    """The table of a `Biencoder`; the reference puts `embedder.` before the encoder, Hugging Face nothing."""
+    return (*_under("encoder.", prefix, encoder_rules(config, naming)), *HEAD)
+
+
+def contextual_rules(config: ContextualConfig) -> tuple[Rule, ...]:
+    """The table of a `ContextualEncoder`: the reference's key names."""
+    rules = (
+        *_under("first_stage.", "first_stage_model.", biencoder_rules(config.first_stage.encoder, prefix="embedder.")),
+        *_under("encoder.", "second_stage_model.backbone.", encoder_rules(config.second_stage)),
+        *SECOND_STAGE,
+    )
+    if config.tie_token_embeddings:  # NNX keeps the shared table under the encoder's path
+        rules = tuple(rule for rule in rules if rule.path != "first_stage.encoder.word.embedding")
+    return rules
+
+
+def _under(path: str, name: str, rules: Iterable[Rule]) -> list[Rule]:
+    return [Rule(path + r.path, tuple(name + n for n in r.names), r.transpose) for r in rules]
+
+
+def torch_shapes(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Name and shape of every torch tensor that a model with these parameter shapes is made of."""
+    by_path = {rule.path: rule for rule in rules}
+    assert shapes.keys() <= by_path.keys(), f"no rule for {sorted(shapes.keys() - by_path.keys())}"
+    expected = {}
+    for path, shape in shapes.items():
+        rule = by_path[path]
+        layers, shape = (shape[0], shape[1:]) if rule.stacked else (1, shape)
+        shape = shape[::-1] if rule.transpose else shape
+        part = (shape[0] // len(rule.names), *shape[1:])
+        expected |= {name.format(i): part for i in range(layers) for name in rule.names}
+    return expected
+
+
+def check_bijection(expected: Mapping[str, Shape], found: Mapping[str, Shape], source: str) -> None:
+    """One ValueError that lists every missing, unmatched and misshapen tensor."""
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    unmatched = [
+        f"{name} {list(shape)}" for name, shape in found.items() if name not in expected and not IGNORED.fullmatch(name)
+    ]
+    misshapen = [
+        f"{name}: expected {list(expected[name])}, got {list(shape)}"
+        for name, shape in found.items()
+        if name in expected and tuple(shape) != expected[name]
+    ]
+    groups = {"missing": missing, "unmatched": unmatched, "misshapen": misshapen}
+    if any(groups.values()):
+        raise ValueError(
+            f"{source}: the tensors are not those of the model that config.json describes; change config.json or "
+            f"the file so that every tensor has its place.\n"
+            + "\n".join(f"  {kind}: " + "; ".join(sorted(g)) for kind, g in groups.items() if g)
+        )
+
+
+def to_ours(rule: Rule, shape: Shape, read) -> np.ndarray:
+    """Our array, filled from `read(name)` tensor by tensor."""
+    array = np.empty(shape, np.float32)
+    for i, layer in enumerate(array if rule.stacked else [array]):
+        rows = layer.T if rule.transpose else layer  # a view: torch's order of axes
+        size = rows.shape[0] // len(rule.names)
+        for part, name in enumerate(rule.names):
+            rows[part * size : (part + 1) * size] = read(name.format(i))
+    return array
+
+
+def to_torch(rules: Iterable[Rule], state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The torch tensors (contiguous float32 numpy arrays, by name) of our parameters (by path)."""
+    tensors = {}
+    for rule in rules:
+        if rule.path not in state:
+            continue
+        array = np.asarray(state[rule.path], np.float32)
+        for i, layer in enumerate(array if rule.stacked else [array]):
+            rows = layer.T if rule.transpose else layer
+            for name, part in zip(rule.names, np.split(rows, len(rule.names)), strict=True):
+                tensors[name.format(i)] = np.ascontiguousarray(part)
+    missing = state.keys() - {rule.path for rule in rules}
+    assert not missing, f"no rule for {sorted(missing)}"
+    return tensors
