@@ -1,15 +1,91 @@
-"""Writing so that nothing is half written: atomic JSON, whole raw writes, a full disk said clearly."""
+"""Writing so that nothing is half written: whole folders, atomic JSON, a full disk said clearly."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NewFolder:
+    """A folder that appears whole: `with NewFolder(target, marker="x") as new: …new.path…; new.put_in_place()`.
+
+    `path` is a temporary folder beside the target. Leaving the block without `put_in_place` removes it, a kill
+    leaves it to be swept by the next NewFolder of the same target. What is at the target already stays until
+    then, and is replaced only if it is empty or holds the file `marker`, the sign of its kind.
+    """
+
+    def __init__(self, target: str | Path, *, marker: str):
+        self.target = Path(target).absolute()
+        self.marker = marker
+        self.path: Path | None = None
+        self._lock = -1
+
+    def __enter__(self) -> "NewFolder":
+        if self.target.exists() and not self._replaceable():
+            raise ValueError(
+                f"{self.target}: expected a free name or an older folder with {self.marker}, found something else; "
+                "choose another directory or move it away"
+            )
+        parent = self.target.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        guard = os.open(parent, os.O_RDONLY)
+        try:
+            # The parent is held only while names are made and stale ones removed, so that nobody takes a
+            # folder for a dead writer's before its own lock is on it. The kernel drops the locks of the dead.
+            _flock(guard, fcntl.LOCK_EX)
+            for entry in list(parent.iterdir()):
+                if entry.name.startswith(self._prefix()):
+                    _remove_if_dead(entry)
+            self.path = Path(tempfile.mkdtemp(prefix=self._prefix(), dir=parent))
+            self._lock = os.open(self.path, os.O_RDONLY)
+            _flock(self._lock, fcntl.LOCK_EX)
+            os.chmod(self.path, 0o755)  # mkdtemp's 0700 would follow the folder into its place
+        except OSError as error:
+            raise explained(error, self.target) from error
+        finally:
+            os.close(guard)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def put_in_place(self) -> None:
+        """Rename the finished folder to its target; its files must be synced already."""
+        sync_folder(self.path)
+        if self.target.exists():
+            # The old one goes under a stale name first: a kill in between leaves none, never half of one.
+            old = Path(tempfile.mkdtemp(prefix=self._prefix(), dir=self.target.parent))
+            os.rename(self.target, old)
+            try:
+                os.rename(self.path, self.target)
+            except OSError:
+                os.rename(old, self.target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(self.path, self.target)
+        self.path = None
+        sync_folder(self.target.parent)
+
+    def _prefix(self) -> str:
+        return f".{self.target.name}.tmp-"
+
+    def _replaceable(self) -> bool:
+        return self.target.is_dir() and ((self.target / self.marker).exists() or not any(self.target.iterdir()))
 
 
 def fingerprint(obj: Any) -> str:
@@ -27,9 +103,7 @@ def write_json(path: str | Path, obj: Any) -> None:
     try:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n"
     except ValueError as error:
-        raise ValueError(
-            f"{path}: {error}; JSON holds finite numbers only, write None for the rest"
-        ) from None
+        raise ValueError(f"{path}: {error}; JSON holds finite numbers only, write None for the rest") from None
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name: what a kill leaves is overwritten by the next write.
     temporary = path.parent / f".{path.name}.tmp"
@@ -94,3 +168,20 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(folder)
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError:  # held by another, or a file system without locks: then nothing counts as dead
+        return False
+    return True
+
+
+def _remove_if_dead(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)

@@ -7,13 +7,10 @@ replaced stays until the new one is complete. Rows of different lengths ("ragged
 and `x.offsets`. Those who write manifests find `fingerprint`, `write_json` and `read_json` here too.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from cde_jax.data.files import explained, fingerprint, plain, read_json, sync_folder, write_all, write_json
+from cde_jax.data.files import NewFolder, explained, fingerprint, plain, read_json, write_all, write_json
 
 __all__ = ["Ragged", "Store", "StoreWriter", "fingerprint", "read_json", "write_json"]
 
@@ -79,50 +76,21 @@ class StoreWriter:
     """
 
     def __init__(self, directory: str | Path, kind: str):
-        self.directory = Path(directory).absolute()
+        self.directory = Path(directory)
         self.kind = kind
+        self._folder = NewFolder(directory, marker="manifest.json")
         self._files: dict[str, Any] = {}
         self._hashes: dict[str, Any] = {}
         self._arrays: dict[str, dict] = {}
         self._ends: dict[str, int] = {}
-        self._temporary: Path | None = None
-        self._lock = -1
 
     def __enter__(self) -> "StoreWriter":
-        if self.directory.exists() and not _replaceable(self.directory):
-            raise ValueError(
-                f"{self.directory}: expected a store or a free name, found something else; "
-                "choose another directory or move it away"
-            )
-        parent = self.directory.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{self.directory.name}.tmp-"
-        guard = os.open(parent, os.O_RDONLY)
-        try:
-            # The parent is held only while names are made and stale ones removed, so that nobody takes a
-            # folder for a dead writer's before its own lock is on it. The kernel drops the locks of the dead.
-            _flock(guard, fcntl.LOCK_EX)
-            for entry in list(parent.iterdir()):
-                if entry.name.startswith(prefix):
-                    _remove_if_dead(entry)
-            self._temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            self._lock = os.open(self._temporary, os.O_RDONLY)
-            _flock(self._lock, fcntl.LOCK_EX)
-            os.chmod(self._temporary, 0o755)  # mkdtemp's 0700 would follow the store into its place
-        except OSError as error:
-            raise explained(error, self.directory) from error
-        finally:
-            os.close(guard)
+        self._folder.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close_files()
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary = None
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._folder.__exit__()
 
     def append(self, name: str, array: np.ndarray) -> None:
         """Add `array` at the end of `name` along axis 0. The first call fixes dtype and trailing shape."""
@@ -169,35 +137,33 @@ class StoreWriter:
         extra = dict(manifest_extra or {})
         if taken := sorted(set(extra) & set(_RESERVED)):
             raise ValueError(f"manifest keys {taken} are the store's own; rename yours")
-        if self._temporary is None:
+        if self._folder.path is None:
             raise ValueError("the writer is closed: call finish() once, inside the `with` block")
         for name, hashed in self._hashes.items():
             self._arrays[name]["sha256"] = hashed.hexdigest()
         body = {"kind": self.kind, "format": FORMAT, "arrays": self._arrays}
         manifest = {"kind": self.kind, "fingerprint": fingerprint(body)} | extra | body
-        manifest = json.loads(
-            json.dumps(manifest, default=plain)
-        )  # as a reader will see it: int keys are text
+        manifest = json.loads(json.dumps(manifest, default=plain))  # as a reader will see it: int keys are text
         manifest["manifest_sha256"] = fingerprint(manifest)
         try:
             for file in self._files.values():
                 os.fsync(file.fileno())
             self._close_files()
-            write_json(self._temporary / "manifest.json", manifest)
-            self._put_in_place()
+            write_json(self._folder.path / "manifest.json", manifest)
+            self._folder.put_in_place()
         except OSError as error:
             raise explained(error, self.directory) from error
         return Store.open(self.directory, kind=self.kind, verify=False)
 
     def _create(self, name: str, array: np.ndarray, dtype: np.dtype) -> None:
-        if self._temporary is None:
+        if self._folder.path is None:
             raise ValueError("the writer is closed: append inside the `with` block, before finish()")
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise ValueError(f"array name {name!r}: letters, digits, '_', '.', '-' only; it is a file name")
         if array.ndim == 0 or dtype.kind not in "biuf":
             raise ValueError(f"{name}: expected numbers with at least one axis, got {dtype} {array.shape}")
         try:
-            self._files[name] = open(self._temporary / f"{name}.bin", "wb", buffering=0)  # noqa: SIM115
+            self._files[name] = open(self._folder.path / f"{name}.bin", "wb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise explained(error, self.directory / f"{name}.bin") from error
         self._hashes[name] = hashlib.sha256()
@@ -207,23 +173,6 @@ class StoreWriter:
         for file in self._files.values():
             file.close()
         self._files.clear()
-
-    def _put_in_place(self) -> None:
-        parent = self.directory.parent
-        if self.directory.exists():
-            # The old store goes under a stale name first: a kill in between leaves none, never half of one.
-            old = Path(tempfile.mkdtemp(prefix=f".{self.directory.name}.tmp-", dir=parent))
-            os.rename(self.directory, old)
-            try:
-                os.rename(self._temporary, self.directory)
-            except OSError:
-                os.rename(old, self.directory)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(self._temporary, self.directory)
-        self._temporary = None
-        sync_folder(parent)
 
 
 @dataclass(frozen=True)
@@ -242,18 +191,14 @@ class Store:
         directory = Path(directory)
         path = directory / "manifest.json"
         if not path.exists():
-            raise ValueError(
-                f"{directory}: expected a store, found no manifest.json; run the stage that writes it"
-            )
+            raise ValueError(f"{directory}: expected a store, found no manifest.json; run the stage that writes it")
         manifest = read_json(path)
         if not isinstance(manifest, dict) or not set(_RESERVED) <= set(manifest):
             raise ValueError(f"{path}: expected a store's manifest with the keys {_RESERVED}; {_REBUILD}")
         if manifest["format"] != FORMAT:
             raise ValueError(f"{path}: expected store format {FORMAT}, got {manifest['format']}; {_REBUILD}")
         if kind is not None and manifest["kind"] != kind:
-            raise ValueError(
-                f"{path}: expected kind {kind!r}, got {manifest['kind']!r}; name the {kind} store"
-            )
+            raise ValueError(f"{path}: expected kind {kind!r}, got {manifest['kind']!r}; name the {kind} store")
         expected = manifest["manifest_sha256"]
         got = fingerprint({key: value for key, value in manifest.items() if key != "manifest_sha256"})
         if got != expected:
@@ -270,9 +215,7 @@ class Store:
     def array(self, name: str) -> np.ndarray:
         """Array `name`, memory-mapped and read-only."""
         if name not in self.manifest["arrays"]:
-            raise ValueError(
-                f"{self.directory}: no array {name!r}; it has {', '.join(self.manifest['arrays'])}"
-            )
+            raise ValueError(f"{self.directory}: no array {name!r}; it has {', '.join(self.manifest['arrays'])}")
         entry = self.manifest["arrays"][name]
         dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
         if entry["bytes"] == 0:  # an empty file cannot be mapped
@@ -292,32 +235,9 @@ def _check_file(path: Path, entry: dict, verify: bool) -> None:
         raise ValueError(f"{path}: the manifest names this file, it is missing; {_REBUILD}")
     size = path.stat().st_size
     if size != entry["bytes"]:
-        raise ValueError(
-            f"{path}: expected {entry['bytes']} bytes, got {size}: truncated or altered; {_REBUILD}"
-        )
+        raise ValueError(f"{path}: expected {entry['bytes']} bytes, got {size}: truncated or altered; {_REBUILD}")
     if verify:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != entry["sha256"]:
             raise ValueError(f"{path}: expected sha256 {entry['sha256']}, got {digest}: altered; {_REBUILD}")
-
-
-def _flock(descriptor: int, operation: int) -> bool:
-    try:
-        fcntl.flock(descriptor, operation)
-    except OSError:  # held by another, or a file system without locks: then nothing counts as dead
-        return False
-    return True
-
-
-def _remove_if_dead(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(descriptor)
-
-
-def _replaceable(directory: Path) -> bool:
-    return directory.is_dir() and ((directory / "manifest.json").exists() or not any(directory.iterdir()))

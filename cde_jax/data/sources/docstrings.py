@@ -1,0 +1,287 @@
+"""The embedded default data: docstrings of installed packages, read with `ast`; nothing read is imported.
+
+query = first paragraph of a docstring, document = qualified name and the rest, domain = top-level package.
+Private functions and classes are read too: their docstrings are as real, and a sixth of the pairs.
+"""
+
+import ast
+import importlib.machinery
+import importlib.metadata
+import logging
+import platform
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from cde_jax.data.pairs import Pair, text_key
+from cde_jax.data.sources.beir import EvaluationSet
+
+QUERY_WORDS = 3  # fewer words (with two letters in a row) say too little to look for …
+REST_WORDS = 8  # … or to be found by
+RULES = 1  # part of the identity: raise it when the same packages give other pairs than before
+# Other people's tests and copies of other packages: their text is in no user's documentation, or there twice.
+_SKIPPED = {
+    *("tests", "test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"),
+    *("_vendor", "_vendored", "vendored", "vendor", "externals", "third_party"),
+}
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_UNDERLINE = re.compile(r"\s*([-=~^*#_`'\"+.])\1{2,}\s*")
+# A section of parameters, results and so on ends the first paragraph even without a blank line before it.
+_SECTION = re.compile(
+    r"\s*(?:(?:keyword )?arg(?:ument)?s|(?:other )?param(?:eter)?s|returns?|raises?|yields?|attributes|"
+    r"(?:example )?usage|examples?|notes?|references|see also|warn(?:ing)?s?|methods|inputs?|outputs?)\s*(?::|$)"
+    r"|\s*:(?:param|type|returns?|rtype|raises|arg|ivar|cvar|keyword)\b"
+    r"|\s*@(?:param|return|type|rtype)\b|\s*(?:>>>|```|\.\. )|\s*\w+ \(`",
+    re.IGNORECASE,
+)
+_logger = logging.getLogger(__name__)
+
+
+def core_packages(distribution: str = "cde_jax") -> tuple[str, ...]:
+    """Sorted import names of everything that `distribution` requires without extras, and they require in turn.
+
+    Read from the installed metadata with this machine's markers, so that what else is installed beside it does
+    not matter. A requirement that is not installed is left out with a warning.
+    """
+    found: dict[str, importlib.metadata.Distribution] = {}
+    seen: set[tuple[str, str]] = set()
+    waiting = [(_canonical(distribution), "")]
+    while waiting:
+        name, extra = waiting.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name == _canonical(distribution):
+                raise ValueError(f"{distribution} is not installed: its requirements are not known") from None
+            _logger.warning("%s is required but not installed: its docstrings are not read", name)
+            continue
+        for text in found[name].requires or ():
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                required = _canonical(requirement.name)
+                waiting += [(required, wanted) for wanted in ("", *requirement.extras)]
+    del found[_canonical(distribution)]
+    return tuple(sorted({name for each in found.values() for name in _import_names(each)}))
+
+
+def installed_packages() -> tuple[str, ...]:
+    """Sorted import names of every installed distribution but this one."""
+    names = {name for each in importlib.metadata.distributions() for name in _import_names(each)}
+    return tuple(sorted(names - {"cde_jax"}))
+
+
+def identity(packages: Sequence[str], standard_library: bool) -> dict[str, str]:
+    """Package → versions of the distributions that provide it, Python's version, and the rules of reading.
+
+    Two equal identities give the same pairs; nothing is read to know it. (Python's version matters even without
+    its library: what it cannot parse is skipped.)
+    """
+    owners = importlib.metadata.packages_distributions()
+    versions = {"(rules)": str(RULES), "(python)": platform.python_version()}
+    versions["(standard library)"] = "read" if standard_library else "not read"
+    for package in sorted(set(packages)):
+        names = sorted({_canonical(name) for name in owners.get(package, ())})
+        versions[package] = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names) or "unknown"
+    return versions
+
+
+def read_pairs(
+    packages: Sequence[str], *, standard_library: bool, counts: MutableMapping[str, int] | None = None
+) -> Iterator[Pair]:
+    """The pairs of the packages' docstrings, in order of package, file and line.
+
+    A docstring gives a pair if its first paragraph has QUERY_WORDS words and the rest REST_WORDS. Docstrings
+    whose query or whose rest was there before are dropped (the same function under a second name, a method that
+    repeats its parent's text): the names would make their documents differ, so it is decided here, before
+    `clean`. Read all packages in one call, so that a held-out one shares no text with the others. `counts` gains
+    "files", "unreadable files", "docstrings", "too short", "repeated queries", "repeated texts" and "pairs".
+
+    A package that is not installed is a ValueError, before anything is read.
+    """
+    sources = [(name, _files_of(name)) for name in sorted(set(packages))]
+    if standard_library:
+        sources += [(name, _standard_files(name)) for name in _standard_names()]
+    if not sources:
+        raise ValueError("expected packages to read, got none; name some or read the standard library")
+    return _read(sources, {} if counts is None else counts)
+
+
+def domain_table(pairs: Iterable[Pair]) -> str:
+    """The table of domains as text: pairs and median words of query and document, the largest domain first."""
+    words: dict[str, list[tuple[int, int]]] = {}
+    for pair in pairs:
+        words.setdefault(pair.domain, []).append((len(pair.query.split()), len(pair.document.split())))
+    order = sorted(words, key=lambda name: (-len(words[name]), name))
+    width = max([len("domain"), *map(len, order)])
+    lines = [f"{'domain':<{width}}  {'pairs':>6}  {'query words':>11}  {'document words':>14}"]
+    for name in [*order, None]:
+        rows = words[name] if name is not None else [row for each in words.values() for row in each]
+        title = name if name is not None else f"{len(order)} domains"
+        medians = [sorted(column)[len(column) // 2] for column in zip(*rows, strict=True)] or [0, 0]
+        lines.append(f"{title:<{width}}  {len(rows):>6}  {medians[0]:>11}  {medians[1]:>14}")
+    return "\n".join(lines)
+
+
+def evaluation_set(domain: str, pairs: Iterable[Pair]) -> EvaluationSet:
+    """The pairs of one domain as queries, corpus and qrels: each document and each query once.
+
+    A query that belongs to several documents has all of them as relevant.
+    """
+    queries: dict[int, str] = {}
+    corpus: dict[int, str] = {}
+    relevant: dict[int, list[int]] = {}
+    for pair in pairs:
+        if pair.domain != domain:
+            continue
+        query, document = text_key(pair.query), text_key(pair.document)
+        queries.setdefault(query, pair.query)
+        corpus.setdefault(document, pair.document)
+        relevant.setdefault(query, []).append(document)
+    if not corpus:
+        raise ValueError(f"held-out domain {domain!r} has no pairs; name a package that is installed and read")
+    query_ids = {key: f"q{i}" for i, key in enumerate(queries)}
+    document_ids = {key: f"d{i}" for i, key in enumerate(corpus)}
+    return EvaluationSet(
+        name=domain,
+        queries={query_ids[key]: text for key, text in queries.items()},
+        corpus={document_ids[key]: text for key, text in corpus.items()},
+        qrels={query_ids[key]: {document_ids[d]: 1 for d in documents} for key, documents in relevant.items()},
+    )
+
+
+def split_docstring(docstring: str) -> tuple[str, str]:
+    """(first paragraph, rest), white space joined; lines that only underline a heading are layout and go.
+
+    A title of one word (a module's own name, mostly) is no paragraph: what follows it is taken.
+    """
+    lines = [line.strip() for line in docstring.strip().splitlines() if not _UNDERLINE.fullmatch(line)]
+    start = 0
+    if len(lines) > 2 and not lines[1] and len(lines[0].split()) == 1:
+        start = next(i for i in range(1, len(lines)) if lines[i])
+    end = start
+    while end < len(lines) and lines[end] and not _SECTION.match(lines[end]):
+        end += 1
+    return " ".join(" ".join(lines[start:end]).split()), " ".join(" ".join(lines[end:]).split())
+
+
+def _words(text: str) -> int:
+    return sum(1 for word in text.split() if _WORD.search(word))
+
+
+def _read(sources: list[tuple[str, list[tuple[str, Path]]]], counts: MutableMapping[str, int]) -> Iterator[Pair]:
+    names = ("files", "unreadable files", "docstrings", "too short", "repeated queries", "repeated texts", "pairs")
+    counts.update({name: counts.get(name, 0) for name in names})
+    queries: set[int] = set()
+    texts: set[int] = set()
+    for domain, files in sources:
+        for module, path in files:
+            counts["files"] += 1
+            tree = _parse(path)
+            if tree is None:
+                counts["unreadable files"] += 1
+                continue
+            for name, docstring in _docstrings(tree, module):
+                counts["docstrings"] += 1
+                query, rest = split_docstring(docstring)
+                if _words(query) < QUERY_WORDS or _words(rest) < REST_WORDS:
+                    counts["too short"] += 1
+                    continue
+                query_key, rest_key = text_key(query), text_key(rest)
+                if query_key in queries or rest_key in texts:
+                    counts["repeated texts" if rest_key in texts else "repeated queries"] += 1
+                    continue
+                queries.add(query_key)
+                texts.add(rest_key)
+                counts["pairs"] += 1
+                yield Pair(domain, query, f"{name} {rest}")
+
+
+def _parse(path: Path) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
+        _logger.info("%s is not read: %s", path, error)
+        return None
+
+
+def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
+    """(qualified name, docstring) of the module and of its classes, methods and functions, in source order."""
+    if docstring := _docstring(tree):
+        yield module, docstring
+    waiting: list[tuple[str, ast.stmt]] = [(module, node) for node in reversed(tree.body)]
+    while waiting:
+        prefix, node = waiting.pop()
+        if isinstance(node, ast.If | ast.Try):  # definitions under a condition or a guarded import
+            waiting += [(prefix, inner) for inner in reversed([*node.body, *node.orelse])]
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{prefix}.{node.name}"
+            if docstring := _docstring(node):
+                yield name, docstring
+            if isinstance(node, ast.ClassDef):
+                waiting += [(name, inner) for inner in reversed(node.body)]
+
+
+def _docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
+    docstring = ast.get_docstring(node)
+    # A lone surrogate from an escape is no text that can be stored.
+    return docstring and docstring.encode("utf-8", "ignore").decode()
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _import_names(distribution: importlib.metadata.Distribution) -> set[str]:
+    names = set()
+    for file in distribution.files or ():
+        if file.suffix == ".py":
+            name = file.parts[0] if len(file.parts) > 1 else file.stem
+            if name.isidentifier() and not name.startswith("_") and name not in _SKIPPED:
+                names.add(name)
+    return names
+
+
+def _files_of(package: str) -> list[tuple[str, Path]]:
+    spec = importlib.machinery.PathFinder.find_spec(package)  # looks, does not import
+    if spec is None:
+        raise ValueError(f"package {package!r} is not installed; install it or take it out of the packages to read")
+    if spec.submodule_search_locations is None:
+        return [(package, Path(spec.origin))] if (spec.origin or "").endswith(".py") else []
+    folders = sorted(set(spec.submodule_search_locations))  # several for a namespace package
+    return [entry for folder in folders for entry in _files_below(Path(folder), package)]
+
+
+def _files_below(folder: Path, package: str) -> list[tuple[str, Path]]:
+    """(module's public name, file), sorted by relative path, without tests and copies of other packages."""
+    files = []
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        last = parts[-1]
+        if _SKIPPED.intersection(parts) or last == "conftest" or last.startswith("test_") or last.endswith("_test"):
+            continue
+        # What users call scipy.signal.butter is written in scipy/signal/_filter_design.py.
+        public = [part for part in parts if not part.startswith("_")]
+        files.append((parts, ".".join([package, *public]), path))
+    return [(module, path) for _, module, path in sorted(files)]
+
+
+def _standard_names() -> list[str]:
+    return sorted(name for name in sys.stdlib_module_names if not name.startswith("_") and name not in _SKIPPED)
+
+
+def _standard_files(name: str) -> list[tuple[str, Path]]:
+    library = Path(sysconfig.get_path("stdlib"))
+    if (library / name).is_dir():
+        return _files_below(library / name, name)
+    path = library / f"{name}.py"
+    return [(name, path)] if path.is_file() else []  # otherwise built in or an extension: no source to read

@@ -1,0 +1,175 @@
+"""The tokenizer: a pretrained one by name or path, or a WordPiece trained on the corpus.
+
+A `Tokenizer` turns texts into int32 ids with the model's own first and last special tokens ([CLS] … [SEP] for
+BERT). It is saved as the files that `transformers.AutoTokenizer` reads, so that an export needs nothing else.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from cde_jax.data.files import fingerprint, read_json, write_json
+
+SPECIALS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+_ALPHABET = 1000  # characters that get a token of their own in a trained vocabulary; rarer ones are [UNK]
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the names of its special tokens. `specials` has at least "pad_token"."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, specials: dict[str, str]):
+        # Any setting kept in the file would act on every call: lengths are given call by call here.
+        backend.no_truncation()
+        backend.no_padding()
+        pad = specials.get("pad_token")
+        if pad is None or backend.token_to_id(pad) is None:
+            raise ValueError(f"expected a tokenizer with a padding token, got {specials}; use an encoder's tokenizer")
+        self.backend = backend
+        self.specials = dict(specials)
+        self.pad_id = backend.token_to_id(pad)
+        marks = backend.encode("a").special_tokens_mask
+        self._before = next((i for i, mark in enumerate(marks) if not mark), len(marks))
+        self._after = next((i for i, mark in enumerate(reversed(marks)) if not mark), len(marks))
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> "Tokenizer":
+        """A folder with tokenizer.json, or whatever `transformers.AutoTokenizer` finds under the name.
+
+        Raises ValueError if there is neither, for example because the name needs a network and there is none.
+        """
+        folder = Path(name_or_path)
+        if (folder / "tokenizer.json").exists():
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # the library raises a bare Exception
+                raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); write it again") from None
+            return cls(backend, _specials_of_folder(folder, backend))
+        from transformers import AutoTokenizer  # seconds to import, and only needed here
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(str(name_or_path))
+            backend = loaded.backend_tokenizer
+        except Exception as error:  # hub, connection, file and parsing errors share no base class
+            raise ValueError(
+                f"tokenizer {str(name_or_path)!r}: not a folder with tokenizer.json, not in the local cache and not "
+                f"to be fetched now ({_first_line(error)}); give the path of a folder, or connect to the network once"
+            ) from None
+        specials = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
+        # A copy: the loaded object may be shared, and settings are changed above.
+        return cls(tokenizers.Tokenizer.from_str(backend.to_str()), specials)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A lower-case BERT WordPiece trained on `texts`; the same texts give the same vocabulary.
+
+        The library alone does not: it numbers the pieces "##c" in the order of a randomised hash map, and ties
+        between merges are broken by number. So the alphabet and its "##" pieces are given to it in a fixed order.
+        """
+        texts = list(texts)
+        normalizer = normalizers.BertNormalizer(lowercase=True)
+        counts: Counter[str] = Counter()
+        for text in texts:
+            counts.update(normalizer.normalize_str(text))
+        found = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:_ALPHABET]
+        smallest = len(SPECIALS) + 2 * len(found)
+        if not found or vocab_size <= smallest:
+            raise ValueError(
+                f"vocab_size {vocab_size}: {len(texts)} texts with {len(found)} characters need more than "
+                f"{smallest}; give more text or a larger vocabulary"
+            )
+        fixed = [*SPECIALS.values(), *sorted(found), *(f"##{c}" for c in sorted(found))]
+        model = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIALS["unk_token"]))
+        model.normalizer = normalizer
+        model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=fixed,
+            initial_alphabet=found,
+            limit_alphabet=len(found),
+            show_progress=False,
+        )
+        model.train_from_iterator(texts, trainer)
+        return cls(_bert(model.get_vocab()), SPECIALS)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included (one more than the largest id)."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the ids."""
+        return fingerprint([json.loads(self.backend.to_str()), self.specials])
+
+    def encode(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
+        """Ids of each text, int32 [≤ max_length], with the special tokens; what is cut is the text's end."""
+        return self.encode_counted(texts, max_length)[0]
+
+    def encode_counted(self, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """As `encode`, and the lengths before cutting, int64 [n]."""
+        if max_length <= self._before + self._after:
+            raise ValueError(
+                f"max_length {max_length}: expected more than the {self._before + self._after} special tokens"
+            )
+        rows, lengths = [], []
+        for encoding in self.backend.encode_batch_fast(list(texts)):
+            ids = np.array(encoding.ids, np.int32)
+            lengths.append(len(ids))
+            if len(ids) > max_length:
+                ids = np.concatenate([ids[: max_length - self._after], ids[len(ids) - self._after :]])
+            rows.append(ids)
+        return rows, np.array(lengths, np.int64)
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json; `load` and `AutoTokenizer` read the same tokenizer."""
+        directory = Path(directory)
+        write_json(directory / "tokenizer.json", json.loads(self.backend.to_str()))
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.specials}
+        write_json(directory / "tokenizer_config.json", config)
+
+
+def _bert(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIALS["unk_token"]))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(list(SPECIALS.values()))
+    cls_token, sep_token = SPECIALS["cls_token"], SPECIALS["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls_token} $A {sep_token}",
+        pair=f"{cls_token} $A {sep_token} $B:1 {sep_token}:1",
+        special_tokens=[(cls_token, vocabulary[cls_token]), (sep_token, vocabulary[sep_token])],
+    )
+    return backend
+
+
+def _specials_of_folder(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            entries = read_json(folder / name)
+            for key in SPECIALS | {"bos_token": "", "eos_token": ""}:
+                value = entries.get(key)
+                value = value.get("content") if isinstance(value, dict) else value  # an AddedToken as JSON
+                if isinstance(value, str):
+                    found[key] = value
+    if "pad_token" not in found:  # a bare tokenizer.json
+        found |= {key: token for key, token in SPECIALS.items() if backend.token_to_id(token) is not None}
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
