@@ -153,6 +153,38 @@ def test_a_killed_writer_leaves_no_store_and_the_next_one_sweeps(tmp_path):
     assert list(Store.open(tmp_path / "s").manifest["arrays"]) == ["a"]
 
 
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
+def test_a_kill_while_a_store_is_replaced_leaves_a_whole_one_or_none(tmp_path, renames):
+    write(tmp_path / "s")
+    code = """
+        import os, signal, sys
+        import numpy as np
+        from cde_jax.data.store import StoreWriter
+        left = int(sys.argv[2])
+        def counted(rename):
+            def renaming(*names):
+                global left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                rename(*names)
+            return renaming
+        os.rename, os.replace = counted(os.rename), counted(os.replace)  # the manifest, old away, new in place
+        with StoreWriter(sys.argv[1], "numbers") as writer:
+            writer.append("new", np.zeros(1000))
+            writer.finish()
+    """
+    done = run(code, tmp_path / "s", renames)
+    assert done.returncode == (0 if renames == 3 else -signal.SIGKILL)
+    if renames == 2:
+        assert not (tmp_path / "s").exists()
+    else:
+        assert ("new" in Store.open(tmp_path / "s").manifest["arrays"]) == (renames == 3)
+    write(tmp_path / "s")
+    Store.open(tmp_path / "s")
+    assert os.listdir(tmp_path) == ["s"]
+
+
 def test_a_full_disk_says_so_and_loses_nothing(tmp_path):
     write(tmp_path / "s")
     write_json(tmp_path / "config.json", {"old": True})
