@@ -12,6 +12,7 @@ import faiss
 import numpy as np
 from jaxtyping import Float, Int
 from sklearn.cluster import kmeans_plusplus
+from threadpoolctl import threadpool_limits
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,9 @@ STARTS = 4
 START_ITERATIONS = 10
 START_ROWS = 16_384  # in the sample, or this many per centroid if that is more:
 START_ROWS_PER_CENTROID = 8
+# Multiply-adds of one assignment of all rows. Below this, threads cost more than they give (several times more on a
+# busy machine), and one thread rounds the same on any number of cores.
+THREADED_WORK = 10**9
 
 
 class Clusters(NamedTuple):
@@ -34,8 +38,13 @@ class Clusters(NamedTuple):
 def paired_rows(queries: Float[np.ndarray, "n D"], documents: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n E"]:
     """The rows q⊕d, float32 [n, 2D], each divided by its norm; a row of zeros stays zero.
 
-    Raises ValueError for vectors that are not finite.
+    Raises ValueError for vectors that are not finite or of two shapes.
     """
+    if queries.shape != documents.shape:
+        raise ValueError(
+            f"expected one query and one document vector of the same width per pair, got {list(queries.shape)} and "
+            f"{list(documents.shape)}; encode both with one surrogate"
+        )
     rows = np.concatenate([queries, documents], axis=1).astype(np.float32)
     broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(broken):
@@ -59,13 +68,12 @@ def paired_kmeans(
     """Spherical k-means of n pairs into k clusters; the best of `tries` starts by the returned objective.
 
     Takes float16 or float32 vectors of any norm (a longer query weighs more in its pair, as in the reference); computes
-    in float32. The same arguments give the same clusters.
-    Trains on all 2n rows: FAISS would silently take a sample of
-    256 per centroid. Each try starts from k-means++ instead of FAISS's random rows, which in two of twelve runs of the
-    reference's own small case ended 5 % below its best. Bit for bit the same only at the same number of threads: the
-    matrix product's rounding depends on it.
+    in float32. Trains on all 2n rows: FAISS by default would silently take a sample of 256 per centroid. Each try
+    starts from k-means++ instead of FAISS's random rows, which in two of twelve runs of the reference's own small case
+    ended 5 % below its best. The same arguments give the same bits; above THREADED_WORK only on the same number of
+    cores, since a matrix product's rounding depends on it.
 
-    Raises ValueError for vectors that are not finite, and for k outside 1…n, iterations < 1 or tries < 1.
+    Raises ValueError for vectors that are not finite or of two shapes, k outside 1…n, iterations < 1 or tries < 1.
     """
     n = len(queries)
     if not 1 <= k <= n:
@@ -76,11 +84,12 @@ def paired_kmeans(
     width = queries.shape[1]
     rows = np.concatenate([forward, np.roll(forward, width, axis=1)])  # [2n, 2D]: q⊕d, then d⊕q
     best = None
-    for attempt in range(1 if k == 1 else tries):  # with one cluster every start ends at the same mean
-        centroids = _spherical_kmeans(rows, k, iterations, [seed, CLUSTER_STREAM, attempt])
-        found = _assign(forward, centroids)
-        if best is None or found.objective > best.objective:
-            best = found
+    with threadpool_limits(None if rows.size * k > THREADED_WORK else 1):
+        for attempt in range(1 if k == 1 else tries):  # with one cluster every start ends at the same mean
+            centroids = _spherical_kmeans(rows, k, iterations, [seed, CLUSTER_STREAM, attempt])
+            found = _assign(forward, centroids)
+            if best is None or found.objective > best.objective:
+                best = found
     return best
 
 
@@ -131,8 +140,8 @@ def _assign(forward: Float[np.ndarray, "n E"], centroids: Float[np.ndarray, "k E
 
 def cluster_domains(
     queries: Float[np.ndarray, "n D"],
-    documents: Float[np.ndarray, "n D"],
-    groups: Sequence[Int[np.ndarray, " rows"]],
+    documents: Float[np.ndarray, "m D"],
+    groups: Sequence[Int[np.ndarray, "_"]],
     *,
     cluster_size: int,
     iterations: int,
@@ -141,8 +150,8 @@ def cluster_domains(
 ) -> list[Clusters]:
     """Clusters each group of rows (a domain) apart, into k = ⌈rows / cluster_size⌉ clusters: that size on average.
 
-    queries, documents: all vectors, memory-mapped or not; only one group's rows are in memory at a time. The i-th
-    result belongs to groups[i]; its assignments follow the order of that group's rows.
+    queries, documents: all vectors, memory-mapped or not (m ≥ n: extra negatives are not clustered); only one group's
+    rows are in memory at a time. The i-th result belongs to groups[i]; its assignments follow that group's rows.
     """
     if cluster_size < 1:
         raise ValueError(f"expected cluster_size ≥ 1, got {cluster_size}")

@@ -67,10 +67,11 @@ def cosine(queries: Float[np.ndarray, "B D"], documents: Float[np.ndarray, "N D"
 
     Summed in float64 and then rounded, so that equal vectors get equal scores wherever they stand in the batch.
     """
-    return (_unit(queries) @ _unit(documents).T).astype(np.float32)
+    return (unit_rows(queries) @ unit_rows(documents).T).astype(np.float32)
 
 
-def _unit(vectors: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "m D"]:
+def unit_rows(vectors: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "m D"]:
+    """Each row divided by its norm, float64; a row of zeros stays zero."""
     vectors = vectors.astype(np.float64)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(norms > 0, norms, 1)

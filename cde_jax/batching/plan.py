@@ -9,13 +9,13 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from cde_jax.batching.cluster import cluster_domains
-from cde_jax.batching.negatives import NO_QUERY, choose_hard_negatives, cosine, mask_scores
+from cde_jax.batching.negatives import NO_QUERY, choose_hard_negatives, cosine, mask_scores, unit_rows
 from cde_jax.batching.pack import PACKINGS, Group, arrange, document_centroids, domain_groups, order_clusters
 from cde_jax.data.store import Store, StoreWriter, fingerprint
 
@@ -48,14 +48,14 @@ class BatchPlan:
         """Digest of everything the plan holds and belongs to."""
         return self.manifest["fingerprint"]
 
-    def keep(self, step: int) -> Bool[np.ndarray, "B N"]:
+    def keep(self, step: SupportsIndex) -> Bool[np.ndarray, "B N"]:
         """False where a document of batch `step` (0…S−1) must not count as a negative; the positive always counts."""
         if not 0 <= step < len(self):
             raise ValueError(f"expected a plan batch in 0…{len(self) - 1}, got {step}")
         _, batch, hard = self.hard_negatives.shape
         return np.unpackbits(self.keep_bits[step], axis=-1, count=batch * (1 + hard)).view(bool)
 
-    def documents(self, step: int) -> Int64[np.ndarray, " N"]:
+    def documents(self, step: SupportsIndex) -> Int64[np.ndarray, " N"]:
         """The documents of batch `step` in the order of the columns of `keep`."""
         return np.concatenate([self.rows[step], self.hard_negatives[step].ravel()])
 
@@ -152,16 +152,8 @@ def build_plan(
 
 
 def _check(pairs: Store, vectors: Store, settings: dict[str, Any]) -> None:
-    least = {
-        "batch_size": 1,
-        "cluster_size": 1,
-        "iterations": 1,
-        "tries": 1,
-        "epochs": 1,
-        "hard_negatives": 0,
-        "seed": 0,
-    }
-    for name, smallest in least.items():
+    for name in ("batch_size", "cluster_size", "iterations", "tries", "epochs", "hard_negatives", "seed"):
+        smallest = 0 if name in ("hard_negatives", "seed") else 1
         if settings[name] < smallest:
             raise ValueError(f"expected {name} ≥ {smallest}, got {settings[name]}; change it in the config")
     for name, known in (("method", METHODS), ("packing", PACKINGS)):
@@ -181,9 +173,15 @@ def _check(pairs: Store, vectors: Store, settings: dict[str, Any]) -> None:
         expected, got = len(pairs.array(keys)), len(vectors.array(array))
         if got != expected:
             raise ValueError(f"expected vectors of {expected} {array}, got {got}; encode again with --rebuild")
+    widths = [vectors.array(array).shape[1] for array in ("queries", "documents")]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"expected vectors of one width, got queries of {widths[0]} and documents of {widths[1]}; encode again "
+            "with --rebuild"
+        )
 
 
-def _assign(groups: list[Group], vectors: Store, settings: dict[str, Any]) -> list[Int64[np.ndarray, " rows"]]:
+def _assign(groups: list[Group], vectors: Store, settings: dict[str, Any]) -> list[Int64[np.ndarray, "_"]]:
     """The cluster of each row of each group, numbered 0…k−1 without the empty ones."""
     if settings["method"] == "random":
         return [np.zeros(len(group.rows), np.int64) for group in groups]
@@ -235,7 +233,8 @@ def _decide_negatives(
     (steps, batch), hard, margin = rows.shape, settings["hard_negatives"], settings["margin"]
     chosen = np.empty((steps, batch, hard), np.int64)
     keep_bits = np.empty((steps, batch, -(-batch * (1 + hard) // 8)), np.uint8)
-    sums = dict.fromkeys(("negative", "negatives", "positive", "masked"), 0.0)
+    negative, positive = 0.0, 0.0  # sums of similarities
+    negatives, masked = 0, 0  # how many
     for step in range(steps):
         random = np.random.default_rng([settings["seed"], NEGATIVES_STREAM, step])
         pool = groups[group_of[step]].rows
@@ -248,15 +247,15 @@ def _decide_negatives(
         keep = mask_scores(scores, *keys, margin=margin, exempt=given)
         keep_bits[step] = np.packbits(keep, axis=-1)
         in_batch = keep[:, :batch] & ~np.eye(batch, dtype=bool)
-        sums["negative"] += float(scores[:, :batch][in_batch].sum(dtype=np.float64))
-        sums["negatives"] += int(in_batch.sum())
-        sums["positive"] += float(np.diagonal(scores).sum(dtype=np.float64))
-        sums["masked"] += int((~keep).sum())
+        negative += float(scores[:, :batch][in_batch].sum(dtype=np.float64))
+        negatives += int(in_batch.sum())
+        positive += float(np.diagonal(scores).sum(dtype=np.float64))
+        masked += int((~keep).sum())
     difficulty = {
-        "in_batch_negative_similarity": _ratio(sums["negative"], sums["negatives"]),
-        "positive_similarity": _ratio(sums["positive"], rows.size),
+        "in_batch_negative_similarity": _ratio(negative, negatives),
+        "positive_similarity": _ratio(positive, rows.size),
         "random_pair_similarity": _random_similarity(queries, documents[: len(queries)], settings["seed"]),
-        "masked_share": _ratio(sums["masked"], rows.size * (batch * (1 + hard) - 1)),
+        "masked_share": _ratio(masked, rows.size * (batch * (1 + hard) - 1)),
     }
     return chosen, keep_bits, difficulty
 
@@ -264,13 +263,13 @@ def _decide_negatives(
 def _random_similarity(queries: np.ndarray, documents: np.ndarray, seed: int) -> float | None:
     """Mean cosine of a query with another pair's document, over all domains: what a random batch would show."""
     random = np.random.default_rng([seed, STATISTICS_STREAM])
-    drawn = random.integers(len(queries), size=(2, RANDOM_PAIRS))
-    drawn = drawn[:, drawn[0] != drawn[1]]
-    scores = [float(cosine(queries[[q]], documents[[d]])[0, 0]) for q, d in drawn.T]
-    return _ratio(sum(scores), len(scores))
+    q, d = random.integers(len(queries), size=(2, RANDOM_PAIRS))
+    q, d = q[q != d], d[q != d]
+    scores = (unit_rows(queries[q]) * unit_rows(documents[d])).sum(axis=1)
+    return _ratio(float(scores.sum()), len(scores))
 
 
-def _ratio(total: float, count: float) -> float | None:
+def _ratio(total: float | int, count: int) -> float | None:
     return round(total / count, 6) if count else None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_limits
 
 from cde_jax.data.store import Ragged, Store, StoreWriter, fingerprint
 
@@ -104,7 +105,8 @@ def lsa(queries: Sequence[str], documents: Sequence[str], *, width: int, seed: i
         log.warning("LSA: %d texts with %d words fill %d of %d columns", *counts.shape, fitted, width)
     state = int(np.random.SeedSequence([seed, LSA_STREAM]).generate_state(1)[0])
     svd = TruncatedSVD(fitted, algorithm="randomized", random_state=state)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a corpus of equal texts has no variance to explain
+    # One thread rounds the same on any number of cores; a corpus of equal texts has no variance to explain.
+    with threadpool_limits(1), np.errstate(invalid="ignore", divide="ignore"):
         svd.fit(counts)
     components = np.zeros((width, counts.shape[1]), np.float32)
     components[:fitted] = svd.components_
@@ -115,29 +117,21 @@ def _vectorizer(**options: Any) -> TfidfVectorizer:
     return TfidfVectorizer(lowercase=True, sublinear_tf=True, dtype=np.float32, **options)
 
 
-def encoder(spec: str, *, queries: Sequence[str], documents: Sequence[str], width: int, seed: int) -> Encode:
-    """The function texts → vectors that `spec` names: "lsa" or "sentence-transformers:NAME".
+def sentence_transformer(spec: str) -> Encode:
+    """The function texts → unit vectors of `spec` = "sentence-transformers:NAME", NAME a model's name or folder.
 
-    queries, documents, width and seed are for "lsa", which is fitted here. Raises ValueError for anything else.
+    Raises ValueError for another spec, or where the library is not installed.
     """
     kind, _, name = spec.partition(":")
-    if spec == "lsa":
-        return lsa(queries, documents, width=width, seed=seed).encode
-    if kind == "sentence-transformers" and name:
-        return _sentence_transformer(name)
-    raise ValueError(
-        f'expected a surrogate "lsa" or "sentence-transformers:NAME", got {spec!r} (a "checkpoint:DIR" of our own '
-        "is given as a function)"
-    )
-
-
-def _sentence_transformer(name: str) -> Encode:
+    if kind != "sentence-transformers" or not name:
+        raise ValueError(
+            f'expected a surrogate "lsa", "sentence-transformers:NAME" or "checkpoint:DIR", got {spec!r}; '
+            "change it in the config"
+        )
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise ValueError(
-            f"the surrogate sentence-transformers:{name} needs an extra: pip install 'cde_jax[torch]', or use \"lsa\""
-        ) from None
+        raise ValueError(f"the surrogate {spec} needs an extra: pip install 'cde_jax[torch]', or use \"lsa\"") from None
     model = SentenceTransformer(name)
 
     def encode(texts: Sequence[str]) -> np.ndarray:

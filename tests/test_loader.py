@@ -1,0 +1,187 @@
+"""The loader: `batch(step)` is a function, and Grain only computes it ahead of time."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_pairs import tiny_pairs, tiny_vectors
+
+from cde_jax.batching.loader import Loader
+from cde_jax.batching.plan import build_plan
+
+B, K, LQ, LD = 4, 1, 5, 7
+OPTIONS = {
+    "batches_per_step": 2,
+    "context_size": 3,
+    "context_source": "batch",
+    "query_length": LQ,
+    "document_length": LD,
+    "seed": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    pairs = tiny_pairs(folder / "pairs", (14, 9, 3, 2))
+    vectors = tiny_vectors(folder / "vectors", pairs)
+    plan = build_plan(
+        pairs, vectors, batch_size=B, method="clustered", cluster_size=4, iterations=5, tries=1, packing="random",
+        epochs=1, hard_negatives=K, margin=0.1, seed=0,
+    )  # fmt: skip
+    return plan, pairs
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_arrays_have_the_promised_shapes_and_types(made):
+    batch = Loader(*made, **OPTIONS).batch(0)
+    n = B * (1 + K)
+    assert {name: (array.dtype.name, array.shape) for name, array in batch.items()} == {
+        "query_ids": ("int32", (2, B, LQ)),
+        "query_mask": ("bool", (2, B, LQ)),
+        "document_ids": ("int32", (2, n, LD)),
+        "document_mask": ("bool", (2, n, LD)),
+        "context_ids": ("int32", (2, 3, LD)),
+        "context_mask": ("bool", (2, 3, LD)),
+        "keep": ("bool", (2, B, n)),
+        "plan_batch": ("int32", (2,)),
+    }
+
+
+def test_tokens_are_those_of_the_plan_s_rows(made):
+    plan, pairs = made
+    batch = Loader(*made, **OPTIONS).batch(1)
+    queries, documents = pairs.ragged("query_tokens"), pairs.ragged("document_tokens")
+    for g, place in enumerate(batch["plan_batch"]):
+        columns = plan.rows[place].tolist() + plan.hard_negatives[place].ravel().tolist()
+        for i, row in enumerate(plan.rows[place].tolist()):
+            assert batch["query_ids"][g, i][batch["query_mask"][g, i]].tolist() == queries.row(row)[:LQ].tolist()
+        for j, document in enumerate(columns):
+            kept = batch["document_ids"][g, j][batch["document_mask"][g, j]].tolist()
+            assert kept == documents.row(document)[:LD].tolist()
+        np.testing.assert_array_equal(batch["keep"][g], plan.keep(int(place)))
+
+
+def test_a_batch_is_a_function_of_the_step(made):
+    one, two = Loader(*made, **OPTIONS), Loader(*made, **OPTIONS)
+    forward = [one.batch(step) for step in range(5)]
+    for step in reversed(range(5)):
+        assert_equal(forward[step], two.batch(step))
+
+
+def test_the_plan_starts_again_after_its_last_batch(made):
+    plan, _ = made
+    loader = Loader(*made, **(OPTIONS | {"batches_per_step": 1}))
+    assert [int(loader.batch(step)["plan_batch"][0]) for step in range(len(plan) + 2)] == [*range(len(plan)), 0, 1]
+    assert_equal(loader.batch(1), loader.batch(len(plan) + 1))
+
+
+@pytest.mark.parametrize("source", ["batch", "domain"])
+def test_context_is_drawn_from_its_source_without_replacement(made, source):
+    plan, pairs = made
+    loader = Loader(*made, **(OPTIONS | {"context_size": 5, "context_source": source}))
+    names = [d["name"] for d in pairs.manifest["domains"]]
+    for place in range(len(plan)):
+        allowed = set(plan.documents(place).tolist())
+        if source == "domain":
+            group = plan.manifest["groups"][plan.groups[place]]["domains"]
+            allowed = {i for i, d in enumerate(pairs.array("domain")) if names[d] in group}
+        context = loader.context(place).tolist()
+        drawn = [document for document in context if document >= 0]
+        assert set(drawn) <= allowed and len(set(drawn)) == len(drawn) == min(5, len(allowed))
+
+
+def test_context_depends_on_seed_and_place_alone(made):
+    loader = Loader(*made, **OPTIONS)
+    grouped = Loader(*made, **(OPTIONS | {"batches_per_step": 3}))
+    wanted = {int(p): c for s in range(3) for p, c in zip(*_places(loader.batch(s)), strict=True)}
+    for step in range(2):
+        for place, context in zip(*_places(grouped.batch(step)), strict=True):
+            np.testing.assert_array_equal(context, wanted[int(place)])
+    other = Loader(*made, **(OPTIONS | {"seed": 2}))
+    assert any(not np.array_equal(loader.context(p), other.context(p)) for p in range(4))
+
+
+def _places(batch):
+    return batch["plan_batch"], batch["context_ids"]
+
+
+@pytest.mark.parametrize("source", ["batch", "domain"])
+def test_missing_context_documents_are_all_false_rows(made, source):
+    loader = Loader(*made, **(OPTIONS | {"context_size": 40, "context_source": source}))
+    batch = loader.batch(0)
+    for g, place in enumerate(batch["plan_batch"]):
+        present = int((loader.context(int(place)) >= 0).sum())
+        assert 0 < present < 40
+        assert batch["context_mask"][g, :present].any(axis=-1).all()
+        assert not batch["context_mask"][g, present:].any()
+
+
+def test_no_context_at_all_is_allowed(made):
+    batch = Loader(*made, **(OPTIONS | {"context_size": 0})).batch(0)
+    assert batch["context_ids"].shape == batch["context_mask"].shape == (2, 0, LD)
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 1), (4, 6), (4, 2), (2, 0)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 9), (5, 9), (3, 3)])
+def test_iteration_gives_the_batches_in_order_from_any_start(made, threads, prefetch, start, stop):
+    loader = Loader(*made, **OPTIONS)
+    batches = list(loader.iterate(start, stop, threads=threads, prefetch=prefetch))
+    assert len(batches) == stop - start
+    for step, batch in zip(range(start, stop), batches, strict=True):
+        assert_equal(batch, loader.batch(step))
+
+
+def test_a_caller_that_stops_early_leaves_no_threads(made):
+    loader = Loader(*made, **OPTIONS)
+    batches = loader.iterate(0, 1000, threads=2, prefetch=3)
+    next(batches)
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")]
+    assert workers
+    batches.close()
+    for thread in workers:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in workers)
+
+
+def test_an_error_in_a_thread_reaches_the_caller(made):
+    plan, pairs = made
+    loader = Loader(replace(plan, rows=plan.rows + 1000), pairs, **OPTIONS)
+    with pytest.raises(IndexError, match="of 28 rows"):
+        list(loader.iterate(0, 2, threads=2, prefetch=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches_per_step": 0}, "batches_per_step ≥ 1, got 0"),
+        ({"context_size": -1}, "context_size ≥ 0"),
+        ({"query_length": 0}, "query_length ≥ 1"),
+        ({"seed": -1}, "seed ≥ 0"),
+        ({"context_source": "corpus"}, "batch or domain, got 'corpus'"),
+    ],
+)
+def test_options_out_of_range_are_named(made, change, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(*made, **(OPTIONS | change))
+
+
+def test_a_plan_of_other_pairs_is_refused(made, tmp_path):
+    plan, pairs = made
+    other = tiny_pairs(tmp_path / "other", (14, 9, 3, 2), seed=3)
+    with pytest.raises(ValueError, match=rf"{other.fingerprint}.*{pairs.fingerprint}.*--rebuild"):
+        Loader(plan, other, **OPTIONS)
+
+
+def test_steps_out_of_range_are_named(made):
+    loader = Loader(*made, **OPTIONS)
+    with pytest.raises(ValueError, match="step ≥ 0, got -1"):
+        loader.batch(-1)
+    with pytest.raises(ValueError, match="start ≤ stop, got 3 and 2"):
+        next(loader.iterate(3, 2, threads=1, prefetch=1))

@@ -1,0 +1,137 @@
+"""Packing: the greedy tour, the groups of domains, and equal batches without a row lost or doubled."""
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cde_jax.batching.pack import (
+    SMALL_DOMAINS,
+    arrange,
+    document_centroids,
+    domain_groups,
+    greedy_tour,
+    order_clusters,
+)
+
+repeatable = settings(max_examples=60, derandomize=True, deadline=None)
+
+
+@pytest.mark.parametrize("case", ["small/seed42", "small/seed43", "large/seed42", "large/seed43"])
+def test_tour_is_the_reference_s(case):
+    folder = shared("golden/packing")
+    centroids = np.load(folder / "inputs.npz")[case.split("/")[0] + "/centroid_embeddings"]
+    expected = np.load(folder / "outputs.npz")[f"{case}/no_svd_order"]
+    np.testing.assert_array_equal(greedy_tour(centroids, int(expected[0])), expected)
+
+
+def test_clusters_of_a_domain_follow_each_other_as_in_the_reference():
+    folder = shared("golden/sampler")
+    cases = json.loads((folder / "cases.json").read_text())
+    vectors = np.load(folder / "embeddings.npz")["document_embeddings"]
+    run = next(r for r in cases["runs"] if r["batch_packing_strategy"] == "tsp_greedy" and "ordered_clusters" in r)
+    compared = 0
+    for clusters in cases["cluster_assignments_per_domain"]:
+        members = list(clusters.values())
+        rows = np.concatenate(members)
+        centroids = document_centroids(vectors[rows], np.repeat(np.arange(len(members)), [len(m) for m in members]))
+        ordered = [sorted(cluster) for cluster in run["ordered_clusters"] if set(cluster) <= set(rows.tolist())]
+        start = [sorted(m) for m in members].index(ordered[0])
+        assert [sorted(members[i]) for i in greedy_tour(centroids, start)] == ordered
+        compared += len(ordered)
+    assert compared == len(run["ordered_clusters"]) > 3
+
+
+points = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12)
+
+
+@repeatable
+@given(points, st.data())
+def test_tour_goes_to_the_nearest_open_centroid_and_ties_to_the_lowest_index(points, data):
+    start = data.draw(st.integers(0, len(points) - 1))
+    expected, left = [start], sorted(set(range(len(points))) - {start})
+    while left:
+        x, y = points[expected[-1]]
+        nearest = min(left, key=lambda i: ((points[i][0] - x) ** 2 + (points[i][1] - y) ** 2, i))
+        expected.append(nearest)
+        left.remove(nearest)
+    assert greedy_tour(np.array(points, np.float32), start).tolist() == expected
+
+
+def test_tour_never_holds_all_pairs_of_centroids():
+    centroids = np.random.default_rng(0).normal(size=(1500, 4)).astype(np.float32)
+    tracemalloc.start()
+    greedy_tour(centroids, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1500 * 1500  # a boolean for each pair would be more
+
+
+@pytest.mark.parametrize("start", [-1, 3])
+def test_tour_from_a_start_that_is_not_there(start):
+    with pytest.raises(ValueError, match=f"start in 0…2 for 3 centroids, got {start}"):
+        greedy_tour(np.eye(3), start)
+
+
+def test_tour_of_broken_centroids():
+    with pytest.raises(ValueError, match="NaN"):
+        greedy_tour(np.array([[0.0], [np.nan]]), 0)
+
+
+def test_centroids_are_plain_means_of_documents():
+    documents = np.array([[1, 0], [3, 0], [0, 5]], np.float16)
+    np.testing.assert_array_equal(document_centroids(documents, np.array([1, 1, 0])), [[0, 5], [2, 0]])
+
+
+@repeatable
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 9))
+def test_domains_smaller_than_a_batch_share_one_group_or_are_left_out(sizes, batch_size, seed):
+    domain = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int32)
+    names = [f"d{i}" for i in range(len(sizes))]
+    small = [i for i, size in enumerate(sizes) if 0 < size < batch_size]
+    pooled = sum(sizes[i] for i in small)
+    if max(sizes) < batch_size and pooled < batch_size:
+        with pytest.raises(ValueError, match=f"at least one batch of {batch_size}"):
+            domain_groups(domain, names, batch_size)
+        return
+    groups, left_out = domain_groups(domain, names, batch_size)
+    for group in groups:
+        assert len(group.rows) >= batch_size
+        assert set(domain[group.rows].tolist()) == set(group.domains)
+        assert (group.name == SMALL_DOMAINS) == (group.domains == tuple(small))
+    everything = np.concatenate([g.rows for g in groups] + ([left_out.rows] if left_out else []))
+    np.testing.assert_array_equal(np.sort(everything), np.arange(len(domain)))
+    assert (left_out is not None) == (0 < pooled < batch_size)
+
+
+@repeatable
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 8), st.integers(0, 99), st.booleans())
+def test_an_arrangement_loses_only_the_remainder_and_keeps_clusters_together(n, k, batch_size, seed, tsp):
+    random = np.random.default_rng(seed)
+    batch_size = min(batch_size, n)
+    assignments = np.unique(random.integers(k, size=n), return_inverse=True)[1]
+    rows = np.arange(n) * 10
+    centroids = document_centroids(random.normal(size=(n, 3)), assignments) if tsp else None
+    order = order_clusters(centroids, int(assignments.max()) + 1, random)
+    batches = arrange(rows, assignments, order, batch_size, random)
+    assert batches.shape == (n // batch_size, batch_size)
+    flat = batches.ravel()
+    assert len(set(flat.tolist())) == len(flat) and set(flat.tolist()) <= set(rows.tolist())
+    visited = assignments[flat // 10]
+    runs = visited[np.flatnonzero(np.diff(visited, prepend=-1))]
+    # Every cluster is one run, in the order given; the gap may only shorten or drop some.
+    assert runs.tolist() == [c for c in order.tolist() if c in set(visited.tolist())]
+
+
+def test_every_row_has_its_turn_over_the_epochs():
+    rows, assignments = np.arange(11), np.repeat([0, 1, 2], [5, 3, 3])
+    centroids = np.array([[0.0], [1.0], [50.0]])  # a tour always ends in the far one, unless it starts there
+    seen = set()
+    for epoch in range(30):
+        random = np.random.default_rng(epoch)
+        seen |= set(arrange(rows, assignments, order_clusters(centroids, 3, random), 4, random).ravel().tolist())
+    assert seen == set(range(11))

@@ -1,0 +1,67 @@
+"""A tiny pairs store and its vectors, written straight to disk: batching needs neither a tokenizer nor real text."""
+
+import zlib
+
+import numpy as np
+
+from cde_jax.batching.surrogate import write_vectors
+from cde_jax.data.store import StoreWriter, fingerprint
+
+WORDS = ("file", "open", "graph", "node", "matrix", "sum", "thread", "lock", "socket", "read", "parse", "token")
+
+
+def key(text: str) -> int:
+    return zlib.crc32(text.encode()) + 1
+
+
+def ragged_bytes(texts):
+    return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+
+def ragged_tokens(texts):
+    return [np.array([2, *(key(w) % 90 + 10 for w in text.split()), 3], np.uint16) for text in texts]
+
+
+def tiny_pairs(directory, sizes=(20, 13, 3), *, seed=0, equal_texts=True, negatives=True):
+    """Pairs of len(sizes) domains, their rows mixed; some queries and some documents have equal texts."""
+    random = np.random.default_rng(seed)
+    domain = random.permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int32)
+    n = len(domain)
+
+    def text(kind, i):
+        return f"{kind} {i} " + " ".join(random.choice(WORDS, int(random.integers(1, 7))))
+
+    queries = [text("query", i) for i in range(n)]
+    documents = [text("document", i) for i in range(n)]
+    if equal_texts:  # in each domain
+        for number in range(len(sizes)):
+            rows = np.flatnonzero(domain == number)
+            if len(rows) >= 4:
+                queries[rows[1]] = queries[rows[0]]
+                documents[rows[3]] = documents[rows[2]]
+    extra = [text("negative", i) for i in range(6)] if negatives else []
+    listed = [np.zeros(0, np.int64) for _ in range(n)]
+    for i in range(0, n if negatives else 0, 2):  # every second pair has one to four
+        listed[i] = n + random.choice(6, int(random.integers(1, 5)), replace=False)
+    with StoreWriter(directory, "pairs") as writer:
+        writer.append_ragged("query_tokens", ragged_tokens(queries), np.uint16)
+        writer.append_ragged("document_tokens", ragged_tokens(documents + extra), np.uint16)
+        writer.append_ragged("query_text", ragged_bytes(queries), np.uint8)
+        writer.append_ragged("document_text", ragged_bytes(documents + extra), np.uint8)
+        writer.append("domain", domain)
+        writer.append("query_key", np.array([key(q) for q in queries], np.uint64))
+        writer.append("document_key", np.array([key(d) for d in documents + extra], np.uint64))
+        writer.append_ragged("negatives", listed, np.int64)
+        domains = [{"name": f"domain{i}", "pairs": size} for i, size in enumerate(sizes)]
+        content = fingerprint([queries, documents, extra, domain])
+        return writer.finish({"fingerprint": content, "pairs": n, "documents": n + len(extra), "domains": domains})
+
+
+def bag_of_words(texts):
+    """Unit vectors of word counts, with a little of the text itself so that no two texts are the same."""
+    vectors = np.array([[text.count(word) for word in WORDS] + [key(text) % 97 / 97] for text in texts], np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def tiny_vectors(directory, pairs):
+    return write_vectors(directory, pairs, bag_of_words, name="words", settings={})
