@@ -5,6 +5,7 @@ Private functions and classes are read too: their docstrings are as real, and a 
 """
 
 import ast
+import gc
 import importlib.machinery
 import importlib.metadata
 import logging
@@ -205,6 +206,8 @@ def _read(sources: list[tuple[str, list[tuple[str, Path]]]], counts: MutableMapp
 
 
 def _parse(path: Path) -> ast.Module | None:
+    collecting = gc.isenabled()
+    gc.disable()  # a tree is many small objects and no cycle: the collector takes a third of the time for nothing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
@@ -212,6 +215,9 @@ def _parse(path: Path) -> ast.Module | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
         _logger.info("%s is not read: %s", path, error)
         return None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
