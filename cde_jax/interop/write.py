@@ -101,11 +101,10 @@ class replacing:  # noqa: N801  used as a function
         shutil.rmtree(old, ignore_errors=True)
 
 
-def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Every parameter as numpy array, by dotted path."""
-    return {
-        ".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
-    }
+def parameters(model: Any) -> dict[str, np.ndarray]:
+    """Every parameter of a module (every gradient of a state of gradients) as numpy array, by dotted path."""
+    state = model if isinstance(model, nnx.State) else nnx.state(model, nnx.Param)
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
 
 
 def native_class(config: BiencoderConfig) -> str | None:

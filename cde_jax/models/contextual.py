@@ -87,8 +87,8 @@ class Biencoder(nnx.Module):
             self.head_in = linear(c.width, c.width, c, rngs)
             self.head_out = linear(c.width, config.output_width or c.width, c, rngs)
 
-    def embed(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], context: None = None) -> Float[Array, "B D"]:
-        """Vectors of texts, float32, not normalised. `context` must be None: a biencoder reads none."""
+    def embed(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], context: None = None) -> Float[Array, "BT D"]:
+        """Vectors of texts (T of each with `tokens_per_document`), float32, not normalised. `context` must be None: a biencoder reads none."""
         if context is not None:
             raise ValueError("a biencoder reads no context: call embed(ids, mask), or load a contextual encoder")
         vectors = self.pool(self.encoder(ids, mask), mask)
@@ -126,7 +126,7 @@ class ContextualEncoder(nnx.Module):
         if c.slot_bias is not None:
             self.slot_bias = nnx.Param(jnp.full((second.layers, second.heads), c.slot_bias, jnp.float32))
 
-    def embed_context(self, ids: Int[Array, "J L"], mask: Bool[Array, "J L"]) -> Float[Array, "J D"]:
+    def embed_context(self, ids: Int[Array, "J L"], mask: Bool[Array, "J L"]) -> Float[Array, "JT D"]:
         """First stage: one float32 vector per context document (T of them for imported multi-token models)."""
         return self.first_stage.embed(ids, mask)
 
