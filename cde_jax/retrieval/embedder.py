@@ -1,0 +1,311 @@
+"""What users hold: `Embedder` (texts → vectors) and `Context` (a sample of the corpus, read once).
+
+Usage and meaning are those of the paper, section 4: the first stage embeds a sample of the corpus that the texts
+live in, the second stage reads each text beside those vectors. Texts of similar length share a batch of static
+shape, so that few programs are compiled; parameters and context are arguments of those programs, never constants.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from cde_jax.data.files import fingerprint
+from cde_jax.data.tokens import Tokenizer
+from cde_jax.interop.read import TextSettings, load_pretrained
+from cde_jax.interop.write import save_pretrained
+from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
+from cde_jax.retrieval.context import Context
+from cde_jax.retrieval.padding import batches, full_batch, padded, padded_lengths
+
+__all__ = ["Context", "Embedder"]
+
+BLOCK = 16_384  # texts tokenised at a time
+IN_FLIGHT = 2  # batches that the device works on while the next is filled
+BAR_AFTER = 3.0  # seconds of work before a progress bar shows
+
+
+class Embedder:
+    """A model, its tokenizer and its text settings: texts in, float32 unit vectors out.
+
+    `model` is taken as it is now, its arrays shared and not copied: after more training make a new Embedder. Runs
+    on one device, the first of this process, wherever the model was. `progress=False` never shows a progress bar.
+    """
+
+    def __init__(
+        self,
+        model: ContextualEncoder | Biencoder,
+        tokenizer: Tokenizer,
+        settings: TextSettings,
+        tokenizer_directory: str | Path,
+        *,
+        progress: bool = True,
+    ):
+        _check_fit(model, tokenizer, settings)
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.tokenizer_directory = Path(tokenizer_directory)
+        self.config = model.config
+        self.progress = progress
+        graph, state = nnx.split(model)
+        self._graph = graph
+        self._state = jax.device_put(state, jax.local_devices()[0])
+        # Kept as long as the user keeps the context; the null context as long as the embedder.
+        self._prepared: WeakKeyDictionary[Context, ContextCache] = WeakKeyDictionary()
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, numerics: str | None = None, *, progress: bool = True
+    ) -> "Embedder":
+        """Load one of our exports, a directory laid out like cde-small-v1, or a hub name.
+
+        `numerics` says how published weights are run (see `interop.read.load_model`).
+        Raises ValueError where something is missing or does not fit.
+        """
+        found = load_pretrained(name_or_path, numerics)
+        tokenizer = Tokenizer.load(found.directory)
+        return cls(found.model, tokenizer, found.settings, found.directory, progress=progress)
+
+    def save_pretrained(self, directory: str | Path, card: str | None = None) -> None:
+        """Write a directory that `from_pretrained` loads; `card` is the text of its README."""
+        save_pretrained(
+            self.model, Path(directory), tokenizer=self.tokenizer_directory, settings=self.settings, card=card
+        )
+
+    @property
+    def model(self) -> ContextualEncoder | Biencoder:
+        """The module, with this embedder's parameters."""
+        return nnx.merge(self._graph, self._state)
+
+    @property
+    def contextual(self) -> bool:
+        """Whether the model reads a context; a biencoder does not."""
+        return isinstance(self.config, ContextualConfig)
+
+    @property
+    def context_size(self) -> int:
+        """J, how many documents of a corpus `embed_context` samples; 0 for a biencoder."""
+        return self.config.context_size if self.contextual else 0
+
+    @property
+    def works_without_context(self) -> bool:
+        """Whether texts can be encoded with `context=None`: false for weights without a null embedding."""
+        return not self.contextual or self.config.null_embedding
+
+    @property
+    def width(self) -> int:
+        """D, the width of the vectors."""
+        if self.contextual:
+            return self.config.second_stage.width
+        return (self.config.head and self.config.output_width) or self.config.encoder.width
+
+    @cached_property
+    def weights(self) -> str:
+        """Fingerprint of the weights: sha256 (hex) over the sorted parameter paths, shapes and bytes."""
+        return weights_fingerprint(self._state)
+
+    def embed_context(self, corpus: Iterable[str], seed: int = 0) -> Context:
+        """Embed a sample of the corpus, to be read beside its queries and documents.
+
+        Draws min(J, len(corpus)) documents without replacement (`seed`), each encoded with the document prefix at
+        the document length. With fewer than J documents the other slots are null slots. Raises ValueError for an
+        empty corpus, a biencoder, and too few documents for weights without a null embedding.
+        """
+        if not self.contextual:
+            raise ValueError(
+                "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), "
+                "or load a contextual model"
+            )
+        corpus = _texts(corpus)
+        if not corpus:
+            raise ValueError(
+                "expected a corpus of at least one text, got none; without a corpus call encode_queries(texts) "
+                "and encode_documents(texts), which use null slots"
+            )
+        if len(corpus) < self.context_size and not self.config.null_embedding:
+            raise ValueError(
+                f"these weights read {self.context_size} context documents and have no null embedding to stand in "
+                f"for missing ones, got a corpus of {len(corpus)}: add documents, or repeat some"
+            )
+        count = min(self.context_size, len(corpus))
+        drawn = np.random.default_rng(seed).choice(len(corpus), count, replace=False)
+        documents = [corpus[i] for i in drawn]
+        s, pieces = self.settings, self.config.first_stage.tokens_per_document
+        # Several vectors a document are pooled from equal stretches of the padded text: its length then matters.
+        lengths = padded_lengths(s.document_length) if pieces == 1 else (s.document_length,)
+        run = partial(_first_stage, self._graph, self._state)
+        vectors = self._encode(
+            documents, s.document_prefix, lengths, run, slots=0, width=pieces * self.width, what="context"
+        )
+        return Context(vectors.reshape(-1, self.width), seed, len(corpus), self.weights, fingerprint(sorted(documents)))
+
+    def encode_queries(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
+        """Query vectors, float32, unit norm, in the order of `texts`; `context=None` means null slots.
+
+        Raises ValueError for anything but a list of texts, for a text without a single token (with most
+        tokenizers "" has two), and for a context of other weights.
+        """
+        s = self.settings
+        return self._encode_texts(texts, s.query_prefix, s.query_length, context, "queries")
+
+    def encode_documents(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
+        """Document vectors, as `encode_queries` with the document prefix and length."""
+        s = self.settings
+        return self._encode_texts(texts, s.document_prefix, s.document_length, context, "documents")
+
+    def _encode_texts(self, texts, prefix: str, length: int, context: Context | None, what: str) -> np.ndarray:
+        texts = _texts(texts)
+        cache = self._prepare(context)
+        run = partial(_embed, self._graph, self._state, cache=cache)
+        # Only joint attention carries the slots along with every text.
+        slots = cache.slots.shape[0] if cache is not None and cache.prefix is None else 0
+        lengths = padded_lengths(length)
+        return self._encode(texts, prefix, lengths, run, slots=slots, width=self.width, what=what)
+
+    def _prepare(self, context: Context | None) -> ContextCache | None:
+        """What the second stage reads of a context, computed at its first use."""
+        if not self.contextual:
+            if context is not None:
+                raise ValueError("a biencoder reads no context: leave `context` out")
+            return None
+        if context is None:
+            return self._null_context
+        if context.weights != self.weights:
+            raise ValueError(
+                f"this context was embedded with other weights (fingerprint {context.weights}) than this "
+                f"embedder's ({self.weights}): call embed_context(corpus) with this embedder"
+            )
+        if context not in self._prepared:
+            slots = self.context_size * self.config.first_stage.tokens_per_document
+            missing = max(0, slots - len(context.vectors))
+            vectors = np.pad(context.vectors, ((0, missing), (0, 0)))
+            present = np.arange(len(vectors)) < len(context.vectors) if missing else None
+            self._prepared[context] = _prepare(self._graph, self._state, vectors, present)
+        return self._prepared[context]
+
+    @cached_property
+    def _null_context(self) -> ContextCache:
+        return _prepare(self._graph, self._state, None, None)
+
+    def _encode(
+        self,
+        texts: list[str],
+        prefix: str,
+        lengths: tuple[int, ...],
+        run: Callable,
+        *,
+        slots: int,
+        width: int,
+        what: str,
+    ) -> Float[np.ndarray, "n W"]:
+        """Tokenise, batch by length, `run(ids, mask)`, and put the rows back in the order of the texts."""
+        vectors = np.empty((len(texts), width), np.float32)
+        running: deque = deque()
+
+        def collect() -> int:
+            rows, result = running.popleft()
+            vectors[rows] = np.asarray(result)[: len(rows)]
+            return len(rows)
+
+        bar = tqdm(total=len(texts), desc=what, delay=BAR_AFTER, leave=False, disable=not self.progress)
+        with bar:
+            for start in range(0, len(texts), BLOCK):
+                block = [prefix + text for text in texts[start : start + BLOCK]]
+                tokens = self.tokenizer.encode(block, lengths[-1])
+                sizes = np.array([len(ids) for ids in tokens])
+                _check_tokens(sizes, start)
+                for rows, size, length in batches(sizes, lengths, partial(full_batch, slots=slots)):
+                    ids, mask = padded([tokens[i] for i in rows], size, length, self.tokenizer.pad_id)
+                    running.append((start + rows, run(ids, mask)))
+                    if len(running) > IN_FLIGHT:
+                        bar.update(collect())
+            while running:
+                bar.update(collect())
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(broken):
+            raise ValueError(
+                f"the model gave NaN or infinity for {len(broken)} of {len(texts)} {what} (first: number "
+                f"{broken[0]}): the weights are broken, load a good checkpoint"
+            )
+        return vectors
+
+
+def weights_fingerprint(state: Any) -> str:
+    """sha256 (hex) over the parameters of a module or state, sorted by path: path, dtype, shape and bytes."""
+    hashed = hashlib.sha256()
+    parameters = nnx.to_flat_state(nnx.state(state, nnx.Param))
+    for path, parameter in sorted((".".join(map(str, path)), leaf) for path, leaf in parameters):
+        array = np.ascontiguousarray(parameter[...])
+        hashed.update(f"{path} {array.dtype.str} {array.shape}\n".encode())
+        hashed.update(array.view(np.uint8).data)
+    return hashed.hexdigest()
+
+
+@partial(jax.jit, static_argnames="graph")
+def _first_stage(graph, state, ids, mask):
+    """Context vectors [B, T·D], not normalised: T pieces of a document side by side."""
+    return nnx.merge(graph, state).embed_context(ids, mask).reshape(ids.shape[0], -1)
+
+
+@partial(jax.jit, static_argnames="graph")
+def _prepare(graph, state, vectors, present):
+    """What the second stage reads of a context; null slots where `present` is False, or everywhere without one."""
+    model = nnx.merge(graph, state)
+    return model.prepare_context(vectors if present is None else model.with_null(vectors, present))
+
+
+@partial(jax.jit, static_argnames="graph")
+def _embed(graph, state, ids, mask, cache):
+    """Unit vectors [B, D] in float32."""
+    vectors = nnx.merge(graph, state).embed(ids, mask, cache)
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def _texts(texts: Any) -> list[str]:
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise ValueError(
+            f"expected a list of texts, got one {type(texts).__name__}: put a single text in a list, "
+            f"and pass list(corpus.values()) of a mapping"
+        )
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"expected a list of texts, got {type(text).__name__} at index {i}: {text!r:.80}")
+    return texts
+
+
+def _check_tokens(sizes: Int[np.ndarray, " n"], start: int) -> None:
+    empty = np.flatnonzero(sizes == 0)
+    if len(empty):
+        raise ValueError(
+            f"{len(empty)} texts have no token at all (first: index {start + empty[0]}), so they have no vector: "
+            f"leave empty texts out"
+        )
+
+
+def _check_fit(model: ContextualEncoder | Biencoder, tokenizer: Tokenizer, settings: TextSettings) -> None:
+    """A wrong tokenizer or length would give wrong vectors without a word: look-ups outside a table are clipped."""
+    c = model.config
+    encoders = [c.encoder] if isinstance(model, Biencoder) else [c.first_stage.encoder, c.second_stage]
+    for encoder in encoders:
+        if tokenizer.vocab_size > encoder.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model's table {encoder.vocab_size}: "
+                f"give the tokenizer that the model was trained with"
+            )
+        longest = max(settings.query_length, settings.document_length)
+        if encoder.positions == "learned" and longest > encoder.max_positions:
+            raise ValueError(
+                f"texts of {longest} tokens need as many learned positions, the model has "
+                f"{encoder.max_positions}: lower query_length and document_length"
+            )

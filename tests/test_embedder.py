@@ -1,0 +1,378 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from cde_jax.data.tokens import Tokenizer
+from cde_jax.interop.read import TextSettings
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
+from cde_jax.models.encoder import EncoderConfig
+from cde_jax.retrieval import embedder as embedder_file
+from cde_jax.retrieval import padding
+from cde_jax.retrieval.embedder import Context, Embedder
+from cde_jax.retrieval.padding import batches, padded_lengths
+
+TEXT = "the cat sat on a mat while seven grey whales sang deep songs of cold water and old ships"
+WORDS = TEXT.split(" ")
+SETTINGS = TextSettings(query_prefix="query: ", document_prefix="document: ", query_length=16, document_length=24)
+J = 6
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT, "query: document:"], 120)
+
+
+def texts(n, seed=0, longest=30):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, longest))) for _ in range(n)]
+
+
+CORPUS = texts(20)
+FEW = ["the cat sat", "cold old water"]  # of few different lengths: each is compiled in the text-by-text reference
+
+
+def build_model(kind, seed=0, **changes):
+    encoder = EncoderConfig(vocab_size=120, width=32, layers=2, heads=2, mlp_width=48, **changes.pop("encoder", {}))
+    first = BiencoderConfig(encoder, head=True, tokens_per_document=changes.pop("tokens_per_document", 1))
+    if kind == "biencoder":
+        return fill(lambda: Biencoder(BiencoderConfig(encoder), rngs=nnx.Rngs(0)), seed)
+    changes = {"context_size": J, "soft_prompt": 2} | changes
+    config = ContextualConfig(first_stage=first, second_stage=encoder, context_attention=kind, **changes)
+    return fill(lambda: ContextualEncoder(config, rngs=nnx.Rngs(0)), seed)
+
+
+def fill(make, seed):
+    """Weights far larger than the initial ones, so that attention is not uniform and context moves the vectors."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(rng.normal(mean, 0.2, leaf.shape), jnp.float32)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
+
+
+@functools.cache
+def cached_model(kind):
+    return build_model(kind)
+
+
+@pytest.fixture(params=["joint", "isolated", "biencoder"])
+def embedder(request, tokenizer):
+    return build(request.param, tokenizer)
+
+
+@pytest.fixture(params=["joint", "isolated"])
+def contextual(request, tokenizer):
+    return build(request.param, tokenizer)
+
+
+def build(kind, tokenizer, model=None, settings=SETTINGS):
+    return Embedder(model or cached_model(kind), tokenizer, settings, "unused", progress=False)
+
+
+def context_of(embedder, corpus=CORPUS, seed=0):
+    return embedder.embed_context(corpus, seed) if embedder.contextual else None
+
+
+def one_by_one(embedder, model, prefix, length, documents, context):
+    """The model called directly: one text at a time, without padding or buckets."""
+    vectors = []
+    embed = jax.jit(lambda ids, mask: model.embed(ids, mask, context))
+    for ids in embedder.tokenizer.encode([prefix + text for text in documents], length):
+        vector = np.asarray(embed(ids[None], np.ones((1, len(ids)), bool)))[0]
+        vectors.append(vector / np.linalg.norm(vector))
+    return np.stack(vectors)
+
+
+def test_vectors_are_float32_unit_norm_and_in_the_order_of_the_texts(embedder):
+    context = context_of(embedder)
+    vectors = embedder.encode_documents(CORPUS, context)
+    assert vectors.dtype == np.float32 and vectors.shape == (20, 32) == (20, embedder.width)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+    order = np.random.default_rng(1).permutation(20)
+    shuffled = embedder.encode_documents([CORPUS[i] for i in order], context)
+    np.testing.assert_allclose(shuffled, vectors[order], atol=1e-5)
+
+
+def test_vectors_are_those_of_the_model_called_text_by_text(embedder):
+    model, context = embedder.model, context_of(embedder)
+    raw = None if context is None else jnp.asarray(context.vectors)
+    expected = one_by_one(embedder, model, "query: ", 16, FEW, raw)
+    np.testing.assert_allclose(embedder.encode_queries(FEW, context), expected, atol=1e-5)
+    expected = one_by_one(embedder, model, "document: ", 24, [TEXT], raw)
+    np.testing.assert_allclose(embedder.encode_documents([TEXT], context), expected, atol=1e-5)
+
+
+def test_vectors_do_not_depend_on_batch_or_padded_length(embedder, monkeypatch):
+    context = context_of(embedder)
+    vectors = embedder.encode_documents(CORPUS, context)
+    monkeypatch.setattr(padding, "SHORTEST", 64)  # every text padded to the document length
+    monkeypatch.setitem(padding.TOKENS_PER_BATCH, "cpu", 1)  # and batches of the smallest size
+    monkeypatch.setattr(embedder_file, "BLOCK", 7)
+    np.testing.assert_allclose(embedder.encode_documents(CORPUS, context), vectors, atol=1e-5)
+
+
+def test_the_order_of_the_context_does_not_matter(contextual):
+    context = contextual.embed_context(CORPUS)
+    turned = Context(context.vectors[::-1].copy(), 0, 20, context.weights, context.documents)
+    vectors = contextual.encode_documents(CORPUS, context)
+    np.testing.assert_allclose(contextual.encode_documents(CORPUS, turned), vectors, atol=1e-5)
+
+
+def test_the_context_moves_the_vectors(contextual):
+    here = contextual.encode_queries(CORPUS, contextual.embed_context(CORPUS))
+    there = contextual.encode_queries(CORPUS, contextual.embed_context(texts(20, seed=9)))
+    nowhere = contextual.encode_queries(CORPUS)
+    for other in (there, nowhere):
+        assert np.abs(here - other).max() > 1e-3
+
+
+def test_a_context_samples_the_corpus_without_replacement_by_its_seed(contextual):
+    first, again, other = (contextual.embed_context(CORPUS, seed) for seed in (0, 0, 1))
+    assert first.vectors.shape == (J, 32) and first.corpus_size == 20
+    np.testing.assert_array_equal(first.vectors, again.vectors)
+    assert first.documents == again.documents != other.documents
+    everything = contextual.embed_context(list(dict.fromkeys(CORPUS))[:J], seed=3).vectors
+    assert len(np.unique(everything.round(4), axis=0)) == J  # each document once
+
+
+def test_context_vectors_are_those_of_the_first_stage(contextual):
+    corpus = [*FEW, *FEW, *FEW]
+    context = contextual.embed_context(corpus)
+    drawn = np.random.default_rng(0).choice(J, J, replace=False)
+    embed = jax.jit(contextual.model.embed_context)
+    for row, i in zip(context.vectors, drawn, strict=True):
+        (ids,) = contextual.tokenizer.encode(["document: " + corpus[i]], 24)
+        expected = embed(ids[None], np.ones((1, len(ids)), bool))[0]
+        np.testing.assert_allclose(row, expected, atol=2e-5)
+
+
+def test_a_corpus_smaller_than_the_context_leaves_null_slots(contextual):
+    context = contextual.embed_context(CORPUS[:2])
+    assert context.vectors.shape == (2, 32)
+    model = contextual.model
+    slots = model.with_null(jnp.pad(context.vectors, ((0, J - 2), (0, 0))), jnp.arange(J) < 2)
+    expected = one_by_one(contextual, model, "query: ", 16, FEW, slots)
+    np.testing.assert_allclose(contextual.encode_queries(FEW, context), expected, atol=1e-5)
+
+
+def test_weights_without_null_embedding_need_a_whole_context(tokenizer):
+    embedder = build("joint", tokenizer, build_model("joint", null_embedding=False))
+    assert not embedder.works_without_context
+    with pytest.raises(ValueError, match=r"6 context documents .* got a corpus of 2"):
+        embedder.embed_context(CORPUS[:2])
+    with pytest.raises(ValueError, match="no null embedding"):
+        embedder.encode_queries(["a cat"])
+
+
+def test_imported_models_may_give_several_slots_a_document(tokenizer):
+    embedder = build("joint", tokenizer, build_model("joint", tokens_per_document=2))
+    context = embedder.embed_context(CORPUS[:3])
+    assert context.vectors.shape == (6, 32)
+    (ids,) = embedder.tokenizer.encode(["document: " + CORPUS[2]], 24)
+    at = list(np.random.default_rng(0).choice(3, 3, replace=False)).index(2)
+    mask = np.arange(24) < len(ids)  # the reference's pieces are of the text padded to its full length
+    expected = jax.jit(embedder.model.embed_context)(np.pad(ids, (0, 24 - len(ids)))[None], mask[None])
+    np.testing.assert_allclose(context.vectors[2 * at : 2 * at + 2], expected, atol=2e-5)
+    assert embedder.encode_queries(["a cat"], context).shape == (1, 32)
+
+
+def test_a_biencoder_reads_no_context(tokenizer):
+    embedder = build("biencoder", tokenizer)
+    assert embedder.encode_queries(["a cat"]).shape == (1, 32) and embedder.works_without_context
+    with pytest.raises(ValueError, match="a biencoder reads no context"):
+        embedder.embed_context(CORPUS)
+    context = build("joint", tokenizer).embed_context(CORPUS)
+    with pytest.raises(ValueError, match="a biencoder reads no context"):
+        embedder.encode_queries(["a cat"], context)
+
+
+def test_no_texts_give_no_vectors_and_an_empty_corpus_is_an_error(contextual):
+    assert contextual.encode_queries([], contextual.embed_context(CORPUS)).shape == (0, 32)
+    with pytest.raises(ValueError, match="at least one text, got none"):
+        contextual.embed_context([])
+
+
+def test_an_empty_text_is_a_text_of_special_tokens(tokenizer):
+    settings = TextSettings(query_length=16, document_length=16)
+    vectors = build("isolated", tokenizer, settings=settings).encode_queries(["", "a cat"])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+
+
+def test_a_text_without_any_token_is_an_error_that_gives_its_index(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    bare = Tokenizer.train([TEXT, "query: document:"], 120)
+    bare.backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    bare = Tokenizer(bare.backend, bare.specials)
+    embedder = build("biencoder", bare, settings=TextSettings(query_length=16, document_length=16))
+    with pytest.raises(ValueError, match=r"1 texts have no token at all \(first: index 1\)"):
+        embedder.encode_queries(["a cat", "", "water"])
+
+
+@pytest.mark.parametrize("wrong", ["one text", b"bytes", {"id": "text"}, 7])
+def test_anything_but_a_list_of_texts_is_an_error(wrong):
+    with pytest.raises(ValueError, match="expected a list of texts, got one"):
+        embedder_file._texts(wrong)
+
+
+def test_a_single_string_is_an_error_and_not_a_list_of_letters(contextual):
+    for call in (contextual.encode_queries, contextual.encode_documents, contextual.embed_context):
+        with pytest.raises(ValueError, match="expected a list of texts, got one str"):
+            call("one text")
+
+
+def test_an_item_that_is_no_text_is_named():
+    with pytest.raises(ValueError, match="got int at index 1: 5"):
+        embedder_file._texts(["a", 5])
+
+
+def test_a_saved_context_gives_the_same_vectors(contextual, tmp_path):
+    context = contextual.embed_context(CORPUS, seed=4)
+    context.save(tmp_path / "ctx.safetensors")
+    loaded = Context.load(tmp_path / "ctx.safetensors")
+    assert (loaded.seed, loaded.corpus_size, loaded.weights, loaded.documents) == (
+        4,
+        20,
+        context.weights,
+        context.documents,
+    )
+    np.testing.assert_array_equal(contextual.encode_queries(CORPUS, loaded), contextual.encode_queries(CORPUS, context))
+    assert [path.name for path in tmp_path.iterdir()] == ["ctx.safetensors"]
+
+
+def test_a_context_of_other_weights_is_an_error_that_names_both(contextual, tokenizer):
+    kind = contextual.config.context_attention
+    other = build(kind, tokenizer, build_model(kind, seed=1))
+    context = other.embed_context(CORPUS)
+    with pytest.raises(ValueError, match=f"{other.weights}.*{contextual.weights}"):
+        contextual.encode_queries(CORPUS, context)
+
+
+def test_broken_context_files_are_named(contextual, tmp_path):
+    path = tmp_path / "ctx.safetensors"
+    with pytest.raises(ValueError, match="there is none"):
+        Context.load(path)
+    contextual.embed_context(CORPUS).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-9])
+    with pytest.raises(ValueError, match=r"ctx\.safetensors: not readable .* truncated or altered"):
+        Context.load(path)
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="was altered"):
+        Context.load(path)
+    path.write_bytes(content)
+    save_file(load_file(path), path, {"format": "pt"})
+    with pytest.raises(ValueError, match="got 'pt'"):
+        Context.load(path)
+
+
+def test_the_fingerprint_follows_any_weight_and_nothing_else(tokenizer):
+    model = build_model("isolated")
+    before = build("isolated", tokenizer, model).weights
+    assert before == build("isolated", tokenizer, build_model("isolated")).weights
+    model.null[...] = model.null[...].at[3].add(1e-3)
+    assert before != build("isolated", tokenizer, model).weights
+
+
+def test_parameters_and_context_are_arguments_and_compile_nothing_new(contextual, tokenizer):
+    contextual.encode_documents(CORPUS, contextual.embed_context(CORPUS))
+    kind = contextual.config.context_attention
+    compiled = embedder_file._embed._cache_size(), embedder_file._first_stage._cache_size()
+    other = build(kind, tokenizer, build_model(kind, seed=2))
+    first = other.encode_documents(CORPUS, other.embed_context(CORPUS, seed=1))
+    second = other.encode_documents(CORPUS, other.embed_context(CORPUS[:3]))
+    assert np.abs(first - second).max() > 1e-4
+    assert compiled == (embedder_file._embed._cache_size(), embedder_file._first_stage._cache_size())
+
+
+def test_a_context_is_prepared_once_and_forgotten_with_it(contextual):
+    context = contextual.embed_context(CORPUS)
+    contextual.encode_queries(["a cat"], context)
+    prepared = contextual._prepare(context)
+    contextual.encode_documents(CORPUS, context)
+    assert contextual._prepare(context) is prepared and len(contextual._prepared) == 1
+    del context
+    assert len(contextual._prepared) == 0
+
+
+def test_a_model_spread_over_devices_gives_the_same_vectors(tokenizer):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    graph, state = nnx.split(cached_model("isolated"))
+    spread = build("isolated", tokenizer, nnx.merge(graph, jax.device_put(state, everywhere)))
+    alone = build("isolated", tokenizer)
+    assert spread.weights == alone.weights
+    np.testing.assert_array_equal(spread.encode_queries(CORPUS), alone.encode_queries(CORPUS))
+
+
+def test_broken_weights_are_an_error(tokenizer):
+    model = build_model("biencoder")
+    model.encoder.word.embedding[...] = model.encoder.word.embedding[...] * np.nan
+    with pytest.raises(ValueError, match="NaN or infinity for 2 of 2 queries"):
+        build("biencoder", tokenizer, model).encode_queries(["a cat", "water"])
+
+
+def test_a_tokenizer_larger_than_the_model_is_an_error():
+    large = Tokenizer.train([*texts(30), "query: document: xylophone zebra quartz"], 140)
+    assert large.vocab_size > 120
+    with pytest.raises(ValueError, match=f"the tokenizer has {large.vocab_size} tokens and the model's table 120"):
+        build("biencoder", large)
+
+
+def test_more_tokens_than_learned_positions_is_an_error(tokenizer):
+    model = build_model("biencoder", encoder={"positions": "learned", "max_positions": 23})
+    with pytest.raises(ValueError, match=r"texts of 24 tokens .* has 23"):
+        build("biencoder", tokenizer, model)
+
+
+def test_a_bar_shows_on_long_work_only(tokenizer, monkeypatch, capsys):
+    embedder = Embedder(cached_model("biencoder"), tokenizer, SETTINGS, "unused")
+    embedder.encode_queries(CORPUS)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(embedder_file, "BAR_AFTER", 0)
+    embedder.encode_queries(CORPUS)
+    assert "queries" in capsys.readouterr().err
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes=st.lists(st.integers(1, 40), max_size=200), full=st.sampled_from([8, 16, 64]))
+def test_every_text_is_in_one_batch_that_holds_it(sizes, full):
+    sizes, lengths = np.array(sizes, np.int64), padded_lengths(40)
+    seen, shapes = [], set()
+    for rows, size, length in batches(sizes, lengths, lambda length: full):
+        assert 0 < len(rows) <= size and sizes[rows].max() <= length
+        seen += rows.tolist()
+        shapes.add((size, length))
+    assert sorted(seen) == list(range(len(sizes)))
+    assert len(shapes) <= 2 * len(lengths)
+
+
+def test_padded_lengths_end_with_the_longest_allowed():
+    assert padded_lengths(512) == (16, 32, 64, 128, 256, 512)
+    assert padded_lengths(48) == (16, 32, 48)
+    assert padded_lengths(9) == (9,)
+
+
+@pytest.mark.parametrize("kind", ["joint", "isolated", "biencoder"])
+def test_an_exported_embedder_loads_with_the_same_vectors_and_context(kind, tokenizer, tmp_path):
+    pytest.importorskip("cde_jax.interop.write")
+    tokenizer.save(tmp_path / "tokenizer")
+    embedder = Embedder(cached_model(kind), tokenizer, SETTINGS, tmp_path / "tokenizer", progress=False)
+    context = context_of(embedder)
+    embedder.save_pretrained(tmp_path / "export", card="# A tiny model")
+    loaded = Embedder.from_pretrained(tmp_path / "export", progress=False)
+    assert loaded.settings == SETTINGS and loaded.weights == embedder.weights
+    np.testing.assert_allclose(
+        loaded.encode_documents(CORPUS, context), embedder.encode_documents(CORPUS, context), atol=1e-5
+    )
+    assert (tmp_path / "export" / "README.md").read_text().endswith("# A tiny model")

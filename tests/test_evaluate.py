@@ -1,0 +1,179 @@
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import shared
+from flax import nnx
+
+from cde_jax.batching.surrogate import lsa
+from cde_jax.data.sources import beir
+from cde_jax.data.sources.beir import EvaluationSet
+from cde_jax.data.store import read_json, write_json
+from cde_jax.data.tokens import Tokenizer
+from cde_jax.interop.read import TextSettings
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
+from cde_jax.models.encoder import EncoderConfig
+from cde_jax.retrieval.embedder import Embedder
+from cde_jax.retrieval.evaluate import (
+    bm25,
+    combine,
+    evaluate_baselines,
+    evaluate_embedder,
+    means,
+    ndcg,
+    table,
+    vectors_baseline,
+)
+
+ANIMALS = EvaluationSet(
+    "animals",
+    {"q1": "grey whale song", "q2": "cat on the mat", "q3": "zebra"},
+    {
+        "a": "the song of a grey whale under water",
+        "b": "a cat sat on its mat all day",
+        "c": "old ships sail over deep water",
+        "d": "grey paint for old ships",
+    },
+    {"q1": {"a": 1}, "q2": {"b": 1}, "q3": {"c": 1}},
+)
+SHIPS = EvaluationSet(
+    "ships", {"1": "old ships"}, {f"s{i}": f"ships of year {i} sail" for i in range(8)}, {"1": {"s3": 1}}
+)
+
+
+def test_ndcg_of_a_known_ranking():
+    qrels = {"q": {"a": 3, "b": 1, "c": 0, "e": 2}}
+    run = {"q": {"b": 0.9, "x": 0.8, "a": 0.7, "c": 0.6}}  # e is not found
+    gained = 1 / math.log2(2) + 3 / math.log2(4)
+    ideal = 3 / math.log2(2) + 2 / math.log2(3) + 1 / math.log2(4)
+    assert ndcg(run, qrels) == pytest.approx(gained / ideal)
+
+
+def test_ndcg_looks_at_the_first_k_only():
+    run = {"q": {f"x{i}": 100.0 - i for i in range(10)} | {"a": 1.0}}
+    assert ndcg(run, {"q": {"a": 1}}, k=10) == 0.0
+    assert ndcg(run, {"q": {"a": 1}}, k=11) == pytest.approx(1 / math.log2(12))
+
+
+def test_judged_queries_that_found_nothing_count_as_zero():
+    qrels = {"q": {"a": 1}, "not run": {"a": 1}, "found nothing": {"a": 1}, "nothing relevant": {"a": 0}}
+    assert ndcg({"q": {"a": 1.0}, "found nothing": {}, "unjudged": {"b": 1.0}}, qrels) == pytest.approx(1 / 3)
+
+
+def test_qrels_without_a_relevant_document_are_an_error():
+    with pytest.raises(ValueError, match="none of the 1 queries"):
+        ndcg({"q": {"a": 1.0}}, {"q": {"a": 0}})
+
+
+def test_bm25_finds_words_and_ranks_nothing_by_chance():
+    # q1 and q2 are found first; no document has the word of q3, so that one is not found at all.
+    assert bm25(ANIMALS) == pytest.approx(2 / 3)
+
+
+def test_bm25_follows_its_formula():
+    """Two documents hold the word, one twice: Lucene's BM25 with k1 = 1.2 and b = 0.75 decides the order."""
+    for filler, first in ((1, "twice"), (40, "once")):  # more words: the long document loses
+        corpus = {"twice": "whale whale" + " word" * filler, "once": "whale song", "none": "ships sail"}
+        one = EvaluationSet("s", {"q": "whale"}, corpus, {"q": {first: 1}})
+        mean = sum(len(text.split()) for text in corpus.values()) / 3
+        score = {
+            name: tf / (tf + 1.2 * (0.25 + 0.75 * len(corpus[name].split()) / mean))
+            for name, tf in (("twice", 2), ("once", 1))
+        }
+        assert max(score, key=score.get) == first
+        assert bm25(one) == pytest.approx(1.0)
+
+
+def test_bm25_of_a_corpus_without_words_is_zero():
+    assert bm25(EvaluationSet("s", {"q": "whale"}, {"a": "?", "b": "!"}, {"q": {"a": 1}})) == 0.0
+
+
+def test_a_vectors_baseline_ranks_by_cosine():
+    vectors = {
+        **dict(zip(ANIMALS.corpus.values(), 7.0 * np.eye(4), strict=True)),
+        **dict(zip(ANIMALS.queries.values(), np.eye(4)[[0, 1, 3]] + 0.1, strict=True)),
+    }
+    # q3 points at d; its relevant c and the other two share the next score
+    score = vectors_baseline(ANIMALS, lambda texts: np.stack([vectors[text] for text in texts]))
+    tied = 1 / math.log2(3)  # equal scores: by document id, greatest first
+    assert score == pytest.approx((1 + 1 + tied) / 3)
+
+
+def test_lsa_is_a_vectors_baseline_and_a_text_of_unknown_words_harms_nothing():
+    encode = lsa(list(ANIMALS.queries.values()), list(ANIMALS.corpus.values()), width=3, seed=0).encode
+    results = evaluate_baselines([ANIMALS, SHIPS], {"LSA": encode})
+    assert list(results["animals"]) == ["BM25", "LSA"]
+    assert results["animals"]["LSA"] > 0.6
+    assert results["animals"]["BM25"] == bm25(ANIMALS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([*ANIMALS.corpus.values(), *ANIMALS.queries.values()], 100)
+
+
+def embedder(kind, tokenizer, **changes):
+    encoder = EncoderConfig(vocab_size=100, width=32, layers=2, heads=2, mlp_width=48)
+
+    def make():
+        if kind == "biencoder":
+            return Biencoder(BiencoderConfig(encoder), rngs=nnx.Rngs(0))
+        first = BiencoderConfig(encoder, head=True)
+        config = ContextualConfig(first, encoder, context_size=4, context_attention=kind, **changes)
+        return ContextualEncoder(config, rngs=nnx.Rngs(0))
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    rng = np.random.default_rng(0)
+    model = nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), state))
+    return Embedder(model, tokenizer, TextSettings("", "", 16, 16), "unused", progress=False)
+
+
+OTHERS = ["deep water", "a day of rain", "paint", "old song", "the cat"]
+
+
+@pytest.mark.parametrize("kind", ["joint", "isolated"])
+def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer):
+    one = embedder(kind, tokenizer)
+    results = evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3)
+    kinds = ["same corpus", "random training documents", "none"]
+    assert {name: list(row) for name, row in results.items()} == {"animals": kinds, "ships": kinds}
+    contexts = (one.embed_context(list(SHIPS.corpus.values()), 3), one.embed_context(OTHERS, 3), None)
+    for kind_of_context, context in zip(kinds, contexts, strict=True):
+        scores = one.encode_queries(["old ships"], context) @ one.encode_documents(SHIPS.corpus.values(), context).T
+        run = {"1": dict(zip(SHIPS.corpus, scores[0].astype(float), strict=True))}
+        assert results["ships"][kind_of_context] == pytest.approx(ndcg(run, SHIPS.qrels))
+    assert results == evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3)
+
+
+def test_kinds_of_context_that_cannot_be_had_are_left_out(tokenizer):
+    assert list(evaluate_embedder(embedder("biencoder", tokenizer), [SHIPS], OTHERS, seed=0)["ships"]) == ["none"]
+    without_null = embedder("joint", tokenizer, null_embedding=False)
+    assert list(evaluate_embedder(without_null, [SHIPS], [], seed=0)["ships"]) == ["same corpus"]
+
+
+def test_two_sets_of_one_name_are_an_error():
+    with pytest.raises(ValueError, match="more than once: ships"):
+        evaluate_baselines([SHIPS, SHIPS])
+
+
+def test_results_write_as_json_and_print_as_a_table(tmp_path):
+    scores = combine({"animals": {"none": 0.5}, "ships": {"none": 0.25}}, {"animals": {"BM25": 2 / 3}})
+    write_json(tmp_path / "evaluation.json", scores)
+    assert read_json(tmp_path / "evaluation.json") == json.loads(json.dumps(scores)) == scores
+    assert means(scores) == {"none": 0.375}  # BM25 has no score for ships: no mean over other sets than the rest
+    assert table(scores).splitlines() == [
+        "NDCG@10   none   BM25",
+        "─────────────────────",
+        "animals  0.500  0.667",
+        "ships    0.250      –",
+        "─────────────────────",
+        "mean     0.375      –",
+    ]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("cranfield", 0.360), ("medline", 0.672), ("cosqa", 0.295)])
+def test_bm25_gives_the_published_figures_of_real_sets(name, expected):
+    assert bm25(beir.read(shared(f"data/eval/{name}"))) == pytest.approx(expected, abs=0.005)
