@@ -1,7 +1,6 @@
 """Orbax save and restore: the state, and beside it what it belongs to (config, plan) and a digest of its bytes."""
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ class Checkpoints:
             policies.LatestN(2),
             policies.BestN(get_metric_fn=lambda m: m[_SCORE], n=1, keep_checkpoints_without_metrics=False),
         ]
-        # Orbax reports each step of its work at INFO and warns of choices that are made here on purpose.
-        logging.getLogger("absl").setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(

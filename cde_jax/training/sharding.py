@@ -15,9 +15,12 @@ from jax.sharding import PartitionSpec as P
 _DATA = "data"
 
 
-def make_mesh(devices: list | None = None) -> Mesh:
-    """All devices (or those given) along the one data axis."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), (_DATA,))
+def make_mesh(count: int = 0) -> Mesh:
+    """The first `count` devices (0: all) along the one data axis."""
+    devices = jax.devices()
+    if count > len(devices):
+        raise ValueError(f"train.devices asks for {count} devices, there are {len(devices)}: lower it, or use 0 for all")
+    return Mesh(np.asarray(devices[: count or None]), (_DATA,))
 
 
 def check_divides(mesh: Mesh, batches_per_step: int) -> None:
@@ -30,11 +33,8 @@ def check_divides(mesh: Mesh, batches_per_step: int) -> None:
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Put `[G, …]` arrays on the devices, G split; each process of several passes the G that are its own."""
-    sharding = NamedSharding(mesh, P(_DATA))
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    """Put `[G, …]` arrays on the devices, G split."""
+    return jax.device_put(batch, NamedSharding(mesh, P(_DATA)))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:

@@ -1,0 +1,328 @@
+"""The run's configuration as frozen dataclasses, built from a ConfigDict and checked; nothing else reads a ConfigDict.
+
+What each key means is said once, in `configs/base.py`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
+from cde_jax.models.encoder import EncoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where pairs and evaluation sets come from, and how they are tokenised."""
+
+    source: str
+    paths: tuple[str, ...]
+    packages: str
+    standard_library: bool
+    held_out: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    tokenizer: str
+    vocab_size: int
+    query_prefix: str
+    document_prefix: str
+    query_length: int
+    document_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How pairs become a plan."""
+
+    surrogate: str
+    surrogate_width: int
+    method: str
+    batch_size: int
+    cluster_size: int
+    iterations: int
+    tries: int
+    packing: str
+    epochs: int
+    hard_negatives: int
+    filter_margin: float | None
+    context_source: str
+    threads: int
+    prefetch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Pretrained encoders to start from."""
+
+    first_stage: str
+    second_stage: str
+    layers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Shape of the encoder(s)."""
+
+    kind: str
+    context_attention: str
+    context_size: int
+    backbone: str
+    vocab_size: int
+    width: int
+    layers: int
+    first_stage_layers: int
+    heads: int
+    mlp_width: int
+    max_positions: int
+    soft_prompt: int
+    slot_bias: float | None
+    tie_token_embeddings: bool
+    dtype: str
+    remat: bool
+    init: Init
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Optimisation, memory, and how often things happen."""
+
+    steps: int
+    devices: int
+    batches_per_step: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    temperature: float
+    sequence_dropout: float
+    share_negatives: bool
+    query_chunk: int
+    document_chunk: int
+    context_chunk: int
+    log_every: int
+    checkpoint_every: int
+    evaluate_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """What is measured at the end, and by which set the best checkpoint is chosen."""
+
+    development: str
+    checkpoint: str
+    cutoff: int
+    baselines: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int
+    data: Data
+    batching: Batching
+    model: Model
+    train: Train
+    evaluate: Evaluate
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested dict, as written to config.json."""
+        return dataclasses.asdict(self)
+
+
+_CHOICES = {
+    "data.source": ("docstrings", "jsonl"),
+    "data.packages": ("core", "installed"),
+    "batching.method": ("clustered", "random"),
+    "batching.packing": ("random", "tsp"),
+    "batching.context_source": ("batch", "domain"),
+    "model.kind": ("contextual", "biencoder"),
+    "model.context_attention": ("isolated", "joint"),
+    "model.backbone": ("nomic", "bert"),
+    "model.dtype": ("float32", "bfloat16", "auto"),
+    "evaluate.checkpoint": ("best", "newest"),
+}
+# key: smallest value allowed; the largest where there is one
+_RANGES = {
+    "data.vocab_size": (64,),
+    "data.query_length": (3,),
+    "data.document_length": (3,),
+    "batching.surrogate_width": (2,),
+    "batching.batch_size": (2,),
+    "batching.cluster_size": (1,),
+    "batching.iterations": (1,),
+    "batching.tries": (1,),
+    "batching.epochs": (1,),
+    "batching.hard_negatives": (0,),
+    "batching.filter_margin": (-2.0, 2.0),
+    "batching.threads": (1,),
+    "batching.prefetch": (1,),
+    "model.context_size": (1,),
+    "model.vocab_size": (0,),
+    "model.width": (1,),
+    "model.layers": (1,),
+    "model.first_stage_layers": (0,),
+    "model.heads": (1,),
+    "model.mlp_width": (1,),
+    "model.max_positions": (1,),
+    "model.soft_prompt": (1,),
+    "model.init.layers": (0,),
+    "train.steps": (0,),
+    "train.devices": (0,),
+    "train.batches_per_step": (1,),
+    "train.learning_rate": (0.0, 1.0),
+    "train.warmup_steps": (0,),
+    "train.weight_decay": (0.0,),
+    "train.clip_norm": (1e-9,),
+    "train.temperature": (1e-4, 10.0),
+    "train.sequence_dropout": (0.0, 1.0),
+    "train.query_chunk": (0,),
+    "train.document_chunk": (0,),
+    "train.context_chunk": (0,),
+    "train.log_every": (1,),
+    "train.checkpoint_every": (0,),
+    "train.evaluate_every": (0,),
+    "evaluate.cutoff": (1,),
+}
+# Keys that may differ between two runs of one work directory: they do not change any number that training computes.
+_FREE = {
+    "batching.threads",
+    "batching.prefetch",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.evaluate_every",
+    "evaluate.checkpoint",
+    "evaluate.cutoff",
+    "evaluate.baselines",
+}
+
+
+def from_config_dict(config: Mapping[str, Any]) -> Config:
+    """Build and check a `Config`; ValueError names every unknown key (with the nearest known one) and bad value."""
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    problems: list[str] = []
+    built = _build(Config, plain, "", problems)
+    if not problems:
+        problems += _problems(built)
+    if problems:
+        raise ValueError("the configuration cannot be used:\n" + "\n".join(f"- {problem}" for problem in problems))
+    return built
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    for name in values.keys() - fields.keys():
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known keys here: {', '.join(fields)}"
+        problems.append(f"unknown key `{prefix}{name}`: {hint}")
+    built = {}
+    for name, expected in fields.items():
+        if name not in values:
+            problems.append(f"`{prefix}{name}` is missing: start from configs/base.py, which declares every key")
+        elif dataclasses.is_dataclass(expected):
+            built[name] = _build(expected, values[name], f"{prefix}{name}.", problems)
+        else:
+            built[name] = _value(values[name], expected, prefix + name, problems)
+    return None if problems else kind(**built)
+
+
+def _value(value: Any, expected: Any, name: str, problems: list[str]) -> Any:
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in getattr(expected, "__args__", (expected,)):
+        value = float(value)
+    allowed = tuple if "tuple" in str(expected) else expected
+    if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
+        problems.append(f"`{name}` must be {getattr(expected, '__name__', expected)}, got {value!r}")
+    return value
+
+
+def _problems(config: Config) -> list[str]:
+    flat = flatten(config.as_dict())
+    problems = [
+        f"`{name}` must be one of {', '.join(map(repr, choices))}, got {flat[name]!r}"
+        for name, choices in _CHOICES.items()
+        if flat[name] not in choices
+    ]
+    for name, (low, *high) in _RANGES.items():
+        value = flat[name]
+        if value is not None and not (low <= value and (not high or value <= high[0])):
+            problems.append(f"`{name}` must be ≥ {low}{f' and ≤ {high[0]}' if high else ''}, got {value}")
+    data, model, train = config.data, config.model, config.train
+    if data.source == "jsonl" and not data.paths:
+        problems.append("`data.paths` is empty: name the jsonl files, e.g. --config.data.paths=\"('pairs.jsonl.gz',)\"")
+    longest = max(data.query_length, data.document_length)
+    if longest > model.max_positions:
+        problems.append(f"texts of {longest} tokens do not fit `model.max_positions` = {model.max_positions}")
+    if model.width % model.heads:
+        problems.append(f"`model.width` {model.width} is not a multiple of `model.heads` {model.heads}")
+    if train.steps and train.warmup_steps >= train.steps:
+        problems.append(f"`train.warmup_steps` {train.warmup_steps} must be fewer than `train.steps` {train.steps}")
+    development, sets = config.evaluate.development, (*data.held_out, *map(_set_name, data.evaluation))
+    if development and development not in sets:
+        problems.append(f"`evaluate.development` {development!r} is none of the evaluation sets {sets}")
+    return problems
+
+
+def _set_name(path: str) -> str:
+    return path.rstrip("/").split("/")[-1]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def check_same_run(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -> None:
+    """ValueError when a work directory was made with other settings that change results; lists each."""
+    now, before = flatten(now), flatten(before)
+    listed = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731  (JSON has no tuples)
+    different = [
+        f"- {name}: {before.get(name, '(not there)')!r} there, {listed(now.get(name, '(not there)'))!r} now"
+        for name in sorted(now.keys() | before.keys())
+        if name not in _FREE and listed(now.get(name)) != listed(before.get(name))
+    ]
+    if different:
+        raise ValueError(
+            f"{where} holds a run with another configuration:\n" + "\n".join(different) + "\n"
+            "Use the same configuration to go on with it, or another --workdir to start a new one; --rebuild starts "
+            "over in this one and moves its checkpoints aside."
+        )
+
+
+def encoder_config(model: Model, vocab_size: int, layers: int, dtype: str) -> EncoderConfig:
+    """The encoder that `model` describes; `vocab_size` is used where the config leaves it to the tokenizer."""
+    shape = {
+        "vocab_size": model.vocab_size or vocab_size,
+        "width": model.width,
+        "layers": layers,
+        "heads": model.heads,
+        "mlp_width": model.mlp_width,
+        "max_positions": model.max_positions,
+        "dtype": dtype,
+        "remat": model.remat,
+    }
+    if model.backbone == "bert":
+        habits = {"positions": "learned", "activation": "gelu", "attention_bias": True, "mlp_bias": (True, True)}
+        return EncoderConfig(**shape, **habits)
+    return EncoderConfig(**shape)
+
+
+def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig | ContextualConfig:
+    """What `models.contextual` builds: a biencoder, or both stages of a contextual encoder."""
+    second = encoder_config(model, vocab_size, model.layers, dtype)
+    if model.kind == "biencoder":
+        return BiencoderConfig(second)
+    first = encoder_config(model, vocab_size, model.first_stage_layers or model.layers, dtype)
+    return ContextualConfig(
+        first_stage=BiencoderConfig(first, head=True),
+        second_stage=second,
+        context_size=model.context_size,
+        context_attention=model.context_attention,
+        soft_prompt=model.soft_prompt,
+        slot_bias=model.slot_bias,
+        tie_token_embeddings=model.tie_token_embeddings,
+    )

@@ -1,0 +1,294 @@
+"""The stages by name: each reads named files of the work directory and leaves named files there."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from cde_jax.batching.loader import Loader
+from cde_jax.batching.surrogate import Lsa, Texts
+from cde_jax.config import Config, check_same_run, from_config_dict, model_config
+from cde_jax.data.files import fingerprint, read_json, write_json
+from cde_jax.data.tokens import Tokenizer
+from cde_jax.interop.read import TextSettings, load_encoder
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualEncoder
+from cde_jax.models.encoder import Encoder
+from cde_jax.prepare import LSA, TOKENIZER, evaluation_sets, load_plan, prepare
+from cde_jax.retrieval import evaluate as measure
+from cde_jax.retrieval.embedder import Embedder
+from cde_jax.training import loop, sharding
+from cde_jax.training.checkpoint import Checkpoints
+from cde_jax.training.step import StepConfig, TrainState, init_state, make_optimizer, make_train_step, stream
+
+log = logging.getLogger(__name__)
+
+STAGES = ("prepare", "train", "evaluate", "export")
+EXPORT = "export"
+_VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "faiss-cpu", "scikit-learn", "tokenizers")
+
+
+def run(config: Any, workdir: Path, stage: str = "all", *, rebuild: bool = False) -> Iterator[str]:
+    """Run one stage or all, in order; yields what each has to say, as text.
+
+    `config` is a ConfigDict. Everything is checked before anything is written. Stops after an interrupted training.
+    """
+    if stage not in ("all", *STAGES):
+        raise ValueError(f"unknown stage {stage!r}: choose all, {', '.join(STAGES)}")
+    config = from_config_dict(config)
+    claim(config, workdir, rebuild)
+    for name in STAGES if stage == "all" else (stage,):
+        if name == "prepare":
+            yield prepare(config, workdir, rebuild=rebuild, checkpoint=_checkpoint_surrogate(config))
+        elif name == "train":
+            if not train(config, workdir):
+                return
+        elif name == "evaluate":
+            yield measure.table(evaluate(config, workdir), f"NDCG@{config.evaluate.cutoff}")
+        else:
+            yield f"exported to {export(config, workdir)}"
+
+
+def claim(config: Config, workdir: Path, rebuild: bool = False) -> None:
+    """Write config.json, or check that the work directory's checkpoints are of this configuration.
+
+    Store and plan are checked where they are read, against the settings that made them. With `rebuild` another
+    configuration may take the directory over; checkpoints are moved aside, never deleted.
+    """
+    file, checkpoints = workdir / "config.json", workdir / "checkpoints"
+    if file.exists() and checkpoints.exists():
+        if rebuild:
+            _move_aside(checkpoints)
+        else:
+            check_same_run(config.as_dict(), read_json(file)["config"], str(workdir))
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONS} | {"python": platform.python_version()}
+    write_json(file, {"config": config.as_dict(), "versions": versions})
+
+
+def train(config: Config, workdir: Path) -> bool:
+    """Train to the end, from the newest checkpoint if there is one; False if asked to stop before the end."""
+    run = _run(config, workdir)
+    state = run.state
+    newest = run.checkpoints.newest()
+    if newest is not None:
+        state = run.checkpoints.restore(newest, state)
+        log.info("going on from checkpoint %d of %d", newest, run.steps)
+    t, b = config.train, config.batching
+
+    def batches(start: int, stop: int) -> Iterator[dict[str, Any]]:
+        for batch in run.loader.iterate(start, stop, threads=b.threads, prefetch=b.prefetch):
+            yield sharding.shard_batch(run.mesh, batch)
+
+    development = [one for one in evaluation_sets(config, workdir) if one.name == config.evaluate.development]
+
+    def score(state: TrainState) -> float:
+        embedder = _embedder(config, workdir, nnx.merge(run.graph, state.params))
+        kind = measure.SAME_CORPUS if embedder.contextual else measure.NO_CONTEXT
+        scores = measure.evaluate_embedder(embedder, development, [], config.seed, config.evaluate.cutoff)
+        return scores[development[0].name][kind]
+
+    try:
+        outcome = loop.run(
+            run.step,
+            state,
+            batches,
+            sharding.replicate(run.mesh, stream(config.seed, "dropout")),
+            steps=run.steps,
+            cadence=loop.Cadence(t.log_every, t.checkpoint_every, t.evaluate_every),
+            checkpoints=run.checkpoints,
+            workdir=workdir,
+            evaluate=score if development else None,
+        )
+    finally:
+        run.checkpoints.close()
+    return outcome.finished
+
+
+def evaluate(config: Config, workdir: Path) -> measure.Scores:
+    """NDCG of the trained model by set and kind of context, beside the baselines; written to evaluation.json."""
+    sets = evaluation_sets(config, workdir)
+    if not sets:
+        raise ValueError("nothing to evaluate: name packages in data.held_out or BEIR folders in data.evaluation")
+    pairs, _ = load_plan(config, workdir)
+    embedder = trained(config, workdir)
+    documents = Texts(pairs.ragged("document_text"))
+    drawn = np.random.default_rng([config.seed, 1]).choice(len(documents), min(4096, len(documents)), replace=False)
+    k = config.evaluate.cutoff
+    scores = measure.evaluate_embedder(embedder, sets, [documents[i] for i in drawn], config.seed, k)
+    if config.evaluate.baselines:
+        lsa = {"LSA": Lsa.load(workdir / LSA).encode} if config.batching.surrogate == "lsa" else {}
+        scores = measure.combine(scores, measure.evaluate_baselines(sets, lsa, k))
+    write_json(workdir / "evaluation.json", {"metric": f"ndcg@{k}", "sets": scores, "mean": measure.means(scores)})
+    return scores
+
+
+def export(config: Config, workdir: Path) -> Path:
+    """Write the trained model to export/, with a card that says how it was made and what was measured."""
+    folder = workdir / EXPORT
+    trained(config, workdir).save_pretrained(folder, card=model_card(config, workdir))
+    return folder
+
+
+def trained(config: Config, workdir: Path) -> Embedder:
+    """The trained model of a work directory: its best checkpoint, or its newest, as the config says."""
+    run = _run(config, workdir)
+    checkpoints = run.checkpoints
+    step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.newest()
+    if step is None:
+        raise ValueError(f"{workdir} has no checkpoint yet: run --stage=train first")
+    state = checkpoints.restore(step, run.state)
+    checkpoints.close()
+    log.info("checkpoint %d of %d", step, run.steps)
+    return _embedder(config, workdir, nnx.merge(run.graph, state.params))
+
+
+def build_model(config: Config, vocab_size: int, dtype: str) -> Biencoder | ContextualEncoder:
+    """The model with random parameters from the run's seed; jitted, so that a large one is made in seconds."""
+    shape = model_config(config.model, vocab_size, dtype)
+    kind = Biencoder if isinstance(shape, BiencoderConfig) else ContextualEncoder
+    return nnx.jit(lambda key: kind(shape, rngs=nnx.Rngs(params=key)))(stream(config.seed, "params"))
+
+
+def model_card(config: Config, workdir: Path) -> str:
+    """README.md of an export."""
+    pairs, plan = load_plan(config, workdir)
+    file = workdir / "evaluation.json"
+    results = "Not evaluated."
+    if file.exists():
+        results = "```\n" + measure.table(read_json(file)["sets"], f"NDCG@{config.evaluate.cutoff}") + "\n```"
+    kind = config.model.kind if config.model.kind == "biencoder" else f"contextual, {config.model.context_attention}"
+    return f"""# A cde_jax model ({kind})
+
+Contextual document embeddings (arXiv 2410.02525), trained with cde_jax.
+
+```python
+from cde_jax import Embedder
+
+embedder = Embedder.from_pretrained("this directory")
+```
+
+## Data
+{pairs.manifest["pairs"]} pairs in {len(pairs.manifest["domains"])} domains, source `{config.data.source}`, fingerprint
+`{pairs.fingerprint}`; {len(plan)} plan batches of {config.batching.batch_size}.
+
+## Results
+{results}
+
+## Configuration
+```json
+{json.dumps(config.as_dict(), indent=1)}
+```
+"""
+
+
+class _Run(NamedTuple):
+    """What training and its readers share."""
+
+    loader: Loader
+    mesh: jax.sharding.Mesh
+    graph: nnx.GraphDef
+    state: TrainState
+    step: Any
+    steps: int
+    checkpoints: Checkpoints
+
+
+def _run(config: Config, workdir: Path) -> _Run:
+    pairs, plan = load_plan(config, workdir)
+    t, contextual = config.train, config.model.kind == "contextual"
+    mesh = sharding.make_mesh(t.devices)
+    sharding.check_divides(mesh, t.batches_per_step)
+    steps = t.steps or len(plan) // t.batches_per_step
+    if steps < 1:
+        raise ValueError(
+            f"the plan has {len(plan)} batches, fewer than the {t.batches_per_step} of one step: lower "
+            f"train.batches_per_step or batching.batch_size, raise batching.epochs, or give more data"
+        )
+    loader = Loader(
+        plan,
+        pairs,
+        batches_per_step=t.batches_per_step,
+        context_size=config.model.context_size if contextual else 0,
+        context_source=config.batching.context_source,
+        query_length=config.data.query_length,
+        document_length=config.data.document_length,
+        seed=config.seed,
+    )
+    optimizer, schedule = make_optimizer(
+        learning_rate=t.learning_rate,
+        warmup_steps=t.warmup_steps,
+        steps=steps,
+        weight_decay=t.weight_decay,
+        clip_norm=t.clip_norm,
+    )
+    graph, state = init_state(_initial_model(config, workdir), optimizer)
+    names = ("temperature", "sequence_dropout", "share_negatives", "query_chunk", "document_chunk", "context_chunk")
+    step = make_train_step(graph, optimizer, schedule, StepConfig(**{name: getattr(t, name) for name in names}), mesh)
+    belongs = {"plan": plan.fingerprint, "config": _training_fingerprint(config)}
+    checkpoints = Checkpoints(workdir / "checkpoints", belongs)
+    return _Run(loader, mesh, graph, sharding.replicate(mesh, state), step, steps, checkpoints)
+
+
+def _training_fingerprint(config: Config) -> str:
+    """Of the settings that shape parameters or optimiser: how often things are logged or saved is not among them."""
+    train = {k: v for k, v in config.as_dict()["train"].items() if not k.endswith("_every")}
+    return fingerprint({"seed": config.seed, "model": config.as_dict()["model"], "train": train})
+
+
+def _initial_model(config: Config, workdir: Path) -> Biencoder | ContextualEncoder:
+    """Random parameters, then the pretrained encoders that `model.init` names."""
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    model = build_model(config, Tokenizer.load(workdir / TOKENIZER).vocab_size, dtype)
+    init = config.model.init
+    second = model.encoder
+    _start_from(second, init.second_stage, init.layers, "second_stage")
+    if isinstance(model, ContextualEncoder):
+        _start_from(model.first_stage.encoder, init.first_stage, init.layers, "first_stage")
+    return model
+
+
+def _start_from(encoder: Encoder, name: str, layers: int, stage: str) -> None:
+    if not name:
+        return
+    pretrained = load_encoder(name, layers or None)
+    runtime = ("dtype", "remat")
+    different = [
+        f"{field}: the config says {ours!r}, the checkpoint {theirs!r}"
+        for field, ours in vars(encoder.config).items()
+        if field not in runtime and ours != (theirs := getattr(pretrained.config, field))
+    ]
+    if different:
+        raise ValueError(
+            f"model.init.{stage} {name!r} is of another shape than the config's model: " + "; ".join(different) + ". "
+            "Set model.* to the checkpoint's shape"
+        )
+    nnx.update(encoder, nnx.state(pretrained, nnx.Param))
+
+
+def _embedder(config: Config, workdir: Path, model: Biencoder | ContextualEncoder) -> Embedder:
+    d = config.data
+    settings = TextSettings(d.query_prefix, d.document_prefix, d.query_length, d.document_length)
+    tokenizer = Tokenizer.load(workdir / TOKENIZER)
+    return Embedder(model, tokenizer, settings, workdir / TOKENIZER)
+
+
+def _checkpoint_surrogate(config: Config):
+    """Our own encoder as a function texts → vectors, where the config asks for it."""
+    kind, _, directory = config.batching.surrogate.partition(":")
+    return Embedder.from_pretrained(directory).encode_documents if kind == "checkpoint" else None
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    log.warning("%s was moved to %s", folder, aside)

@@ -1,0 +1,109 @@
+"""Every key of a run, declared and commented once. The other configs override.
+
+The values here are those of the paper's large setting where it has one (arXiv 2410.02525, section 5 and appendix).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The defaults. `variant` is a comma-separated choice, e.g. `joint,random`; see `apply_variant`."""
+    c = ConfigDict()
+    c.seed = 0  # the one seed of data order, clusters, parameters, context draws and dropout
+
+    c.data = ConfigDict()
+    c.data.source = "docstrings"  # "docstrings" of installed packages, or "jsonl" files of pairs
+    c.data.paths = ()  # jsonl: files or folders of {"query", "document", "domain"?, "negatives"?} lines, plain or .gz
+    c.data.packages = "core"  # docstrings: of our "core" dependencies (repeatable), or of all "installed" packages
+    c.data.standard_library = False  # docstrings: read Python's own too (they differ between Python versions)
+    c.data.held_out = ()  # docstrings: packages kept out of training as evaluation sets
+    c.data.evaluation = ()  # folders of evaluation sets in BEIR form
+    c.data.tokenizer = "wordpiece"  # "wordpiece" trained on the pairs, or a pretrained one by name or path
+    c.data.vocab_size = 8192  # tokens of a trained WordPiece
+    c.data.query_prefix = "search_query: "  # put before every query
+    c.data.document_prefix = "search_document: "  # put before every document, context documents too
+    c.data.query_length = 512  # tokens kept of a query, [CLS] and [SEP] included
+    c.data.document_length = 512  # tokens kept of a document
+
+    c.batching = ConfigDict()
+    c.batching.surrogate = "lsa"  # model that places pairs: "lsa", "sentence-transformers:NAME", "checkpoint:DIR"
+    c.batching.surrogate_width = 128  # dimensions of the LSA vectors
+    c.batching.method = "clustered"  # batches from "clustered" neighbourhoods, or "random" within a domain
+    c.batching.batch_size = 512  # B, queries of a plan batch: the unit of contrast
+    c.batching.cluster_size = 512  # pairs of a cluster, on average
+    c.batching.iterations = 100  # of k-means, at most
+    c.batching.tries = 3  # k-means from several seeds; the best is kept
+    c.batching.packing = "tsp"  # clusters follow each other at "random", or by a greedy tour to the nearest ("tsp")
+    c.batching.epochs = 3  # arrangements of all pairs in the plan, each different
+    c.batching.hard_negatives = 0  # K per query, from the data's own negatives
+    # ε of the false-negative filter (paper eq. 4) on the surrogate's cosine: documents at least this much closer to
+    # the query than its own document are no negatives. None: only equal texts are masked.
+    c.batching.filter_margin = 0.0
+    c.batching.context_source = "batch"  # context documents are drawn from the "batch" (paper) or from its "domain"
+    c.batching.threads = 4  # that read batches
+    c.batching.prefetch = 8  # batches ready ahead
+
+    c.model = ConfigDict()
+    c.model.kind = "contextual"  # "contextual" (two stages), or a plain "biencoder"
+    c.model.context_attention = "isolated"  # "isolated": slots are computed once per context; "joint": as the paper
+    c.model.context_size = 512  # J context documents
+    c.model.backbone = "nomic"  # "nomic": rotary positions, SwiGLU, no biases; "bert"
+    c.model.vocab_size = 0  # rows of the token embeddings; 0: as many as the tokenizer has
+    c.model.width = 768  # D
+    c.model.layers = 12  # of the second stage (and of a biencoder)
+    c.model.first_stage_layers = 0  # of the first stage; 0: as many as the second
+    c.model.heads = 12
+    c.model.mlp_width = 3072  # hidden width of the MLP
+    c.model.max_positions = 2048  # longest text
+    c.model.soft_prompt = 8  # learned tokens between slots and text
+    # First value of a learned bias per layer and head from text to slots: training starts as a biencoder and opens
+    # to context as it earns something. None: no such bias (the paper).
+    c.model.slot_bias = -5.0
+    c.model.tie_token_embeddings = False  # both stages share one table
+    c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators and float32 on CPU, or either by name
+    c.model.remat = False  # recompute each layer in the backward pass: less memory, about a third more time
+    c.model.init = ConfigDict()
+    c.model.init.first_stage = ""  # pretrained encoder (name or path) the first stage starts from; "": random
+    c.model.init.second_stage = ""  # … the second stage, or the biencoder
+    c.model.init.layers = 0  # only its first layers; 0: all
+
+    c.train = ConfigDict()
+    c.train.steps = 0  # 0: once through the plan
+    c.train.devices = 0  # how many share a step; 0: all there are
+    c.train.batches_per_step = 1  # G plan batches per step, shared by the devices
+    c.train.learning_rate = 2e-5  # peak, of AdamW
+    c.train.warmup_steps = 1000  # linear, then linear decay to zero
+    c.train.weight_decay = 0.01  # of matrices
+    c.train.clip_norm = 1.0  # global norm of the gradient
+    c.train.temperature = 0.02  # τ
+    c.train.sequence_dropout = 0.005  # p that a context document is replaced by the null embedding
+    c.train.share_negatives = False  # contrast across all plan batches of a step instead of within each
+    c.train.query_chunk = 0  # texts encoded at once, recomputed in the backward pass; 0: all, nothing recomputed
+    c.train.document_chunk = 0
+    c.train.context_chunk = 0
+    c.train.log_every = 10  # steps between lines of metrics.jsonl
+    c.train.checkpoint_every = 500  # steps; 0: only at the end
+    c.train.evaluate_every = 0  # steps between scores on the development set; 0: only at the end
+
+    c.evaluate = ConfigDict()
+    c.evaluate.development = ""  # evaluation set whose score picks the best checkpoint; "": the newest is the best
+    c.evaluate.checkpoint = "best"  # "best" or "newest" is evaluated and exported
+    c.evaluate.cutoff = 10  # k of NDCG@k
+    c.evaluate.baselines = True  # BM25 and the LSA surrogate beside the model
+    return apply_variant(c, variant)
+
+
+def apply_variant(c: ConfigDict, variant: str) -> ConfigDict:
+    """Choose the model (biencoder, contextual = the paper's joint attention, isolated) and the batches."""
+    for name in filter(None, variant.split(",")):
+        if name == "biencoder":
+            c.model.kind = "biencoder"
+        elif name in ("contextual", "joint", "isolated"):
+            c.model.kind = "contextual"
+            c.model.context_attention = "isolated" if name == "isolated" else "joint"
+        elif name in ("random", "clustered"):
+            c.batching.method = name
+        else:
+            known = "biencoder, contextual (also: joint), isolated; random, clustered"
+            raise ValueError(f"unknown variant {name!r}: known are {known}, joined by commas, e.g. :isolated,clustered")
+    return c
