@@ -1,0 +1,38 @@
+# The two commands: `make demo` and `make test`. Each makes .venv and installs what it needs, pinned.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/demo
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PINS := requirements.txt constraints.txt pyproject.toml
+
+.PHONY: demo test test-all lint clean
+
+demo: $(VENV)/core
+	$(BIN)/python -m cde_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
+
+test: $(VENV)/dev lint
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/dev lint
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python >= 3.11 is needed, $(PYTHON) is %d.%d: call make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core: $(PINS) | $(BIN)/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/dev: $(VENV)/core
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
