@@ -227,8 +227,8 @@ def _backbone(config: Mapping[str, Any], numerics: str, layers: int | None, sour
         name = "nomic-ai/nomic-embed-text-v1" if name.startswith("nomic-ai/nomic-embed-text-v1") else name
         if name not in BACKBONES:
             raise ValueError(
-                f"{source}: the backbone {name!r} is not among those whose shape is known here ({', '.join(BACKBONES)}); "
-                f"put its own config.json under the key backbone_config"
+                f"{source}: the backbone {name!r} is not among those whose shape is known here "
+                f"({', '.join(BACKBONES)}); put its own config.json under the key backbone_config"
             )
         backbone = BACKBONES[name]
     elif backbone.get("model_type") == "nomic_bert" and "n_embd" not in backbone:

@@ -7,6 +7,32 @@ from typing import Any
 from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
 
+FORMAT = 1
+
+
+def own_keys(model: BiencoderConfig | ContextualConfig, settings: Any) -> dict[str, Any]:
+    """What stands under "cde_jax" in a `config.json`: it alone says how the directory is read again."""
+    return {
+        "format": FORMAT,
+        "numerics": numerics_of(model),
+        "jax_only": jax_only(model),
+        "model": to_dict(model),
+        "text": dataclasses.asdict(settings),
+    }
+
+
+def jax_only(model: BiencoderConfig | ContextualConfig) -> list[str]:
+    """Settings of imported weights that the PyTorch module and the ONNX graph do not know."""
+    contextual = isinstance(model, ContextualConfig)
+    first = model.first_stage if contextual else model
+    odd = {
+        "prenorm": first.encoder.prenorm or (contextual and model.second_stage.prenorm),
+        "tokens_per_document": first.tokens_per_document > 1,
+        "pool_slots": contextual and model.pool_slots,
+        "pool_after_token": contextual and model.pool_after_token is not None,
+    }
+    return [name for name, on in odd.items() if on]
+
 
 def reference_keys(model: BiencoderConfig | ContextualConfig) -> dict[str, Any]:
     """The top level of `config.json` in the reference's words, for readers that know the reference."""

@@ -151,10 +151,15 @@ def describe(directory: Path, numerics: str | None = None) -> Described:
     weights = _plain_names(tensors(home))
     naming = _naming(weights)
     own = config.get("cde_jax", {})
+    if own.get("baked"):
+        raise ValueError(
+            f"{directory}: an export with its context baked in has no first stage; load the export it was made from, "
+            f"or run this one with sentence-transformers or ONNX"
+        )
     if own and numerics in (None, own["numerics"]):
         model = ours.from_dict(own["model"], source)
     elif own and own["numerics"] not in families.NUMERICS:
-        raise ValueError(f"{source}: exported with its own numerics; leave numerics={numerics!r} out")
+        raise ValueError(f"{source}: exported with cde_jax's own numerics; leave numerics={numerics!r} out")
     elif families.is_reference(config):
         null = "second_stage_model.sequence_dropout_null_embedding" in weights
         model = families.reference_model(
@@ -238,8 +243,8 @@ def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     first, second = (weights.get(name) for name in TIED)
     if first and second and first.read().tobytes() != second.read().tobytes():
         raise ValueError(
-            f"config.json ties the word embeddings of both stages, but the file has two different tables: {TIED[0]} and "
-            f"{TIED[1]}; set transductive_tie_token_embeddings to false"
+            f"config.json ties the word embeddings of both stages, but the file has two different tables: {TIED[0]} "
+            f"and {TIED[1]}; set transductive_tie_token_embeddings to false"
         )
     rest = {name: tensor for name, tensor in weights.items() if name not in TIED}
     return rest | ({TIED[1]: second or first} if second or first else {})

@@ -1,12 +1,13 @@
 """Contextual text embeddings in PyTorch: the model of the directory that this file lies in.
 
 Needs torch and transformers only. `config.json` describes the model under "cde_jax"; tensor names are those of
-cde-small-v1. In two stages: vectors of a sample of the corpus, then texts that read these vectors as context.
+cde-small-v1. In two stages: vectors of a sample of the corpus, then of texts that read them as their context.
 
     model = SentenceTransformer(DIR, trust_remote_code=True)
     context = model.encode(sample, prompt_name="document")
     vectors = model.encode(texts, prompt_name="query", dataset_embeddings=context)
 """
+# ruff: noqa: D102, D103
 
 import torch
 import torch.nn.functional as F
@@ -31,32 +32,28 @@ class Attention(nn.Module):
         self.Wqkv = nn.Linear(c["width"], 3 * c["width"], bias=c["attention_bias"])
         self.out_proj = nn.Linear(c["width"], c["width"], bias=c["attention_bias"])
 
-    def forward(self, x, mask, positions, prefix=None):  # x [B, S, D], mask [B|1, H|1, S|1, P+S] added to the logits
-        batch, length, _ = x.shape
-        q, k, v = self.Wqkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [B, H, S, d]
+    def forward(self, x, logits, positions, prefix=None):  # x [B, S, D]; logits [B, H|1, S|1, P + S] are added
+        q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, S, d]
         if self.c["positions"] == "rotary":
-            q, k = (self.rotate(y, positions) for y in (q, k))
+            q, k = self.rotate(q, positions), self.rotate(k, positions)
         own = k, v
         if prefix is not None:
-            k, v = (torch.cat([p.expand(batch, -1, -1, -1), y], dim=2) for p, y in zip(prefix, own, strict=True))
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(read.transpose(1, 2).reshape(x.shape)), own
+            k, v = (torch.cat([p.expand(len(x), -1, -1, -1), y], dim=2) for p, y in zip(prefix, own, strict=True))
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=logits)
+        return self.out_proj(read.transpose(1, 2).flatten(2)), own
 
-    def rotate(self, x, positions):  # positions [B|1, S]; a token at -1 has none and is not turned
-        dim = int(x.shape[-1] * self.c["rotary_fraction"])
-        inverse = 1.0 / self.c["rotary_base"] ** (torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
+    def rotate(self, x, positions):  # positions [B, S]; a token at 0 is not turned
+        dim, device = int(x.shape[-1] * self.c["rotary_fraction"]), x.device
+        inverse = 1.0 / self.c["rotary_base"] ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
         steps = positions.clamp(min=0)[:, None]
-        if self.c["rotary_axis"] == "heads":
-            heads = torch.arange(self.heads, device=x.device)[:, None]
-            steps = torch.where(positions[:, None] < 0, 0, heads)
+        if self.c["rotary_axis"] == "heads":  # cde-small-v1's own file turns by the index of the head
+            steps = torch.where(positions[:, None] < 0, 0, torch.arange(self.heads, device=device)[:, None])
         angles = steps[..., None].float() * inverse
         cos, sin, turned, rest = angles.cos(), angles.sin(), x[..., :dim], x[..., dim:]
-        if self.c["rotary_interleaved"]:
-            a, b = turned[..., ::2], turned[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
-        else:
-            a, b = turned.chunk(2, dim=-1)
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        pairs = self.c["rotary_interleaved"]
+        a, b = (turned[..., ::2], turned[..., 1::2]) if pairs else turned.chunk(2, dim=-1)
+        turned = [a * cos - b * sin, b * cos + a * sin]
+        turned = torch.stack(turned, dim=-1).flatten(-2) if pairs else torch.cat(turned, dim=-1)
         return torch.cat([turned, rest], dim=-1).to(x.dtype)
 
 
@@ -66,15 +63,13 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         width, inner, (bias_in, bias_out) = c["width"], c["mlp_width"], c["mlp_bias"]
-        self.gate = GATES.get(c["activation"])
-        self.attn = Attention(c)
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=c["norm_epsilon"]) for _ in range(2))
-        names = ("fc11", "fc12") if self.gate else ("fc1",)
-        layers = {name: nn.Linear(width, inner, bias=bias_in) for name in names}
-        self.mlp = nn.ModuleDict({**layers, "fc2": nn.Linear(inner, width, bias=bias_out)})
+        self.attn, self.gate = Attention(c), GATES.get(c["activation"])
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=c["norm_epsilon"]), nn.LayerNorm(width, eps=c["norm_epsilon"])
+        layers = {name: nn.Linear(width, inner, bias_in) for name in (("fc11", "fc12") if self.gate else ("fc1",))}
+        self.mlp = nn.ModuleDict({**layers, "fc2": nn.Linear(inner, width, bias_out)})
 
-    def forward(self, x, mask, positions, prefix=None):
-        read, keys_values = self.attn(x, mask, positions, prefix)
+    def forward(self, x, logits, positions, prefix=None):
+        read, keys_values = self.attn(x, logits, positions, prefix)
         x, m = self.norm1(x + read), self.mlp
         hidden = m["fc11"](x) * self.gate(m["fc12"](x)) if self.gate else F.gelu(m["fc1"](x))
         return self.norm2(x + m["fc2"](hidden)), keys_values
@@ -85,9 +80,6 @@ class Encoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        if c["prenorm"]:
-            raise ValueError("pre-norm encoders run in cde_jax only; this module knows post-norm ones")
-        self.c = c
         tables = {"word": c["vocab_size"], "token_type": c["token_types"]}
         tables |= {"position": c["max_positions"]} if c["positions"] == "learned" else {}
         self.embeddings = nn.ModuleDict(
@@ -97,10 +89,7 @@ class Encoder(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(c) for _ in range(c["layers"]))})
 
     def positions(self, mask):
-        skip = self.c["positions_skip_padding"]
-        return (
-            (mask.long().cumsum(1) - 1).clamp(min=0) if skip else torch.arange(mask.shape[1], device=mask.device)[None]
-        )
+        return torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)
 
     def embed(self, ids, mask, times_token_type=1):
         tables, x = self.embeddings, self.embeddings["word_embeddings"](ids)
@@ -109,16 +98,15 @@ class Encoder(nn.Module):
         return x + tables["position_embeddings"](self.positions(mask)) if "position_embeddings" in tables else x
 
     def run(self, x, mask, positions, prefix=None, bias=None):
-        """Hidden states and each layer's keys and values; `bias` [layers, H, S|1, P+S] is added to the logits."""
-        closed = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
-        closed = closed.masked_fill(~mask, torch.finfo(x.dtype).min)[:, None, None]  # [B, 1, 1, P+S]
+        """Hidden states and each layer's keys and values; `bias` [layers, H, S|1, P + S] is added to the logits."""
+        lowest = torch.finfo(x.dtype).min
+        closed = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, lowest)[:, None, None]
         x, kept = self.emb_ln(x), []
         for i, layer in enumerate(self.encoder["layers"]):
-            # The lowest number plus a bias must not become -inf.
-            logits = closed if bias is None else (closed + bias[i]).clamp(min=torch.finfo(x.dtype).min)
-            x, keys_values = layer(x, logits, positions, prefix[i] if prefix else None)
+            logits = closed if bias is None else (closed + bias[i]).clamp(min=lowest)
+            x, keys_values = layer(x, logits, positions, None if prefix is None else prefix[i])
             kept.append(keys_values)
-        return x * mask[:, -x.shape[1] :, None] if self.c["zero_padding"] else x, kept
+        return x, kept
 
     def forward(self, input_ids, attention_mask):
         mask = attention_mask.bool()
@@ -130,7 +118,7 @@ def mean_pool(hidden, mask):
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
 
 
-def mlp(inner, outputs, activation, width):
+def mlp(width, inner, outputs, activation):
     return nn.Sequential(nn.Linear(width, inner), activation, nn.Linear(inner, outputs))
 
 
@@ -139,11 +127,9 @@ class FirstStage(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        if c["tokens_per_document"] > 1:
-            raise ValueError("several vectors per context document run in cde_jax only; this module gives one")
         self.pooling, width = c["pooling"], c["encoder"]["width"]
         self.embedder = Encoder(c["encoder"])
-        self.mlp = mlp(width, c["output_width"] or width, nn.GELU(), width) if c["head"] else nn.Identity()
+        self.mlp = mlp(width, width, c["output_width"] or width, nn.GELU()) if c["head"] else nn.Identity()
 
     def forward(self, input_ids, attention_mask, **_):
         hidden = self.embedder(input_ids, attention_mask)
@@ -151,20 +137,24 @@ class FirstStage(nn.Module):
 
 
 class SecondStage(nn.Module):
-    """Texts that read context vectors; `joint` or `isolated` attention."""
+    """Texts that read context vectors, by joint or isolated attention; with `baked`, P slots that are fixed."""
 
-    def __init__(self, c):
+    def __init__(self, c, baked=0):
         super().__init__()
-        if c["pool_slots"] or c["pool_after_token"] is not None:
-            raise ValueError("pooling of slots or without instructions runs in cde_jax only")
-        self.c, width = c, c["second_stage"]["width"]
-        self.backbone = Encoder(c["second_stage"])
-        self.prompt_projection = mlp(width, width * c["soft_prompt"], nn.ReLU(), width)
-        self.output_projection = mlp(width, width, nn.ReLU(), width)
-        if c["null_embedding"]:
-            self.sequence_dropout_null_embedding = nn.Parameter(torch.zeros(width))
+        self.c, self.baked, e = c, baked, c["second_stage"]
+        self.isolated, width = c["context_attention"] == "isolated", e["width"]
+        self.backbone = Encoder(e)
+        self.output_projection = mlp(width, width, width, nn.ReLU())
         if c["slot_bias"] is not None:
-            self.slot_bias = nn.Parameter(torch.zeros(c["second_stage"]["layers"], c["second_stage"]["heads"]))
+            self.slot_bias = nn.Parameter(torch.zeros(e["layers"], e["heads"]))
+        if baked and self.isolated:  # keys and values, layer by layer
+            self.context = nn.Parameter(torch.zeros(e["layers"], 2, e["heads"], baked, width // e["heads"]))
+        elif baked:
+            self.context = nn.Parameter(torch.zeros(baked, width))
+        else:
+            self.prompt_projection = mlp(width, width, width * c["soft_prompt"], nn.ReLU())
+        if c["null_embedding"] and not baked:
+            self.sequence_dropout_null_embedding = nn.Parameter(torch.zeros(width))
 
     def slots(self, context):  # [J, D] or [B, J, D] → [1|B, P, D]
         c, size = self.c, self.c["context_size"]
@@ -173,92 +163,85 @@ class SecondStage(nn.Module):
         context = context if c["fixed_context"] == "no" else context[..., :size, :]
         context = context if context.ndim == 3 else context[None]
         prompt = self.prompt_projection(context.new_ones(context.shape[-1])).view(1, c["soft_prompt"], -1)
-        slots = torch.cat([context, prompt.expand(len(context), -1, -1)], dim=1)
-        times = c["slot_token_types"]
+        slots, times = torch.cat([context, prompt.expand(len(context), -1, -1)], dim=1), c["slot_token_types"]
         return slots + times * self.backbone.embeddings["token_type_embeddings"].weight[0] if times else slots
 
-    def prefix(self, slots):
-        """Keys and values of the slots, layer by layer (isolated attention only)."""
-        seen = slots.new_ones(slots.shape[:2], dtype=torch.bool)
-        return self.backbone.run(slots, seen, slots.new_full(slots.shape[:2], -1, dtype=torch.long))[1]
+    def prepare(self, context):
+        """Slots [1|B, P, D], and for isolated attention their keys and values, layer by layer."""
+        if self.baked:
+            return (None, self.context) if self.isolated else (self.context[None], None)
+        if context is None:
+            context = self.sequence_dropout_null_embedding.expand(self.c["context_size"], -1)
+        slots = self.slots(torch.as_tensor(context).to(self.output_projection[0].weight))
+        if not self.isolated:
+            return slots, None
+        seen = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)
+        return None, self.backbone.run(slots, seen, -1 * seen.long())[1]
 
     def forward(self, input_ids, attention_mask, dataset_embeddings=None, null_dataset_embedding=False, **_):
-        weight = self.output_projection[0].weight
-        if dataset_embeddings is None or null_dataset_embedding:
-            dataset_embeddings = self.sequence_dropout_null_embedding.expand(self.c["context_size"], -1)
-        slots = self.slots(torch.as_tensor(dataset_embeddings).to(weight))
-        isolated = self.c["context_attention"] == "isolated"
-        return self.read(input_ids, attention_mask, slots, self.prefix(slots) if isolated else None)
-
-    def read(self, input_ids, attention_mask, slots, prefix):
         c, mask = self.c, attention_mask.bool()
-        (batch, length), count = mask.shape, slots.shape[1]
-        x = self.backbone.embed(input_ids, mask, c["text_token_types"])
-        seen = torch.cat([mask.new_ones(batch, count), mask], dim=1)
-        positions, bias = self.backbone.positions(mask).expand(batch, -1), None
+        slots, prefix = self.prepare(None if null_dataset_embedding else dataset_embeddings)
+        (batch, length), count = mask.shape, prefix[0][0].shape[-2] if slots is None else slots.shape[1]
+        x, positions = self.backbone.embed(input_ids, mask, c["text_token_types"]), self.backbone.positions(mask)
+        seen, bias = torch.cat([mask.new_ones(batch, count), mask], dim=1), None
         if c["slot_bias"] is not None:  # from text to slots
             bias = F.pad(self.slot_bias[..., None, None].expand(-1, -1, length, count), (0, length))
-        if prefix is not None:
-            hidden, _ = self.backbone.run(x, seen, positions, prefix, bias)
-        else:
-            of_slots = torch.arange(count, device=mask.device).expand(batch, -1)
+        if slots is not None:  # joint: one sequence
+            first = torch.arange(count, device=mask.device).expand(batch, -1)
             if c["absolute_positions"]:
-                positions = torch.cat([of_slots, count + positions], dim=1)
+                positions = torch.cat([first, count + positions], dim=1)
                 positions = positions.masked_fill(positions < c["rotary_start"], -1)
             else:
-                positions = torch.cat([torch.full_like(of_slots, -1), positions], dim=1)
-            bias = bias if bias is None else F.pad(bias, (0, 0, count, 0))
+                positions = torch.cat([torch.full_like(first, -1), positions], dim=1)
+            bias = None if bias is None else F.pad(bias, (0, 0, count, 0))
             x = torch.cat([slots.expand(batch, -1, -1), x], dim=1)
-            hidden = self.backbone.run(x, seen, positions, bias=bias)[0][:, count:]
+        hidden = self.backbone.run(x, seen, positions, prefix, bias)[0][:, -length:]
         pooled = mean_pool(hidden, mask)
-        projected = self.output_projection(pooled)
-        return pooled + projected if c["residual_output"] else projected
+        return self.output_projection(pooled) + (pooled if c["residual_output"] else 0)
 
 
 class CdeModel(PreTrainedModel):
-    """Both stages (or a biencoder's one); tensor names are the reference's."""
+    """Both stages, the second with its context baked in, or a biencoder; tensor names are the reference's."""
 
     config_class = CdeConfig
 
     def __init__(self, config):
         super().__init__(config)
         c = config.cde_jax["model"]
-        if "second_stage" in c:
-            self.first_stage_model, self.second_stage_model = FirstStage(c["first_stage"]), SecondStage(c)
-        else:
+        if config.cde_jax["jax_only"]:
+            raise ValueError(
+                f"these settings of the model run in cde_jax only: {', '.join(config.cde_jax['jax_only'])}"
+            )
+        if "second_stage" not in c:
             stage = FirstStage(c)
             self.embedder, self.mlp, self.pooling = stage.embedder, stage.mlp, stage.pooling
+        else:
+            baked = config.cde_jax.get("baked", 0)
+            self.second_stage_model = SecondStage(c, baked)
+            if not baked:
+                self.first_stage_model = FirstStage(c["first_stage"])
         self.post_init()
 
     def _init_weights(self, module):
         """Nothing: the weights come from the directory."""
 
-    def forward(
-        self,
-        input_ids,
-        attention_mask,
-        dataset_input_ids=None,
-        dataset_attention_mask=None,
-        dataset_embeddings=None,
-        **_,
-    ):
-        """Vectors [B, D], not normalised; context as tokens or as first-stage vectors, null slots without any."""
+    def forward(self, input_ids, attention_mask, dataset_input_ids=None, dataset_attention_mask=None, **context):
+        """Vectors [B, D], not normalised; context as tokens or as `dataset_embeddings`, null slots without any."""
         if not hasattr(self, "second_stage_model"):
             return FirstStage.forward(self, input_ids, attention_mask)
         if dataset_input_ids is not None:
-            dataset_embeddings = self.first_stage_model(dataset_input_ids, dataset_attention_mask)
-        return self.second_stage_model(input_ids, attention_mask, dataset_embeddings)
+            context["dataset_embeddings"] = self.first_stage_model(dataset_input_ids, dataset_attention_mask)
+        return self.second_stage_model(input_ids, attention_mask, **context)
 
 
 class Transformer(nn.Module):
-    """sentence-transformers' module: the first stage, or with `dataset_embeddings` the second."""
+    """sentence-transformers' module: the first stage, or with `dataset_embeddings` (or baked in) the second."""
 
     def __init__(self, path):
         super().__init__()
         self.auto_model = AutoModel.from_pretrained(path, trust_remote_code=True)
         self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-        self.config = self.auto_model.config
-        self.max_seq_length = self.config.max_seq_length
+        self.config, self.max_seq_length = self.auto_model.config, self.auto_model.config.max_seq_length
 
     @classmethod
     def load(cls, path):
@@ -269,20 +252,20 @@ class Transformer(nn.Module):
         self.tokenizer.save_pretrained(path)
 
     def preprocess(self, inputs, prompt=None, **_):
-        texts = [(prompt or "") + text for text in inputs]
-        return self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_seq_length, return_tensors="pt")
+        texts, length = [(prompt or "") + text for text in inputs], self.max_seq_length
+        return self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
 
     tokenize = preprocess
 
     def forward(self, features, dataset_embeddings=None, **_):
-        model, tokens = self.auto_model, (features["input_ids"], features["attention_mask"])
-        if hasattr(model, "second_stage_model") and dataset_embeddings is None:
+        model, context = self.auto_model, {"dataset_embeddings": dataset_embeddings}
+        if dataset_embeddings is None and hasattr(model, "first_stage_model"):
             model = model.first_stage_model
-        extra = {} if dataset_embeddings is None else {"dataset_embeddings": dataset_embeddings}
-        return {**features, "sentence_embedding": model(*tokens, **extra)}
+        vectors = model(features["input_ids"], features["attention_mask"], **context)
+        return {**features, "sentence_embedding": vectors}
 
     def get_embedding_dimension(self):
-        model = self.config.cde_jax["model"]
-        return model.get("output_width") or model.get("second_stage", model.get("encoder"))["width"]
+        c = self.config.cde_jax["model"]
+        return c.get("output_width") or c.get("second_stage", c.get("encoder"))["width"]
 
     get_sentence_embedding_dimension = get_embedding_dimension

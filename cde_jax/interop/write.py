@@ -4,10 +4,8 @@ A biencoder becomes a directory of a class that transformers has itself; a conte
 reference's tensor names and one PyTorch module beside them (`torch_module.py`).
 """
 
-import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from cde_jax.data.files import explained, write_json
+from cde_jax.data.files import NewFolder, write_json
 from cde_jax.interop import ours
 from cde_jax.interop.read import TextSettings, check_tokenizer
 from cde_jax.interop.rules import TIED, biencoder_rules, contextual_rules, to_torch
-from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualEncoder
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 
 TOKENIZER_FILES = (
@@ -31,7 +29,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 MODULE = "modeling_cde_jax.py"
-FORMAT = 1
+_STEM = MODULE.removesuffix(".py")
 
 
 def save_pretrained(
@@ -51,54 +49,44 @@ def save_pretrained(
     Raises:
       ValueError: the tokenizer directory has no tokenizer.json, or its ids do not fit the embedding rows.
     """
-    tokenizer = Path(tokenizer)
-    if not (tokenizer / "tokenizer.json").is_file():
-        raise ValueError(f"{tokenizer}: expected a directory with tokenizer.json, to be copied beside the weights")
     config = model.config
     contextual = isinstance(model, ContextualEncoder)
-    check_tokenizer(tokenizer, (config.second_stage if contextual else config.encoder).vocab_size)
-    own = {
-        "format": FORMAT,
-        "numerics": ours.numerics_of(config),
-        "model": ours.to_dict(config),
-        "text": dataclasses.asdict(settings),
-    }
-    with replacing(Path(directory)) as folder:
-        for name in TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, folder / name)
+    with NewFolder(directory, marker="config.json") as new:
+        copy_tokenizer(Path(tokenizer), new.path, (config.second_stage if contextual else config.encoder).vocab_size)
         native = None if contextual else native_class(config)
         if native:
-            _write_native(model, native, folder, own)
+            _write_native(model, native, new.path, settings)
         else:
-            _write_reference(model, folder, own)
-        write_sentence_transformers(folder, settings)
-        (folder / "README.md").write_text(card or _short_card(config), encoding="utf-8")
+            _write_reference(model, new.path, settings)
+        write_sentence_transformers(new.path, settings)
+        write_card(new.path, config, card)
+        new.put_in_place()
 
 
-class replacing:  # noqa: N801  used as a function
-    """A context that gives a temporary sibling folder and renames it to `directory` when all went well."""
+def copy_tokenizer(tokenizer: Path, folder: Path, rows: int) -> None:
+    """Copy the tokenizer files, after checking that every id has one of the embedding `rows`."""
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise ValueError(f"{tokenizer}: expected a directory with tokenizer.json, to be copied beside the weights")
+    check_tokenizer(tokenizer, rows)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.temporary = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
 
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
+def write_card(folder: Path, config: BiencoderConfig | ContextualConfig, card: str | None) -> None:
+    """README.md: `card`, or what the config alone can say."""
+    if card is None:
+        contextual = isinstance(config, ContextualConfig)
+        kind = f"contextual encoder ({config.context_attention} attention)" if contextual else "biencoder"
+        card = f"---\nlibrary_name: sentence-transformers\n---\n\nA {kind} exported by cde_jax.\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if error is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise explained(error, self.directory) from error
-            return
-        old = self.directory.parent / f".{self.directory.name}.{os.getpid()}.old"
-        if self.directory.exists():
-            os.replace(self.directory, old)
-        os.replace(self.temporary, self.directory)
-        shutil.rmtree(old, ignore_errors=True)
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file that is on the disk when this returns."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def parameters(model: Any) -> dict[str, np.ndarray]:
@@ -121,11 +109,12 @@ def native_class(config: BiencoderConfig) -> str | None:
     return None
 
 
-def _write_native(model: Biencoder, native: str, folder: Path, own: Mapping[str, Any]) -> None:
+def _write_native(model: Biencoder, native: str, folder: Path, settings: TextSettings) -> None:
     naming = "native" if native == "NomicBertModel" else "bert"
     tensors = to_torch(biencoder_rules(model.config.encoder, naming), parameters(model))
     head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("mlp.")}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", tensors)
+    own = ours.own_keys(model.config, settings)
     write_json(folder / "config.json", {**native_keys(model.config.encoder, native), "cde_jax": own})
     modules = ["Transformer", "Pooling"]
     width = model.config.encoder.width
@@ -155,7 +144,7 @@ def _write_dense(folder: Path, index: int, weight: np.ndarray, bias: np.ndarray,
         "activation_function": f"torch.nn.modules.{place}.{activation}",
     }
     write_json(path / "config.json", config)
-    save_file({"linear.weight": weight, "linear.bias": bias}, path / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(path / "model.safetensors", {"linear.weight": weight, "linear.bias": bias})
 
 
 def _write_modules(folder: Path, kinds: list[str]) -> None:
@@ -189,7 +178,7 @@ def native_keys(encoder: EncoderConfig, native: str) -> dict[str, Any]:
     return keys
 
 
-def _write_reference(model: ContextualEncoder | Biencoder, folder: Path, own: Mapping[str, Any]) -> None:
+def _write_reference(model: ContextualEncoder | Biencoder, folder: Path, settings: TextSettings) -> None:
     config = model.config
     if isinstance(model, ContextualEncoder):
         tensors = to_torch(contextual_rules(config), parameters(model))
@@ -197,21 +186,27 @@ def _write_reference(model: ContextualEncoder | Biencoder, folder: Path, own: Ma
             tensors[TIED[0]] = tensors[TIED[1]]
     else:
         tensors = to_torch(biencoder_rules(config.encoder, prefix="embedder."), parameters(model))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    stem = MODULE.removesuffix(".py")
+    save_tensors(folder / "model.safetensors", tensors)
+    reference_directory(folder, config, settings)
+    module = {"idx": 0, "name": "0", "path": "", "type": f"{_STEM}.Transformer", "kwargs": ["dataset_embeddings"]}
+    write_json(folder / "modules.json", [module])
+
+
+def reference_directory(
+    folder: Path, config: BiencoderConfig | ContextualConfig, settings: TextSettings, **own: Any
+) -> None:
+    """`config.json` with the reference's keys and ours (`own` among them), and the PyTorch module beside it."""
     keys = {
         "architectures": ["CdeModel"],
         "model_type": "cde_jax",
-        "auto_map": {"AutoConfig": f"{stem}.CdeConfig", "AutoModel": f"{stem}.CdeModel"},
+        "auto_map": {"AutoConfig": f"{_STEM}.CdeConfig", "AutoModel": f"{_STEM}.CdeModel"},
         **ours.reference_keys(config),
-        "max_seq_length": max(own["text"]["query_length"], own["text"]["document_length"]),
-        "cde_jax": own,
+        "max_seq_length": max(settings.query_length, settings.document_length),
+        "cde_jax": {**ours.own_keys(config, settings), **own},
     }
     write_json(folder / "config.json", keys)
-    source = files("cde_jax.interop").joinpath("torch_module.py")
-    (folder / MODULE).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    module = {"idx": 0, "name": "0", "path": "", "type": f"{stem}.Transformer", "kwargs": ["dataset_embeddings"]}
-    write_json(folder / "modules.json", [module])
+    source = files("cde_jax.interop").joinpath("torch_module.py").read_text(encoding="utf-8")
+    (folder / MODULE).write_text(source, encoding="utf-8")
 
 
 def write_sentence_transformers(folder: Path, settings: TextSettings) -> None:
@@ -226,8 +221,3 @@ def write_sentence_transformers(folder: Path, settings: TextSettings) -> None:
     )
     length = max(settings.query_length, settings.document_length)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-
-
-def _short_card(config: Any) -> str:
-    kind = "biencoder" if isinstance(config, BiencoderConfig) else f"contextual encoder ({config.context_attention})"
-    return f"---\nlibrary_name: sentence-transformers\n---\n\nA {kind} exported by cde_jax.\n"
