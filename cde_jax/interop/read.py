@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import tokenizers
 from flax import nnx
 
@@ -198,7 +198,7 @@ def fill(make: Callable[[], nnx.Module], rules: Iterable[Rule], weights: Mapping
     filled = []
     for name, (path, leaf) in leaves.items():
         array = to_ours(by_path[name], shapes[name], lambda tensor: weights[tensor].read())
-        filled.append((path, leaf.replace(jnp.asarray(array))))
+        filled.append((path, leaf.replace(jax.device_put(array, may_alias=True))))  # nobody else holds the array
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

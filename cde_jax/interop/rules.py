@@ -5,6 +5,7 @@ A rule says which torch tensors make up one of our arrays: they lie one after an
 Reading demands a bijection: every tensor is used or named in `IGNORED`, and every parameter is filled.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -169,13 +170,20 @@ def check_bijection(expected: Mapping[str, Shape], found: Mapping[str, Shape], s
 
 def to_ours(rule: Rule, shape: Shape, read) -> np.ndarray:
     """Our array, filled from `read(name)` tensor by tensor."""
-    array = np.empty(shape, np.float32)
+    array = _aligned(shape)
     for i, layer in enumerate(array if rule.stacked else [array]):
         rows = layer.T if rule.transpose else layer  # a view: torch's order of axes
         size = rows.shape[0] // len(rule.names)
         for part, name in enumerate(rule.names):
             rows[part * size : (part + 1) * size] = read(name.format(i))
     return array
+
+
+def _aligned(shape: Shape) -> np.ndarray:
+    """An empty float32 array on a 64-byte boundary, which JAX on CPU takes over without a copy."""
+    raw = np.empty(math.prod(shape) + 16, np.float32)
+    start = -raw.ctypes.data % 64 // 4
+    return raw[start : start + math.prod(shape)].reshape(shape)
 
 
 def to_torch(rules: Iterable[Rule], state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
