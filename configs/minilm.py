@@ -1,0 +1,33 @@
+"""A short contextual fine-tuning of a real pretrained encoder, all-MiniLM-L6-v2, on the demo's docstrings.
+
+Command: python benchmarks/from_minilm.py --model=DIR (trains three seeds beside MiniLM itself; its results are under
+benchmarks/results/), or
+python -m cde_jax.main --config=configs/minilm.py --workdir=DIR [--config.model.init.second_stage=… and so on: a path]
+"""
+
+from configs import base, demo
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def get_config(variant: str = ""):
+    """Both stages start from MiniLM; `variant` as in `base.apply_variant`."""
+    c = demo.get_config()
+    c.data.tokenizer = c.model.init.first_stage = c.model.init.second_stage = MINILM
+    c.data.query_length = 32
+    c.data.document_length = 96
+    c.batching.batch_size = 64
+    c.batching.cluster_size = 64
+    c.batching.epochs = 1
+    c.model.backbone = "bert"
+    c.model.width = 384
+    c.model.layers = 6
+    c.model.first_stage_layers = 0
+    c.model.heads = 12
+    c.model.mlp_width = 1536
+    c.model.max_positions = 512
+    c.train.steps = 60
+    c.train.learning_rate = 1e-4
+    c.train.warmup_steps = 10
+    c.train.checkpoint_every = 0
+    return base.apply_variant(c, variant)
