@@ -6,6 +6,7 @@ models keep the slots' keys and values, joint ones the slots themselves; the fir
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -22,14 +23,14 @@ from cde_jax.interop.write import (
     write_card,
     write_sentence_transformers,
 )
-from cde_jax.models.contextual import ContextualEncoder
+from cde_jax.models.contextual import ContextCache, ContextualEncoder
 
 _LEFT_OUT = ("first_stage_model.", "second_stage_model.prompt_projection.", "second_stage_model.sequence_dropout")
 
 
 def export_corpus(
     model: ContextualEncoder,
-    context: Float[Array, "J D"] | Float[np.ndarray, "J D"] | None,
+    context: Float[Array, "J D"] | Float[np.ndarray, "J D"] | ContextCache | None,
     directory: str | Path,
     *,
     tokenizer: str | Path,
@@ -37,7 +38,9 @@ def export_corpus(
     card: str | None = None,
     onnx: bool = True,
 ) -> None:
-    """Write `model` with `context` (first-stage vectors; None: null slots) as a directory without a context input.
+    """Write `model` with `context` as a directory of a model without a context input.
+
+    `context` is the first stage's vectors, or what `model.prepare_context` makes of them; None means null slots.
 
     `SentenceTransformer(directory, trust_remote_code=True).encode(texts, prompt_name=…)` and `onnx/model.onnx`
     (`input_ids`, `attention_mask` → `sentence_embedding`) give the unit vectors of `model.embed(…, context)`.
@@ -48,7 +51,9 @@ def export_corpus(
     config = model.config
     if odd := ours.jax_only(config):
         raise ValueError(f"these settings run in JAX only and cannot be exported with a context: {', '.join(odd)}")
-    cache = model.prepare_context(None if context is None else np.asarray(context, np.float32))
+    cache = context
+    if not isinstance(context, ContextCache):
+        cache = model.prepare_context(None if context is None else jnp.asarray(context, jnp.float32))
     rules = contextual_rules(config)
     tensors = {k: v for k, v in to_torch(rules, parameters(model)).items() if not k.startswith(_LEFT_OUT)}
     if cache.prefix is None:

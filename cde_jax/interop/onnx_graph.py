@@ -14,7 +14,7 @@ from cde_jax.models.contextual import ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
 
 OPSET, IR = 17, 9  # LayerNormalization came with 17; onnxruntime has run these since 1.14
-_LOWEST = np.float32(np.finfo(np.float32).min)
+_LOWEST = float(np.finfo(np.float32).min)
 _BACKBONE = "second_stage_model.backbone."
 
 

