@@ -43,7 +43,8 @@ def info_nce(
 
 
 def normalise(vectors: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Unit vectors in float32; a zero vector stays zero, with a finite gradient."""
+    """Unit vectors in float32; a zero vector (shorter than 1e-12) becomes zero, with no gradient."""
     vectors = vectors.astype(jnp.float32)
     square = jnp.sum(vectors**2, axis=-1, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-30))
+    some = square > 1e-24  # below, the derivative of rsqrt leaves float32
+    return jnp.where(some, vectors * jax.lax.rsqrt(jnp.where(some, square, 1.0)), 0.0)

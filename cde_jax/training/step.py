@@ -139,7 +139,7 @@ def make_train_step(
         metrics |= {
             "loss": losses.mean(),
             "losses": losses,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, optimizer_state), metrics

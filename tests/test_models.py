@@ -1,0 +1,279 @@
+"""The encoder and both attention patterns against a plain float64 reading of them, and what must not matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_models import J, biencoder, contextual, contextual_config, encoder_config, tokens
+
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder, map_chunks
+
+PATTERNS = ("joint", "isolated")
+EXACT = 1e-5  # float32, vectors of size about 1
+
+embed = nnx.jit(lambda model, ids, mask, context=None: model.embed(ids, mask, context))
+embed_context = nnx.jit(lambda model, ids, mask: model.embed_context(ids, mask))
+prepare_context = nnx.jit(lambda model, context: model.prepare_context(context))
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def model(request):
+    return contextual(request.param)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return tokens(7, 6)
+
+
+@pytest.fixture(scope="module")
+def context():
+    return jnp.asarray(np.random.default_rng(1).normal(0, 1, (J, 16)), jnp.float32)
+
+
+def difference(a, b) -> float:
+    assert a.shape == b.shape
+    return float(jnp.abs(a - b).max())
+
+
+# --- a plain reading of the two patterns: one sequence [slots | text] and a mask of who sees whom, in float64
+
+
+def layer_norm(x, scale, bias):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12) * scale + bias
+
+
+def turn(x, positions):
+    """Rotary embedding of [S, H, d], one token and one pair of features at a time; position −1 stays as it is."""
+    x, half = x.copy(), x.shape[-1] // 2
+    for row, position in zip(x, positions, strict=True):
+        for i in range(half if position >= 0 else 0):
+            angle = position / 1000.0 ** (2 * i / x.shape[-1])
+            a, b = row[:, i].copy(), row[:, i + half].copy()
+            row[:, i] = a * np.cos(angle) - b * np.sin(angle)
+            row[:, i + half] = b * np.cos(angle) + a * np.sin(angle)
+    return x
+
+
+def plain_layers(p, x, sees, positions, bias, slots, heads=2):
+    """All layers over one sequence x [S, D]; `sees` [S, S]; returns the states and each layer's keys."""
+    x, keys = layer_norm(x, p["norm"]["scale"], p["norm"]["bias"]), []
+    for layer in range(len(p["blocks"]["qkv"]["kernel"])):
+        block = jax.tree.map(lambda a, layer=layer: a[layer], p["blocks"])
+        q, k, v = np.moveaxis((x @ block["qkv"]["kernel"]).reshape(len(x), 3, heads, -1), 1, 0)
+        q, k = turn(q, positions), turn(k, positions)
+        keys.append(k)
+        scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
+        scores[:, slots:, :slots] += bias[layer][:, None, None]
+        weights = np.where(sees, np.exp(scores), 0)
+        read = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v).reshape(len(x), -1)
+        x = layer_norm(x + read @ block["out"]["kernel"], block["norm1"]["scale"], block["norm1"]["bias"])
+        value, gate = np.split(x @ block["mlp_in"]["kernel"], 2, axis=-1)
+        hidden = value * gate / (1 + np.exp(-gate))
+        x = layer_norm(x + hidden @ block["mlp_out"]["kernel"], block["norm2"]["scale"], block["norm2"]["bias"])
+    return x, np.stack(keys)
+
+
+def plain_embed(model, ids, mask, context):
+    """Vector of one text, and the slots' keys of every layer."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    dense = lambda name, x: x @ p[name]["kernel"] + p[name]["bias"]  # noqa: E731
+    prompt = dense("prompt_out", np.maximum(dense("prompt_in", np.ones(16)), 0)).reshape(-1, 16)
+    slots = np.concatenate([np.asarray(context, np.float64), prompt])
+    ids = np.asarray(ids)[np.asarray(mask)]  # no padding at all
+    text = p["encoder"]["word"]["embedding"][ids] + p["encoder"]["token_type"]["embedding"][0]
+    is_slot = np.arange(len(slots) + len(text)) < len(slots)
+    sees = np.ones((len(is_slot), len(is_slot)), bool)
+    if model.config.context_attention == "isolated":
+        sees = ~is_slot[:, None] | is_slot[None]
+    positions = np.concatenate([np.full(len(slots), -1), np.arange(len(text))])
+    states, keys = plain_layers(
+        p["encoder"], np.concatenate([slots, text]), sees, positions, p["slot_bias"], len(slots)
+    )
+    vector = states[len(slots) :].mean(0)
+    return vector + dense("project_out", np.maximum(dense("project_in", vector), 0)), keys[:, : len(slots)]
+
+
+def test_both_patterns_are_one_sequence_with_a_mask_of_who_sees_whom(model, texts, context):
+    vectors = np.asarray(embed(model, *texts, context))
+    plain = np.stack([plain_embed(model, ids, mask, context)[0] for ids, mask in zip(*texts, strict=True)])
+    np.testing.assert_allclose(vectors, plain, atol=EXACT, rtol=0)
+
+
+def test_isolated_slots_are_a_function_of_the_context_alone_and_joint_slots_are_not(texts, context):
+    (ids, mask), model = texts, contextual("isolated")
+    first, second = (plain_embed(model, ids[i], mask[i], context)[1] for i in (0, 1))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(prepare_context(model, context).prefix.keys, first, atol=EXACT, rtol=0)
+    first, second = (plain_embed(contextual("joint"), ids[i], mask[i], context)[1] for i in (0, 1))
+    assert np.abs(first[0] - second[0]).max() == 0  # the first layer reads nothing but the slot itself
+    assert np.abs(first[1] - second[1]).max() > 1e-2
+    assert prepare_context(contextual("joint"), context).prefix is None
+
+
+# --- what must not matter
+
+
+def test_the_order_of_context_documents_does_not_matter(model, texts):
+    ids, mask = tokens(J, 6, seed=3)
+    order = np.random.default_rng(0).permutation(J)
+    one, other = embed_context(model, ids, mask), embed_context(model, ids[order], mask[order])
+    assert difference(one[order], other) <= EXACT
+    vectors = embed(model, *texts, one)
+    assert difference(vectors, embed(model, *texts, other)) <= EXACT
+    assert difference(vectors, embed(model, *texts, one.at[0].set(one[1]))) > 1e-3  # but its documents do
+
+
+def test_a_context_of_its_own_for_each_text_reads_as_a_shared_one(model, texts, context):
+    shared = embed(model, *texts, context)
+    own = jnp.broadcast_to(context, (7, *context.shape))
+    assert difference(shared, embed(model, *texts, own)) <= EXACT
+    mixed = embed(model, *texts, own.at[1:].set(0.5))
+    assert difference(shared[:1], mixed[:1]) <= EXACT
+    assert difference(shared[1:], mixed[1:]) > 1e-3
+
+
+def test_a_prepared_context_reads_as_the_raw_one(model, texts, context):
+    cache = prepare_context(model, context)
+    assert cache.slots.shape == (J + 2, 16)
+    assert difference(embed(model, *texts, context), embed(model, *texts, cache)) <= EXACT
+
+
+def test_null_slots_stand_in_for_missing_documents(model, texts, context):
+    present = jnp.arange(J) < 2
+    filled = model.with_null(context, present)
+    np.testing.assert_array_equal(filled[:2], context[:2])
+    assert (filled[2:] == model.null[...]).all()
+    nothing = model.with_null(context, jnp.zeros(J, bool))
+    none = embed(model, *texts, None)
+    assert difference(none, embed(model, *texts, nothing)) <= EXACT
+    assert difference(none, embed(model, *texts, filled)) > 1e-3
+
+
+def test_any_number_of_context_documents_can_be_read(model, texts, context):
+    few = embed(model, *texts, context[:2])
+    assert few.shape == (7, 16)
+    assert difference(few, embed(model, *texts, context)) > 1e-3
+
+
+def test_a_very_low_slot_bias_closes_the_model_to_its_context(model, texts, context):
+    open_to, closed = nnx.clone(model), nnx.clone(model)
+    open_to.slot_bias[...] = jnp.zeros_like(model.slot_bias[...])
+    closed.slot_bias[...] = jnp.full_like(model.slot_bias[...], -30.0)
+    assert difference(embed(closed, *texts, context), embed(closed, *texts, context * -0.7)) <= EXACT
+    assert difference(embed(open_to, *texts, context), embed(open_to, *texts, context * -0.7)) > 1e-2
+
+
+def test_a_new_model_starts_almost_closed_to_its_context():
+    made = ContextualEncoder(contextual_config("isolated"), rngs=nnx.Rngs(0))
+    assert made.slot_bias.shape == (2, 2) and (made.slot_bias[...] == -5.0).all()
+    without = contextual_config("isolated", slot_bias=None)
+    assert not hasattr(nnx.eval_shape(lambda: ContextualEncoder(without, rngs=nnx.Rngs(0))), "slot_bias")
+
+
+@pytest.mark.parametrize("kind", ["biencoder", *PATTERNS])
+def test_padding_and_batch_mates_do_not_change_a_vector(kind, texts, context):
+    model = biencoder() if kind == "biencoder" else contextual(kind)
+    given = () if kind == "biencoder" else (context,)
+    ids, mask = texts
+    vectors = embed(model, ids, mask, *given)
+    i = int(jnp.argmin(mask.sum(axis=1)))  # the shortest
+    count = int(mask[i].sum())
+    alone = embed(model, ids[i : i + 1, :count], mask[i : i + 1, :count], *given)
+    assert difference(vectors[i : i + 1], alone) <= EXACT
+    wide_ids, wide_mask = jnp.pad(ids, ((0, 0), (0, 4)), constant_values=9), jnp.pad(mask, ((0, 0), (0, 4)))
+    assert difference(vectors, embed(model, wide_ids, wide_mask, *given)) <= EXACT
+    assert difference(vectors, embed(model, ids, jnp.ones_like(mask), *given)) > 1e-3
+
+
+# --- chunks, precision, depth
+
+
+def plan_vectors(model, texts, documents, chunk, context_chunk):
+    """Both stages, in chunks: what a training step does with a plan batch. The last context document is missing."""
+    context = map_chunks(model.embed_context, *documents, context_chunk)
+    context = model.prepare_context(model.with_null(context, jnp.arange(len(context)) < len(context) - 1))
+    return map_chunks(lambda ids, mask: model.embed(ids, mask, context), *texts, chunk)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_chunks_and_recomputed_layers_change_neither_vectors_nor_gradients(pattern, texts):
+    documents = tokens(J, 6, seed=3)
+    pull = jnp.asarray(np.random.default_rng(2).normal(0, 1, (7, 16)), jnp.float32)
+
+    def loss(model, chunk, context_chunk):
+        vectors = plan_vectors(model, texts, documents, chunk, context_chunk)
+        return (vectors * pull).sum(), vectors
+
+    run = nnx.jit(nnx.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
+    (_, whole), expected = run(contextual(pattern), 0, 0)
+    # 3 does not divide 7, nor 2 five; one of the two patterns recomputes its layers on top
+    (_, vectors), gradients = run(contextual(pattern, encoder={"remat": pattern == "joint"}), 3, 2)
+    assert difference(vectors, whole) <= EXACT * float(jnp.abs(whole).max())
+    gradients = dict(nnx.to_flat_state(gradients))
+    for path, a in nnx.to_flat_state(expected):
+        largest = float(jnp.abs(a[...]).max())
+        assert largest > 0, f"{path}: no gradient flows here, so nothing was compared"
+        assert difference(a[...], gradients[path][...]) <= EXACT * largest, path
+
+
+def test_a_chunked_encoder_keeps_the_order_of_texts():
+    ids = jnp.arange(10, dtype=jnp.int32)[:, None]
+    for chunk in (0, 1, 3, 10, 64):
+        out = map_chunks(lambda ids, mask: ids * 2.0 + mask, ids, ids % 2 == 0, chunk)
+        np.testing.assert_array_equal(out, ids * 2.0 + (ids % 2 == 0))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bfloat16_compute_is_close_and_keeps_float32_parameters(pattern, texts):
+    # Activations of bfloat16 carry 8 bits: weights as after training (0.05), not the wild ones of the other tests.
+    low, high = (contextual(pattern, spread=0.05, encoder={"dtype": d}) for d in ("bfloat16", "float32"))
+    assert {p.dtype for p in jax.tree.leaves(nnx.state(low))} == {jnp.dtype("float32")}
+    unit = lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+    documents = tokens(J, 6, seed=3)
+    a, b = (embed(m, *texts, embed_context(m, *documents)) for m in (low, high))
+    assert a.dtype == b.dtype == jnp.float32
+    assert 1e-5 < difference(unit(a), unit(b)) <= 2e-2
+
+
+def lowered_lines(layers: int) -> int:
+    config = contextual_config("isolated", encoder={"layers": layers})
+    model = nnx.eval_shape(lambda: ContextualEncoder(config, rngs=nnx.Rngs(0)))
+    texts, documents = tokens(4, 6), tokens(J, 6)
+
+    def loss(model):
+        return plan_vectors(model, texts, documents, 2, 0).sum()
+
+    return len(nnx.jit(nnx.grad(loss)).lower(model).as_text().splitlines())
+
+
+def test_the_program_does_not_grow_with_depth():
+    shallow, deep = lowered_lines(2), lowered_lines(6)
+    assert deep == shallow > 100
+
+
+# --- errors teach
+
+
+def test_impossible_shapes_are_refused_in_words():
+    with pytest.raises(ValueError, match="width 16 cannot be split into 3 heads.*multiple"):
+        encoder_config(heads=3)
+    with pytest.raises(ValueError, match="odd number.*even head size"):
+        encoder_config(width=6, heads=2)
+    narrow = BiencoderConfig(encoder_config(width=8), head=True)
+    with pytest.raises(ValueError, match="one width; got 8 and 16"):
+        ContextualConfig(narrow, encoder_config(), context_size=J)
+    with pytest.raises(ValueError, match="J ≥ 1, got 0; use a Biencoder"):
+        contextual_config("isolated", context_size=0)
+
+
+def test_a_biencoder_refuses_a_context(texts, context):
+    with pytest.raises(ValueError, match="a biencoder reads no context: call embed"):
+        # Its signature says None; beartype, which only tests have on, would speak first.
+        Biencoder.embed.__wrapped__(biencoder(), *texts, context)
+
+
+def test_a_model_without_null_embedding_asks_for_a_context(texts):
+    with pytest.raises(ValueError, match="no null embedding: give the model a context"):
+        contextual("joint", null_embedding=False).embed(*texts)
