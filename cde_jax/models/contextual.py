@@ -88,7 +88,10 @@ class Biencoder(nnx.Module):
             self.head_out = linear(c.width, config.output_width or c.width, c, rngs)
 
     def embed(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], context: None = None) -> Float[Array, "BT D"]:
-        """Vectors of texts (T of each with `tokens_per_document`), float32, not normalised. `context` must be None: a biencoder reads none."""
+        """Vectors of texts (T of each with `tokens_per_document`), float32, not normalised.
+
+        `context` must be None: a biencoder reads none.
+        """
         if context is not None:
             raise ValueError("a biencoder reads no context: call embed(ids, mask), or load a contextual encoder")
         vectors = self.pool(self.encoder(ids, mask), mask)

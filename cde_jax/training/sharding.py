@@ -19,7 +19,7 @@ def make_mesh(count: int = 0) -> Mesh:
     """The first `count` devices (0: all) along the one data axis."""
     devices = jax.devices()
     if count > len(devices):
-        raise ValueError(f"train.devices asks for {count} devices, there are {len(devices)}: lower it, or use 0 for all")
+        raise ValueError(f"train.devices asks for {count}, there are {len(devices)} devices; lower it, or 0 for all")
     return Mesh(np.asarray(devices[: count or None]), (_DATA,))
 
 
