@@ -18,7 +18,7 @@ from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop import ours
 from cde_jax.interop.families import reference_model
 from cde_jax.interop.read import TextSettings, load_encoder, load_model, load_pretrained
-from cde_jax.interop.rules import encoder_rules, to_torch
+from cde_jax.interop.rules import contextual_rules, encoder_rules, to_torch
 from cde_jax.interop.write import parameters, save_pretrained
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
@@ -47,6 +47,16 @@ CONFIGS = {
     "joint, tied embeddings, no null": contextual(
         ROTARY, context_attention="joint", tie_token_embeddings=True, null_embedding=False, slot_bias=None
     ),
+}
+
+
+# A config.json of the reference: its keys at the top level.
+PUBLISHED = {
+    "architecture": "transductive",
+    "embedder": "nomic-ai/nomic-bert-2048",
+    "transductive_corpus_size": 3,
+    "transductive_sequence_dropout_prob": 0.0,
+    "backbone_config": ours.backbone_keys(dataclasses.replace(ROTARY, mlp_width=256)),
 }
 
 
@@ -120,13 +130,7 @@ def test_tied_embeddings_are_written_under_both_names_and_must_be_equal(tmp_path
 
 
 def test_exports_of_imported_weights_say_their_numerics(tmp_path, tokenizer):
-    keys = {
-        "architecture": "transductive",
-        "embedder": "somebody's",
-        "transductive_corpus_size": 3,
-        "transductive_sequence_dropout_prob": 0.1,
-        "backbone_config": ours.backbone_keys(dataclasses.replace(ROTARY, mlp_width=256)),
-    }
+    keys = {**PUBLISHED, "transductive_sequence_dropout_prob": 0.1}
     for numerics in ("shipped", "shipped-sequence", "training"):
         config = reference_model(keys, numerics, null=True, colon=lambda: 7, source="test")
         folder = tmp_path / numerics
@@ -139,7 +143,7 @@ def test_exports_of_imported_weights_say_their_numerics(tmp_path, tokenizer):
 
 def test_own_models_have_no_other_numerics(tmp_path, tokenizer):
     save_pretrained(random_model(CONFIGS["isolated"]), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
-    with pytest.raises(ValueError, match=r"its own numerics|own numerics"):
+    with pytest.raises(ValueError, match=r"own numerics"):
         load_model(tmp_path / "x", numerics="shipped")
     with pytest.raises(ValueError, match="shipped, shipped-sequence, training"):
         load_model(tmp_path / "x", numerics="shiped")
@@ -281,6 +285,31 @@ def test_an_unknown_backbone_lists_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(keys))
     with pytest.raises(ValueError, match=r"'somebody/something'.*nomic-ai/nomic-bert-2048.*backbone_config"):
         load_model(tmp_path)
+
+
+def test_a_config_without_a_needed_key_names_it(tmp_path):
+    huggingface_directory(tmp_path, "bert")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["intermediate_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"missing.*'intermediate_size'"):
+        load_model(tmp_path)
+
+
+def test_a_published_directory_gives_its_prompts_and_lengths(tmp_path, tokenizer):
+    """cde-small-v1's own files: prompts in config.json, an empty sentence_bert_config.json, a module of its own."""
+    config = reference_model(PUBLISHED, "shipped", null=False, colon=lambda: 7, source="test")
+    weights = to_torch(contextual_rules(config), parameters(random_model(config)))
+    save_file(weights, tmp_path / "model.safetensors")
+    prompts = {"query_prompt": "search_query: ", "document_prompt": "search_document: ", "max_seq_length": 77}
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, **prompts}))
+    (tmp_path / "sentence_bert_config.json").write_text("{}")
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers_impl.Transformer"}
+    (tmp_path / "modules.json").write_text(json.dumps([{**module, "kwargs": ["dataset_embeddings"]}]))
+    found = load_pretrained(tmp_path)
+    assert found.settings == TextSettings("search_query: ", "search_document: ", 77, 77)
+    assert found.model.config == config
+    assert equal(found.model, random_model(config))
 
 
 @pytest.mark.parametrize("left", [4, 50, -10])

@@ -5,6 +5,7 @@ of our configs, which are set here and nowhere else.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,7 +83,7 @@ def reference_encoder(config: Mapping[str, Any], numerics: str | None, layers: i
     encoder = EncoderConfig(
         vocab_size=_round_up(get("vocab_size", 50257), get("pad_vocab_size_multiple", 1)),
         width=width,
-        layers=layers or get("n_layer", 12),
+        layers=min(layers or math.inf, get("n_layer", 12)),
         heads=get("n_head", 12),
         mlp_width=_round_up(inner, 256) if gated else inner,
         activation=activation,
@@ -111,7 +112,7 @@ def native_encoder(config: Mapping[str, Any], numerics: str | None, layers: int 
     return EncoderConfig(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
-        layers=layers or config["num_hidden_layers"],
+        layers=min(layers or math.inf, config["num_hidden_layers"]),
         heads=config["num_attention_heads"],
         mlp_width=config["intermediate_size"],
         max_positions=config.get("max_position_embeddings", 2048),
@@ -122,7 +123,7 @@ def native_encoder(config: Mapping[str, Any], numerics: str | None, layers: int 
     )
 
 
-def bert_encoder(config: Mapping[str, Any], layers: int | None = None) -> EncoderConfig:
+def bert_encoder(config: Mapping[str, Any]) -> EncoderConfig:
     """An encoder by BERT's keys."""
     expected = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
     odd = [f"{key}={config[key]}" for key, value in expected.items() if config.get(key, value) != value]
@@ -131,7 +132,7 @@ def bert_encoder(config: Mapping[str, Any], layers: int | None = None) -> Encode
     return EncoderConfig(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
-        layers=layers or config["num_hidden_layers"],
+        layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
         mlp_width=config["intermediate_size"],
         activation="gelu",

@@ -85,13 +85,14 @@ def text_settings(
     path = directory / "config_sentence_transformers.json"
     prompts = read_json(path).get("prompts", {}) if path.is_file() else {}
     reference = families.is_reference(config) and not prompts
-    encoder: EncoderConfig = model.second_stage if isinstance(model, ContextualConfig) else model.encoder
+    encoder = model.second_stage if isinstance(model, ContextualConfig) else model.encoder
     length = config.get("max_seq_length") or min(512, encoder.max_positions)
     if (directory / "sentence_bert_config.json").is_file():
         length = read_json(directory / "sentence_bert_config.json").get("max_seq_length") or length
+    query, document = ("search_query: ", "search_document: ") if reference else ("", "")
     return TextSettings(
-        query_prefix=prompts.get("query", "search_query: " if reference else ""),
-        document_prefix=prompts.get("document", "search_document: " if reference else ""),
+        query_prefix=prompts.get("query", config.get("query_prompt", query)),
+        document_prefix=prompts.get("document", config.get("document_prompt", document)),
         query_length=length,
         document_length=length,
     )

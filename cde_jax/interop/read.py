@@ -6,7 +6,8 @@ Weights come from safetensors only and without torch; what a directory holds is 
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +32,18 @@ from cde_jax.interop.tensors import Tensor, refuse_pickles, tensors
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import Encoder
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+)
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # what is fetched of a hub repository
 
 
 class Pretrained(NamedTuple):
-    """A model, the local directory it came from (its tokenizer files are there), and its text settings."""
+    """A model, the local directory that holds its tokenizer (mostly the one it came from), its text settings."""
 
     model: ContextualEncoder | Biencoder
     directory: Path
@@ -64,18 +72,23 @@ def load_model(name_or_path: str | Path, numerics: str | None = None) -> Context
     Raises:
       ValueError: for pickles, unknown families, broken or ill-fitting files; the message says what to change.
     """
-    return load_pretrained(name_or_path, numerics).model
+    return _load(resolve(name_or_path), numerics)[0]
 
 
 def load_pretrained(name_or_path: str | Path, numerics: str | None = None) -> Pretrained:
-    """As `load_model`, with the local directory and the text settings."""
+    """As `load_model`, with the directory of its tokenizer and the text settings."""
     directory = resolve(name_or_path)
+    model, settings = _load(directory, numerics)
+    return Pretrained(model, _tokenizer_home(directory), settings)
+
+
+def _load(directory: Path, numerics: str | None) -> tuple[ContextualEncoder | Biencoder, TextSettings]:
     found = describe(directory, numerics)
-    kind = ContextualEncoder if isinstance(found.config, ContextualConfig) else Biencoder
+    contextual = isinstance(found.config, ContextualConfig)
+    kind = ContextualEncoder if contextual else Biencoder
     model = fill(lambda: kind(found.config, rngs=nnx.Rngs(0)), found.rules, found.weights, str(directory))
-    encoder = found.config.second_stage if kind is ContextualEncoder else found.config.encoder
-    check_tokenizer(directory, encoder.vocab_size)
-    return Pretrained(model, directory, found.settings)
+    check_tokenizer(directory, (found.config.second_stage if contextual else found.config.encoder).vocab_size)
+    return model, found.settings
 
 
 def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder:
@@ -110,18 +123,18 @@ def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder
     return fill(lambda: Encoder(config, rngs=nnx.Rngs(0)), rules, weights, str(directory))
 
 
-def resolve(name_or_path: str | Path) -> Path:
+def resolve(name_or_path: str | Path, files: Sequence[str] = FILES) -> Path:
     """The local directory of a path or hub name; weights, JSON and tokenizer files are fetched, never code."""
     path = Path(name_or_path)
-    refuse_pickles(path) if path.is_file() else None
     if path.is_dir():
         return path
     if path.is_file():
+        refuse_pickles(path)
         raise ValueError(f"{path} is a file; give the directory that holds it beside its config.json")
     from huggingface_hub import snapshot_download  # only where a hub name is given
 
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=list(FILES)))
+        return Path(snapshot_download(str(name_or_path), allow_patterns=list(files)))
     except Exception as error:  # hub, connection and naming errors share no base class
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -147,23 +160,31 @@ def describe(directory: Path, numerics: str | None = None) -> Described:
             f"{directory}: an export with its context baked in has no first stage; load the export it was made from, "
             f"or run this one with sentence-transformers or ONNX"
         )
-    if own and numerics in (None, own["numerics"]):
-        model = ours.from_dict(own["model"], source)
-    elif own and own["numerics"] not in families.NUMERICS:
-        raise ValueError(f"{source}: exported with cde_jax's own numerics; leave numerics={numerics!r} out")
-    elif families.is_reference(config):
-        null = "second_stage_model.sequence_dropout_null_embedding" in weights
-        model = families.reference_model(
-            config, numerics or "shipped", null=null, colon=lambda: _colon(directory, config), source=source
-        )
-    else:
-        model = BiencoderConfig(families.plain_encoder(config, numerics, source))
+    try:
+        model = _model_config(config, numerics, directory, source, weights)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{source}: a key of its family is missing or has another type ({error})") from error
     if not families.is_reference(config):
         weights |= head(directory)
         if not own:
             model = with_modules(model, directory, weights)
     settings = text_settings(directory, config, model)
     return _described(model, weights, settings, naming, reference=families.is_reference(config))
+
+
+def _model_config(
+    config: Mapping[str, Any], numerics: str | None, directory: Path, source: str, weights: Mapping[str, Tensor]
+) -> BiencoderConfig | ContextualConfig:
+    own = config.get("cde_jax", {})
+    if own and numerics in (None, own["numerics"]):
+        return ours.from_dict(own["model"], source)
+    if own and own["numerics"] not in families.NUMERICS:
+        raise ValueError(f"{source}: exported with cde_jax's own numerics; leave numerics={numerics!r} out")
+    if not families.is_reference(config):
+        return BiencoderConfig(families.plain_encoder(config, numerics, source))
+    null = "second_stage_model.sequence_dropout_null_embedding" in weights
+    colon = partial(_colon, directory, config)
+    return families.reference_model(config, numerics or "shipped", null=null, colon=colon, source=source)
 
 
 def _described(model, weights, settings, naming, *, reference: bool) -> Described:
@@ -197,13 +218,27 @@ def check_tokenizer(directory: Path, rows: int) -> None:
     """A ValueError if the tokenizer beside the weights has ids that the embedding table has no row for."""
     if not (directory / "tokenizer.json").is_file():
         return
-    vocabulary = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+    try:
+        vocabulary = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error}); write it again") from None
     highest = max(vocabulary.values(), default=-1)
     if highest >= rows:
         raise ValueError(
             f"{directory}: its tokenizer has ids up to {highest}, the model's word embeddings have {rows} rows (0 to "
             f"{rows - 1}); put the tokenizer there that the model was trained with"
         )
+
+
+def _tokenizer_home(directory: Path) -> Path:
+    """The directory itself, or where cde-small-v1's layout, which has no tokenizer files, takes its tokenizer from."""
+    config = read_json(transformer_folder(directory) / "config.json")
+    if (directory / "tokenizer.json").is_file() or not families.is_reference(config):
+        return directory
+    try:
+        return resolve(config.get("tokenizer_name") or config["embedder"], TOKENIZER_FILES)
+    except ValueError:
+        return directory  # whoever needs the tokenizer will say that there is none
 
 
 def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -95,6 +95,11 @@ def _header(path: Path) -> dict[str, Tensor]:
     end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end != size:
         raise broken(f"expected {end} bytes, got {size}")
+    for name, entry in entries.items():
+        first, last = entry["data_offsets"]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype and last - first != math.prod(entry["shape"]) * np.dtype(dtype).itemsize:
+            raise broken(f"{name} {entry['shape']} cannot be {last - first} bytes long")
     unknown = sorted({entry["dtype"] for entry in entries.values()} - _DTYPES.keys())
     if unknown:
         raise ValueError(

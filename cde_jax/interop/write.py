@@ -16,18 +16,11 @@ from safetensors.numpy import save_file
 
 from cde_jax.data.files import NewFolder, write_json
 from cde_jax.interop import ours
-from cde_jax.interop.read import TextSettings, check_tokenizer
+from cde_jax.interop.read import TOKENIZER_FILES, TextSettings, check_tokenizer
 from cde_jax.interop.rules import TIED, biencoder_rules, contextual_rules, to_torch
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-)
 MODULE = "modeling_cde_jax.py"
 _STEM = MODULE.removesuffix(".py")
 
