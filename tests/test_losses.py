@@ -95,6 +95,13 @@ def test_zero_vectors_give_finite_losses_and_gradients():
     assert (normalise(jnp.zeros((2, 4))) == 0).all()
 
 
+def test_what_is_not_a_number_shows_in_the_loss():
+    queries, documents, keep = vectors(5, 2)
+    for bad in (jnp.nan, jnp.inf):
+        assert not jnp.isfinite(loss_of(queries.at[0, 0].set(bad), documents, jnp.asarray(keep), 0.02)[0])
+        assert not jnp.isfinite(loss_of(queries, documents.at[0, 0].set(bad), jnp.asarray(keep), 0.02)[0])
+
+
 def test_scale_does_not_matter_and_bfloat16_vectors_are_scored_in_float32():
     queries, documents, _ = vectors(5, 2)
     expected = float(loss_of(queries, documents, None, 0.02)[0])
@@ -141,7 +148,7 @@ def arrays(path) -> dict:
 
 
 def reference_keep(settings: dict, scores, batch: int, hard: int):
-    """Which columns the reference counts (loss/NOTES.md): its filter by score, and its switch for in-batch negatives."""
+    """Which columns the reference counts (loss/NOTES.md): by its filter and its switch for in-batch negatives."""
     owner = np.concatenate([np.arange(batch), np.repeat(np.arange(batch), hard)])  # of each column
     own = owner == np.arange(batch)[:, None]
     threshold, in_batch = settings.get("hn_tune_threshold"), settings.get("use_in_batch_negatives", True)

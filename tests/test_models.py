@@ -257,9 +257,9 @@ def test_the_program_does_not_grow_with_depth():
 
 
 def test_impossible_shapes_are_refused_in_words():
-    with pytest.raises(ValueError, match="width 16 cannot be split into 3 heads.*multiple"):
+    with pytest.raises(ValueError, match=r"width 16 cannot be split into 3 heads.*multiple"):
         encoder_config(heads=3)
-    with pytest.raises(ValueError, match="odd number.*even head size"):
+    with pytest.raises(ValueError, match=r"odd number.*even head size"):
         encoder_config(width=6, heads=2)
     narrow = BiencoderConfig(encoder_config(width=8), head=True)
     with pytest.raises(ValueError, match="one width; got 8 and 16"):

@@ -1,4 +1,4 @@
-"""The training step: the same numbers on any number of devices, communication once, memory that does not grow with B."""
+"""The training step: the same numbers on any number of devices, one reduction, memory that does not grow with B."""
 
 import re
 

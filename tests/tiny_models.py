@@ -45,7 +45,7 @@ def contextual(attention: str, *, seed: int = 0, spread: float = 0.2, **changes)
 
 
 def tokens(count: int, length: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
-    """Ids and mask of texts of mixed lengths (the first is full); what is padded holds ids too, which must not count."""
+    """Ids and mask of texts of mixed lengths (the first is full); padding holds ids too, which must not count."""
     random = np.random.default_rng([seed, count, length])
     ids = random.integers(1, VOCABULARY, (count, length)).astype(np.int32)
     sizes = random.integers(1, length + 1, count)

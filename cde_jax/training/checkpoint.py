@@ -1,6 +1,8 @@
 """Orbax save and restore: the state, and beside it what it belongs to (config, plan) and a digest of its bytes."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,18 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, score: float | None = None) -> None:
-        """Write `state` as checkpoint `step` in the background; `score` (higher is better) ranks it."""
+        """Write `state` as checkpoint `step` in the background; `score` (higher is better) ranks it.
+
+        Raises OSError, here or in `wait` or `close`, when one could not be written, e.g. on a full disk.
+        """
         about = {**self._belongs, "digest": _digest(state)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)),
-            metrics=None if score is None else {_SCORE: float(score)},
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)),
+                metrics=None if score is None else {_SCORE: float(score)},
+                force=True,
+            )
 
     def newest(self) -> int | None:
         """Step of the newest checkpoint, or None."""
@@ -79,8 +85,7 @@ class Checkpoints:
         except _Mismatch:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for one cause: damaged files
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise ValueError(f"checkpoint {path} cannot be read: {reason}. {advice}") from error
+            raise ValueError(f"checkpoint {path} cannot be read: {_reason(error)}. {advice}") from error
         if _digest(state) != about["digest"]:
             raise ValueError(
                 f"checkpoint {path} was altered: expected sha256 {about['digest'][:16]}…, got "
@@ -90,15 +95,33 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Block until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finish writing and release the folder."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # as in `restore`: many kinds for one cause
+            raise OSError(
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. Those already there are "
+                f"untouched: free some space, or mend what is named, and the same command goes on from the newest."
+            ) from error
 
 
 class _Mismatch(ValueError):
     """A checkpoint of another run: not to be mistaken for a damaged one."""
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a message; of a long one its beginning and end, where TensorStore names the cause."""
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return first if len(first) <= 300 else f"{first[:100]} … {first[-200:]}"
 
 
 def _digest(state: Any) -> str:

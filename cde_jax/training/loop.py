@@ -142,7 +142,7 @@ class _Metrics:
         """Wait for a step's metrics, check them, show them, and write them every few steps."""
         values = jax.device_get(values)
         losses = values.pop("losses")
-        _check_finite(step, losses, values["gradient_norm"], np.asarray(batch["plan_batch"]))
+        _check_finite(step, losses, float(values["gradient_norm"]), np.asarray(batch["plan_batch"]))
         self._pairs += batch["query_ids"].shape[0] * batch["query_ids"].shape[1]
         seconds = time.perf_counter() - self._clock
         rate = self._pairs / seconds

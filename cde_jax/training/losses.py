@@ -46,5 +46,5 @@ def normalise(vectors: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Unit vectors in float32; a zero vector (shorter than 1e-12) becomes zero, with no gradient."""
     vectors = vectors.astype(jnp.float32)
     square = jnp.sum(vectors**2, axis=-1, keepdims=True)
-    some = square > 1e-24  # below, the derivative of rsqrt leaves float32
-    return jnp.where(some, vectors * jax.lax.rsqrt(jnp.where(some, square, 1.0)), 0.0)
+    zero = square <= 1e-24  # where the derivative of rsqrt leaves float32; not true of NaN, which must be seen
+    return jnp.where(zero, 0.0, vectors * jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
