@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -58,15 +57,12 @@ def load(tmp_path: Path, case: str, numerics: str, **changes):
     return model, inputs, dict(np.load(folder / f"{FILES[numerics]}.npz"))
 
 
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is most of the time
-
-
-@partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def embed_context(model, ids, mask):
     return model.embed_context(ids, mask)
 
 
-@partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def embed(model, ids, mask, context=None):
     return model.embed(ids, mask, context)
 
@@ -80,7 +76,7 @@ def normalised(x) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-@partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def layers(encoder, x, mask, angles) -> dict[str, jax.Array]:
     """Hidden states as the golden files name them."""
     _, hidden = encoder.run(x, mask, angles, collect="hidden")
@@ -281,7 +277,7 @@ def test_gradients_of_every_parameter(tmp_path, case, numerics):
         queries, documents = embed_texts(model, "query", context), embed_texts(model, "document", context)
         return contrastive(queries, documents, inputs["one_hot_labels"], inputs["duplicate_labels"] > 0)
 
-    value, gradients = jax.jit(nnx.value_and_grad(loss), compiler_options=FAST)(model)
+    value, gradients = jax.jit(nnx.value_and_grad(loss))(model)
     expected = np.load(folder / f"{case}_outputs.npz")
     close(value, expected["loss"])
     ours = to_torch(contextual_rules(model.config), parameters(gradients))

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -44,15 +43,12 @@ def padded(folder: Path, texts, prefix: str = "", length: int = 32) -> tuple[np.
     return ids, mask
 
 
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is most of the time
-
-
-@partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def embed(model, ids, mask, context=None):
     return model.embed(ids, mask) if context is None else model.embed(ids, mask, context)
 
 
-@partial(jax.jit, compiler_options=FAST)
+@jax.jit
 def embed_context(model, ids, mask):
     return model.embed_context(ids, mask)
 
@@ -136,6 +132,10 @@ def test_two_stage_calls_give_our_vectors_and_the_weights_come_back(tmp_path, to
         assert np.abs(plain(**torch_tokens(*tokens)).numpy() - embed(model, *tokens)).max() <= 1e-5
     loaded.save(str(tmp_path / "back"))
     assert equal(load_model(tmp_path / "back"), model)
+    again = sentence_transformer(tmp_path / "back")
+    np.testing.assert_array_equal(
+        again.encode(list(TEXTS), dataset_embeddings=context), loaded.encode(list(TEXTS), dataset_embeddings=context)
+    )
 
 
 @pytest.mark.parametrize("name", CONTEXTUAL)

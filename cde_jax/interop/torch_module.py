@@ -9,6 +9,8 @@ cde-small-v1. In two stages: vectors of a sample of the corpus, then of texts th
 """
 # ruff: noqa: D102, D103
 
+import shutil
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -237,6 +239,8 @@ class CdeModel(PreTrainedModel):
 class Transformer(nn.Module):
     """sentence-transformers' module: the first stage, or with `dataset_embeddings` (or baked in) the second."""
 
+    save_in_root = True
+
     def __init__(self, path):
         super().__init__()
         self.auto_model = AutoModel.from_pretrained(path, trust_remote_code=True)
@@ -248,6 +252,7 @@ class Transformer(nn.Module):
         return cls(path)
 
     def save(self, path, *_, **__):
+        shutil.copy(__file__, path)
         self.auto_model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
