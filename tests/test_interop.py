@@ -18,7 +18,7 @@ from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop import ours
 from cde_jax.interop.families import reference_model
 from cde_jax.interop.read import TextSettings, load_encoder, load_model, load_pretrained
-from cde_jax.interop.rules import contextual_rules, encoder_rules, to_torch
+from cde_jax.interop.rules import biencoder_rules, contextual_rules, encoder_rules, to_torch
 from cde_jax.interop.write import parameters, save_pretrained
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
@@ -192,6 +192,28 @@ def test_pretraining_wrappers_and_unused_heads_are_seen_through(tmp_path):
     }
     save_file(old, tmp_path / "model.safetensors")
     assert equal(load_encoder(tmp_path), random_model(BiencoderConfig(config)).encoder)
+
+
+def test_a_reference_biencoder_on_transformers_bert_is_read(tmp_path):
+    encoder = huggingface_directory(tmp_path, "bert", prefix="embedder.")
+    config = BiencoderConfig(encoder, head=True, output_width=10)
+    model = random_model(config)
+    weights = to_torch(biencoder_rules(encoder, "bert", prefix="embedder."), parameters(model))
+    save_file(weights, tmp_path / "model.safetensors")
+    keys = {
+        "architecture": "biencoder",
+        "embedder": "sentence-transformers/all-MiniLM-L6-v2",
+        "embedding_output_dim": 10,
+    }
+    backbone = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**keys, "backbone_config": backbone}))
+    assert equal(load_model(tmp_path), model)
+    assert equal(load_encoder(tmp_path), model.encoder)
+    (tmp_path / "config.json").write_text(
+        json.dumps({**keys, "architecture": "transductive", "backbone_config": backbone})
+    )
+    with pytest.raises(ValueError, match="not supported, a biencoder is"):
+        load_model(tmp_path)
 
 
 def test_the_first_layers_alone_can_start_a_model(tmp_path, tokenizer):

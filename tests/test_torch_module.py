@@ -114,7 +114,11 @@ CONTEXTUAL = {
 }
 
 
-@pytest.mark.parametrize("name", CONTEXTUAL)
+SLOW = ("joint, learned positions", "shipped-sequence")  # each half is covered by a neighbour
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CONTEXTUAL]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_two_stage_calls_give_our_vectors_and_the_weights_come_back(tmp_path, tokenizer, name):
     model = random_model(CONTEXTUAL[name])
     save_pretrained(model, tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
@@ -138,7 +142,7 @@ def test_two_stage_calls_give_our_vectors_and_the_weights_come_back(tmp_path, to
     )
 
 
-@pytest.mark.parametrize("name", CONTEXTUAL)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_baked_in_context_serves_as_a_one_input_model(tmp_path, tokenizer, name):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: ONNX was not run")
     model = random_model(CONTEXTUAL[name])

@@ -123,7 +123,7 @@ def native_encoder(config: Mapping[str, Any], numerics: str | None, layers: int 
     )
 
 
-def bert_encoder(config: Mapping[str, Any]) -> EncoderConfig:
+def bert_encoder(config: Mapping[str, Any], layers: int | None = None) -> EncoderConfig:
     """An encoder by BERT's keys."""
     expected = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
     odd = [f"{key}={config[key]}" for key, value in expected.items() if config.get(key, value) != value]
@@ -132,7 +132,7 @@ def bert_encoder(config: Mapping[str, Any]) -> EncoderConfig:
     return EncoderConfig(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
+        layers=min(layers or math.inf, config["num_hidden_layers"]),
         heads=config["num_attention_heads"],
         mlp_width=config["intermediate_size"],
         activation="gelu",
@@ -234,6 +234,10 @@ def _backbone(config: Mapping[str, Any], numerics: str, layers: int | None, sour
         backbone = BACKBONES[name]
     elif backbone.get("model_type") == "nomic_bert" and "n_embd" not in backbone:
         return native_encoder(backbone, numerics, layers)
+    elif backbone.get("model_type") == "bert" and config["embedder"] != "bert-base-uncased":
+        if config["architecture"] != "biencoder":  # the reference embeds the tokens of such a second stage twice
+            raise ValueError(f"{source}: a contextual model on transformers' own BERT is not supported, a biencoder is")
+        return bert_encoder(backbone, layers)
     return reference_encoder(backbone, numerics, layers)
 
 

@@ -15,6 +15,7 @@ from cde_jax.models.encoder import EncoderConfig
 
 OPSET, IR = 17, 9  # LayerNormalization came with 17; onnxruntime has run these since 1.14
 _LOWEST = float(np.finfo(np.float32).min)
+_PROTOBUF = 1_900_000_000  # bytes that one protobuf file can hold; larger weights go to a file beside it
 _BACKBONE = "second_stage_model.backbone."
 
 
@@ -93,7 +94,8 @@ def write_onnx(path: Path, config: ContextualConfig, tensors: Mapping[str, np.nd
         g.constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR)
-    onnx.save(model, str(path))
+    large = sum(x.nbytes for x in tensors.values()) > _PROTOBUF
+    onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}_data" if large else None)
 
 
 def _embed(g: Graph, config: ContextualConfig, tensors: Mapping[str, np.ndarray], steps: str) -> str:
