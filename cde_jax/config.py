@@ -6,7 +6,7 @@ What each key means is said once, in `configs/base.py`.
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
@@ -144,6 +144,7 @@ _CHOICES = {
 }
 # key: smallest value allowed; the largest where there is one
 _RANGES = {
+    "seed": (0,),
     "data.vocab_size": (64,),
     "data.query_length": (3,),
     "data.document_length": (3,),
@@ -197,8 +198,11 @@ _FREE = {
 }
 
 
-def from_config_dict(config: Mapping[str, Any]) -> Config:
-    """Build and check a `Config`; ValueError names every unknown key (with the nearest known one) and bad value."""
+def from_config_dict(config: Any) -> Config:
+    """Build and check a `Config` from a ConfigDict or a nested dict.
+
+    Raises ValueError that names every unknown key (with the nearest known one) and every bad value.
+    """
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     problems: list[str] = []
     built = _build(Config, plain, "", problems)
@@ -211,7 +215,7 @@ def from_config_dict(config: Mapping[str, Any]) -> Config:
 
 def _build(kind: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    for name in values.keys() - fields.keys():
+    for name in sorted(values.keys() - fields.keys()):
         near = difflib.get_close_matches(name, fields, n=1)
         hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known keys here: {', '.join(fields)}"
         problems.append(f"unknown key `{prefix}{name}`: {hint}")
@@ -219,6 +223,8 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str, problems: list[st
     for name, expected in fields.items():
         if name not in values:
             problems.append(f"`{prefix}{name}` is missing: start from configs/base.py, which declares every key")
+        elif dataclasses.is_dataclass(expected) and not isinstance(values[name], Mapping):
+            problems.append(f"`{prefix}{name}` must be a section of keys, got {values[name]!r}")
         elif dataclasses.is_dataclass(expected):
             built[name] = _build(expected, values[name], f"{prefix}{name}.", problems)
         else:
@@ -231,10 +237,19 @@ def _value(value: Any, expected: Any, name: str, problems: list[str]) -> Any:
         value = tuple(value)
     if isinstance(value, int) and not isinstance(value, bool) and float in getattr(expected, "__args__", (expected,)):
         value = float(value)
-    allowed = tuple if "tuple" in str(expected) else expected
-    if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
-        problems.append(f"`{name}` must be {getattr(expected, '__name__', expected)}, got {value!r}")
+    if get_origin(expected) is tuple:
+        fits = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    else:
+        fits = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+    if not fits:
+        problems.append(f"`{name}` must be {_type_name(expected)}, got {value!r}")
     return value
+
+
+def _type_name(expected: Any) -> str:
+    if get_origin(expected) is tuple:
+        return "a tuple of texts, e.g. ('one',)"
+    return getattr(expected, "__name__", str(expected))
 
 
 def _problems(config: Config) -> list[str]:
