@@ -77,6 +77,10 @@ def train(config: Config, workdir: Path) -> bool:
     state = run.state
     newest = run.checkpoints.newest()
     if newest is not None:
+        if newest >= run.steps:
+            log.info("all %d steps are done: training is skipped", run.steps)
+            run.checkpoints.close()
+            return True
         state = run.checkpoints.restore(newest, state)
         log.info("going on from checkpoint %d of %d", newest, run.steps)
     t, b = config.train, config.batching
@@ -112,15 +116,19 @@ def train(config: Config, workdir: Path) -> bool:
 
 def evaluate(config: Config, workdir: Path) -> measure.Scores:
     """NDCG of the trained model by set and kind of context, beside the baselines; written to evaluation.json."""
-    sets = evaluation_sets(config, workdir)
+    # The development set chose the checkpoint, so its score is no measurement.
+    sets = [one for one in evaluation_sets(config, workdir) if one.name != config.evaluate.development]
     if not sets:
-        raise ValueError("nothing to evaluate: name packages in data.held_out or BEIR folders in data.evaluation")
+        raise ValueError(
+            "nothing to evaluate: name packages in data.held_out or BEIR folders in data.evaluation (the one that is "
+            "evaluate.development does not count)"
+        )
     pairs, _ = load_plan(config, workdir)
     embedder = trained(config, workdir)
     documents = Texts(pairs.ragged("document_text"))
     drawn = np.random.default_rng([config.seed, 1]).choice(len(documents), min(4096, len(documents)), replace=False)
     k = config.evaluate.cutoff
-    scores = measure.evaluate_embedder(embedder, sets, [documents[i] for i in drawn], config.seed, k)
+    scores = measure.evaluate_embedder(embedder, sets, [documents[i] for i in drawn.tolist()], config.seed, k)
     if config.evaluate.baselines:
         lsa = {"LSA": Lsa.load(workdir / LSA).encode} if config.batching.surrogate == "lsa" else {}
         scores = measure.combine(scores, measure.evaluate_baselines(sets, lsa, k))

@@ -86,7 +86,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.evaluate_every = 0  # steps between scores on the development set; 0: only at the end
 
     c.evaluate = ConfigDict()
-    c.evaluate.development = ""  # evaluation set whose score picks the best checkpoint; "": the newest is the best
+    # Evaluation set whose score picks the best checkpoint and which is not reported; "": the newest is the best.
+    c.evaluate.development = ""
     c.evaluate.checkpoint = "best"  # "best" or "newest" is evaluated and exported
     c.evaluate.cutoff = 10  # k of NDCG@k
     c.evaluate.baselines = True  # BM25 and the LSA surrogate beside the model
