@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}: every setting is a flag, --config.SECTION.KEY=VALUE")
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and Grain tell each of their steps
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells each of its steps, and warns of saves without a score
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("cde_jax").setLevel(logging.INFO)
     try:

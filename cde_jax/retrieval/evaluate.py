@@ -5,6 +5,7 @@ by side: the corpus that is searched (the paper's setting), training documents t
 null slots. Scores are plain dicts, {set: {kind: NDCG@k}}, that write as `evaluation.json`.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -102,6 +103,7 @@ def bm25(evaluation_set: EvaluationSet, k: int = 10) -> float:
     """
     import bm25s  # starts a JAX backend when imported, which reading this module must not do
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells everyone its debug messages
     stop_words = sorted(ENGLISH_STOP_WORDS)
 
     def words(texts):
