@@ -62,7 +62,7 @@ def claim(config: Config, workdir: Path, rebuild: bool = False) -> None:
     configuration may take the directory over; checkpoints are moved aside, never deleted.
     """
     file, checkpoints = workdir / "config.json", workdir / "checkpoints"
-    if file.exists() and checkpoints.exists():
+    if file.exists() and checkpoints.exists() and any(checkpoints.iterdir()):
         if rebuild:
             _move_aside(checkpoints)
         else:

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import TrainState
@@ -113,6 +112,8 @@ class _Metrics:
     """metrics.jsonl, TensorBoard and the progress bar."""
 
     def __init__(self, workdir: Path, start: int, steps: int, every: int):
+        from tensorboardX import SummaryWriter  # loads torch where there is one: not for reading this module
+
         self._file = workdir / "metrics.jsonl"
         self._start, self._steps, self._every = start, steps, max(every, 1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
