@@ -1,6 +1,6 @@
 """The command that writes a trained model for others, alone or with the context of one corpus baked in.
 
-python -m cde_jax.export --workdir=DIR --out=DIR [--corpus=FILE] [--seed=0]
+python -m cde_jax.export --workdir=DIR --out=DIR [--corpus=FILE] [--seed=0] [--noonnx]
 """
 
 import json
@@ -15,6 +15,7 @@ _OUT = flags.DEFINE_string("out", None, "Directory to write; an older export the
 _CORPUS = flags.DEFINE_string(
     "corpus", None, "Bake the context of this corpus in: a text a line, or JSON lines with `text` and perhaps `title`"
 )
+_ONNX = flags.DEFINE_bool("onnx", True, "With --corpus: as ONNX too, which needs PyTorch")
 _SEED = flags.DEFINE_integer("seed", 0, "Which sample of the corpus becomes its context")
 
 
@@ -35,7 +36,7 @@ def read_corpus(path: Path) -> list[str]:
     return texts
 
 
-def export(workdir: Path, out: Path, corpus: Path | None, seed: int) -> str:
+def export(workdir: Path, out: Path, corpus: Path | None, seed: int, onnx: bool = True) -> str:
     """Write `out` from `workdir`/export and tell what was written."""
     from cde_jax.retrieval.embedder import Embedder
 
@@ -49,8 +50,8 @@ def export(workdir: Path, out: Path, corpus: Path | None, seed: int) -> str:
         embedder.save_pretrained(out, card=card)
         return f"{out}: the model"
     texts = read_corpus(corpus)
-    embedder.export_corpus(embedder.embed_context(texts, seed=seed), out, card=card)
-    return f"{out}: the model with the context of {len(texts)} texts baked in, for PyTorch and ONNX"
+    embedder.export_corpus(embedder.embed_context(texts, seed=seed), out, card=card, onnx=onnx)
+    return f"{out}: the model with the context of {len(texts)} texts baked in, for PyTorch{' and ONNX' if onnx else ''}"
 
 
 def main(argv: list[str]) -> None:
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     corpus = Path(_CORPUS.value) if _CORPUS.value else None
     try:
-        print(export(Path(_WORKDIR.value), Path(_OUT.value), corpus, _SEED.value), flush=True)
+        print(export(Path(_WORKDIR.value), Path(_OUT.value), corpus, _SEED.value, _ONNX.value), flush=True)
     except (ValueError, OSError) as error:
         logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
         sys.exit(f"error: {error}")

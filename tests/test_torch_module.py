@@ -144,22 +144,34 @@ def test_two_stage_calls_give_our_vectors_and_the_weights_come_back(tmp_path, to
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_baked_in_context_serves_as_a_one_input_model(tmp_path, tokenizer, name):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: ONNX was not run")
-    model = random_model(CONTEXTUAL[name])
-    context = embed_context(model, *padded(tokenizer, DOCUMENTS))
-    export_corpus(model, context, tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
-    tokens = padded(tokenizer, TEXTS, "query: ")
-    expected = unit(embed(model, *tokens, context))
+    _, expected = baked(tmp_path, tokenizer, name)
     vectors = sentence_transformer(tmp_path / "x").encode(list(TEXTS), prompt_name="query")
     assert np.abs(vectors - expected).max() <= 1e-5
+    with pytest.raises(ValueError, match="context baked in"):
+        load_model(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "isolated" else pytest.param(name, marks=pytest.mark.slow) for name in CONTEXTUAL]
+)
+def test_a_baked_in_context_serves_as_onnx(tmp_path, tokenizer, name):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: ONNX was not run")
+    tokens, expected = baked(tmp_path, tokenizer, name, onnx=True)
     session = onnxruntime.InferenceSession(str(tmp_path / "x/onnx/model.onnx"))
     assert [x.name for x in session.get_inputs()] == ["input_ids", "attention_mask"]
     feed = {"input_ids": tokens[0].astype(np.int64), "attention_mask": tokens[1].astype(np.int64)}
     assert np.abs(session.run(None, feed)[0] - expected).max() <= 1e-5
     one = {name: x[:1, : tokens[1][0].sum()] for name, x in feed.items()}  # another shape than the first
     assert np.abs(session.run(None, one)[0] - expected[:1]).max() <= 1e-5
-    with pytest.raises(ValueError, match="context baked in"):
-        load_model(tmp_path / "x")
+
+
+def baked(folder, tokenizer, name, *, onnx=False):
+    """Exports a random model with a context to `folder`/x; the query tokens and what the model makes of them."""
+    model = random_model(CONTEXTUAL[name])
+    context = embed_context(model, *padded(tokenizer, DOCUMENTS))
+    export_corpus(model, context, folder / "x", tokenizer=tokenizer, settings=SETTINGS, onnx=onnx)
+    tokens = padded(tokenizer, TEXTS, "query: ")
+    return tokens, unit(embed(model, *tokens, context))
 
 
 def test_an_export_runs_without_jax_and_without_network(tmp_path, tokenizer):

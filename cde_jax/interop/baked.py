@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from cde_jax.data.files import NewFolder, write_json
 from cde_jax.interop import ours
+from cde_jax.interop.onnx import check_can_write, write_onnx
 from cde_jax.interop.read import TextSettings
 from cde_jax.interop.rules import contextual_rules, to_torch
 from cde_jax.interop.write import (
@@ -46,8 +47,10 @@ def export_corpus(
     (`input_ids`, `attention_mask` → `sentence_embedding`) give the unit vectors of `model.embed(…, context)`.
 
     Raises:
-      ValueError: the model has settings that run in JAX only.
+      ValueError: the model has settings that run in JAX only; `onnx` without PyTorch's exporter.
     """
+    if onnx:
+        check_can_write()
     config = model.config
     if odd := ours.jax_only(config):
         raise ValueError(f"these settings run in JAX only and cannot be exported with a context: {', '.join(odd)}")
@@ -72,9 +75,6 @@ def export_corpus(
         write_json(new.path / "modules.json", modules)
         write_sentence_transformers(new.path, settings)
         if onnx:
-            from cde_jax.interop.onnx_graph import write_onnx  # needs the onnx package
-
-            (new.path / "onnx").mkdir()
-            write_onnx(new.path / "onnx" / "model.onnx", config, tensors)
+            write_onnx(new.path)
         write_card(new.path, config, card)
         new.put_in_place()

@@ -83,7 +83,9 @@ class Embedder:
             self.model, Path(directory), tokenizer=self.tokenizer_directory, settings=self.settings, card=card
         )
 
-    def export_corpus(self, context: "Context | None", directory: str | Path, card: str | None = None) -> None:
+    def export_corpus(
+        self, context: Context | None, directory: str | Path, card: str | None = None, *, onnx: bool = True
+    ) -> None:
         """Write a one-input model with `context` baked in, for PyTorch and ONNX (`interop.baked.export_corpus`)."""
         if not self.contextual:
             raise ValueError("a biencoder reads no context to bake in: save_pretrained writes a one-input model")
@@ -94,6 +96,7 @@ class Embedder:
             tokenizer=self.tokenizer_directory,
             settings=self.settings,
             card=card,
+            onnx=onnx,
         )
 
     @property
