@@ -213,8 +213,8 @@ def test_memory_does_not_grow_with_the_batch_when_it_is_encoded_in_chunks():
 
     What may grow: copies of ids and masks (2·B·L·5 bytes = 5.2 MB at B = 2048), vectors and their gradients
     (4·B·D·4 bytes = 1 MB), and the B × N scores (three float32 arrays, 50 MB). The texts are so long that a chunk's
-    activations (about 130 MB) outweigh the scores, whose memory XLA reuses for them: so all of it is measured, nothing
-    is subtracted, and what grows still stays within a tenth.
+    activations (163 MB) outweigh the scores, whose memory XLA reuses for them: so all of it is measured, nothing
+    is subtracted, and what grows still stays within a tenth (measured: 163.0 and 163.5 MB; without chunks 8.2 GB).
     """
     small, large = temporary(128, 64), temporary(2048, 64)
     assert small > 1.5 * 3 * 2048**2 * 4, "the scores would hide what is measured: take longer texts"
