@@ -187,6 +187,8 @@ _RANGES = {
 }
 # Keys that may differ between two runs of one work directory: they do not change any number that training computes.
 _FREE = {
+    "data.evaluation",
+    "evaluate.development",
     "batching.threads",
     "batching.prefetch",
     "train.log_every",

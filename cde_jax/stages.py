@@ -1,5 +1,6 @@
 """The stages by name: each reads named files of the work directory and leaves named files there."""
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -115,7 +116,10 @@ def train(config: Config, workdir: Path) -> bool:
 
 
 def evaluate(config: Config, workdir: Path) -> measure.Scores:
-    """NDCG of the trained model by set and kind of context, beside the baselines; written to evaluation.json."""
+    """NDCG of the trained model by set and kind of context, beside the baselines; written to evaluation.json.
+
+    Kept as it is where it was measured with the same weights, sets and settings.
+    """
     # The development set chose the checkpoint, so its score is no measurement.
     sets = [one for one in evaluation_sets(config, workdir) if one.name != config.evaluate.development]
     if not sets:
@@ -128,18 +132,33 @@ def evaluate(config: Config, workdir: Path) -> measure.Scores:
     documents = Texts(pairs.ragged("document_text"))
     drawn = np.random.default_rng([config.seed, 1]).choice(len(documents), min(4096, len(documents)), replace=False)
     k = config.evaluate.cutoff
+    about = (embedder.weights, pairs.fingerprint, config.seed, k, config.evaluate.baselines)
+    about = fingerprint([*about, [dataclasses.asdict(one) for one in sets]])
+    file = workdir / "evaluation.json"
+    if file.exists() and (before := read_json(file))["fingerprint"] == about:
+        log.info("the evaluation of this model is there: kept")
+        return before["sets"]
     scores = measure.evaluate_embedder(embedder, sets, [documents[i] for i in drawn.tolist()], config.seed, k)
     if config.evaluate.baselines:
         lsa = {"LSA": Lsa.load(workdir / LSA).encode} if config.batching.surrogate == "lsa" else {}
         scores = measure.combine(scores, measure.evaluate_baselines(sets, lsa, k))
-    write_json(workdir / "evaluation.json", {"metric": f"ndcg@{k}", "sets": scores, "mean": measure.means(scores)})
+    means = measure.means(scores)
+    write_json(file, {"metric": f"ndcg@{k}", "fingerprint": about, "sets": scores, "mean": means})
     return scores
 
 
 def export(config: Config, workdir: Path) -> Path:
-    """Write the trained model to export/, with a card that says how it was made and what was measured."""
-    folder = workdir / EXPORT
-    trained(config, workdir).save_pretrained(folder, card=model_card(config, workdir))
+    """Write the trained model to export/, with a card that says how it was made and what was measured.
+
+    An export of the same weights with the same card is kept; any other is replaced.
+    """
+    folder, embedder, card = workdir / EXPORT, trained(config, workdir), model_card(config, workdir)
+    written = folder / "README.md"
+    same_card = written.exists() and written.read_text(encoding="utf-8") == card
+    if same_card and Embedder.from_pretrained(folder).weights == embedder.weights:
+        log.info("the export of this model is there: kept")
+        return folder
+    embedder.save_pretrained(folder, card=card)
     return folder
 
 

@@ -125,6 +125,7 @@ def test_a_second_run_keeps_everything_and_says_so(data, done, workdir, caplog):
     text = caplog.text
     assert "pairs are there and fit: kept" in text and "vectors are there and fit: kept" in text
     assert "the plan is there and fits: kept" in text and "all 6 steps are done: training is skipped" in text
+    assert "the evaluation of this model is there: kept" in text and "the export of this model is there: kept" in text
     assert said[1] == done[1][1]  # the same table
 
 
