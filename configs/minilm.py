@@ -26,8 +26,8 @@ def get_config(variant: str = ""):
     c.model.heads = 12
     c.model.mlp_width = 1536
     c.model.max_positions = 512
-    c.train.steps = 60
+    c.train.steps = 40
     c.train.learning_rate = 1e-4
-    c.train.warmup_steps = 10
+    c.train.warmup_steps = 5
     c.train.checkpoint_every = 0
     return base.apply_variant(c, variant)
