@@ -6,7 +6,6 @@ one that belongs to others is an error, unless it is to be rebuilt.
 
 import dataclasses
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,7 +153,6 @@ def _vectors(config: Config, workdir: Path, pairs: Store, rebuild: bool, checkpo
     queries, documents = (surrogate.Texts(pairs.ragged(name)) for name in ("query_text", "document_text"))
     if b.surrogate == "lsa":
         lsa = surrogate.lsa(queries, documents, **settings)
-        shutil.rmtree(workdir / LSA, ignore_errors=True)
         lsa.save(workdir / LSA)
         encode = lsa.encode
     elif b.surrogate.startswith("checkpoint:"):
@@ -172,7 +170,6 @@ def _plan(config: Config, workdir: Path, pairs: Store, vectors: Store, rebuild: 
         log.info("the plan is there and fits: kept")
         return plan
     log.info("building the batch plan")
-    shutil.rmtree(workdir / PLAN, ignore_errors=True)
     plan = build_plan(pairs, vectors, **settings)
     plan.save(workdir / PLAN)
     return BatchPlan.load(workdir / PLAN)
@@ -180,10 +177,7 @@ def _plan(config: Config, workdir: Path, pairs: Store, vectors: Store, rebuild: 
 
 def _keep(folder: Path, kind: str, expected: str, found: Callable[[dict], str], rebuild: bool) -> bool:
     """Whether the artefact is there and fits; one that does not fit is an error, or goes if it is to be rebuilt."""
-    if not folder.exists():
-        return False
-    if rebuild:
-        shutil.rmtree(folder)
+    if rebuild or not folder.exists():  # a new one takes an old one's place when it is whole, not before
         return False
     got = found(Store.open(folder, kind=kind, verify=False).manifest)
     if got != expected:
