@@ -6,7 +6,7 @@ WORKDIR ?= runs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PINS := requirements.txt constraints.txt pyproject.toml
 
-# Huge pages for XLA's buffers: a third less CPU time on Linux (ignored elsewhere).
+# Huge pages for XLA's buffers: a quarter less CPU time on Linux (ignored elsewhere).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .PHONY: demo test test-all lint clean
