@@ -140,6 +140,13 @@ def test_a_prepared_context_reads_as_the_raw_one(model, texts, context):
     assert difference(embed(model, *texts, context), embed(model, *texts, cache)) <= EXACT
 
 
+def test_numpy_ids_and_masks_of_ones_and_zeros_are_read_too(model, texts):
+    ids, mask = (np.asarray(x, np.int64) for x in texts)
+    slots = np.asarray(model.embed_context(ids, mask))
+    expected = model.embed(*texts, model.embed_context(*texts))
+    np.testing.assert_array_equal(model.embed(ids, mask, slots), expected)
+
+
 def test_null_slots_stand_in_for_missing_documents(model, texts, context):
     present = jnp.arange(J) < 2
     filled = model.with_null(context, present)

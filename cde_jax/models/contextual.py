@@ -14,11 +14,15 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from cde_jax.models.attention import Prefix
-from cde_jax.models.encoder import Encoder, EncoderConfig, linear
+from cde_jax.models.encoder import Encoder, EncoderConfig, Ids, Mask, as_tokens, linear
+
+# Vectors of the first stage: shared by all texts, or one set a text.
+Context = Float[Array | np.ndarray, "J D"] | Float[Array | np.ndarray, "B J D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +91,14 @@ class Biencoder(nnx.Module):
             self.head_in = linear(c.width, c.width, c, rngs)
             self.head_out = linear(c.width, config.output_width or c.width, c, rngs)
 
-    def embed(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], context: None = None) -> Float[Array, "BT D"]:
+    def embed(self, ids: Ids, mask: Mask, context: None = None) -> Float[Array, "BT D"]:
         """Vectors of texts (T of each with `tokens_per_document`), float32, not normalised.
 
         `context` must be None: a biencoder reads none.
         """
         if context is not None:
             raise ValueError("a biencoder reads no context: call embed(ids, mask), or load a contextual encoder")
+        ids, mask = as_tokens(ids, mask)
         vectors = self.pool(self.encoder(ids, mask), mask)
         if self.config.head:
             hidden = jax.nn.gelu(self.head_in(vectors), approximate=False)
@@ -129,7 +134,9 @@ class ContextualEncoder(nnx.Module):
         if c.slot_bias is not None:
             self.slot_bias = nnx.Param(jnp.full((second.layers, second.heads), c.slot_bias, jnp.float32))
 
-    def embed_context(self, ids: Int[Array, "J L"], mask: Bool[Array, "J L"]) -> Float[Array, "JT D"]:
+    def embed_context(
+        self, ids: Integer[Array | np.ndarray, "J L"], mask: Shaped[Array | np.ndarray, "J L"]
+    ) -> Float[Array, "JT D"]:
         """First stage: one float32 vector per context document (T of them for imported multi-token models)."""
         return self.first_stage.embed(ids, mask)
 
@@ -137,7 +144,7 @@ class ContextualEncoder(nnx.Module):
         """Put the null embedding where no document is present (missing context, sequence dropout)."""
         return jnp.where(present[..., None], context, self._null())
 
-    def prepare_context(self, context: Float[Array, "J D"] | Float[Array, "B J D"] | None) -> ContextCache:
+    def prepare_context(self, context: Context | None) -> ContextCache:
         """What `embed` needs of a context: slots with the soft prompt and, if isolated, their keys and values.
 
         `context` is [J, D], shared by all texts, or [B, J, D], one a text; None is a context of null slots.
@@ -155,11 +162,15 @@ class ContextualEncoder(nnx.Module):
 
     def embed(
         self,
-        ids: Int[Array, "B L"],
-        mask: Bool[Array, "B L"],
-        context: Float[Array, "J D"] | Float[Array, "B J D"] | ContextCache | None = None,
+        ids: Ids,
+        mask: Mask,
+        context: Context | ContextCache | None = None,
     ) -> Float[Array, "B D"]:
-        """Second stage: vectors of texts that have read their context, float32, not normalised."""
+        """Second stage: vectors of texts that have read their context, float32, not normalised.
+
+        `context` as in `prepare_context`, or what it made; None is a context of null slots.
+        """
+        ids, mask = as_tokens(ids, mask)
         cache = context if isinstance(context, ContextCache) else self.prepare_context(context)
         return self.output(*self.hidden(ids, mask, cache))
 

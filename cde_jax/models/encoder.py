@@ -11,10 +11,15 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from cde_jax.models.attention import Prefix, Rotary, attend, rotary, rotate
+
+# What users give: token ids of any integer type, and masks of booleans or of 0 and 1, on any device or none.
+Ids = Integer[Array | np.ndarray, "B L"]
+Mask = Shaped[Array | np.ndarray, "B L"]
 
 INIT = nnx.initializers.truncated_normal(0.02)  # BERT's (Devlin et al., 1810.04805, appendix A.2)
 
@@ -74,6 +79,11 @@ _GATES: dict[str, Callable] = {
     "geglu": partial(jax.nn.gelu, approximate=False),
     "glu": jax.nn.sigmoid,
 }
+
+
+def as_tokens(ids: Ids, mask: Mask) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
+    """Ids as int32 and the mask as booleans, in JAX."""
+    return jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool)
 
 
 def linear(inputs: int, outputs: int, config: EncoderConfig, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
@@ -240,11 +250,13 @@ class Encoder(nnx.Module):
 
     def __call__(
         self,
-        ids: Int[Array, "B L"],
-        mask: Bool[Array, "B L"],
+        ids: Ids,
+        mask: Mask,
         *,
-        type_ids: Int[Array, "B L"] | None = None,
+        type_ids: Ids | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states of the last layer, [B, L, D], in the compute dtype."""
+        ids, mask = as_tokens(ids, mask)
+        type_ids = None if type_ids is None else jnp.asarray(type_ids, jnp.int32)
         x = self.embed_tokens(ids, mask, type_ids=type_ids)
         return self.run(x, mask, self.angles(self.positions(mask)))[0]

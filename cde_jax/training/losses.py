@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 
 def info_nce(
-    queries: Float[Array, "B D"],
-    documents: Float[Array, "N D"],
-    keep: Bool[Array, "B N"] | None,
+    queries: Float[Array | np.ndarray, "B D"],
+    documents: Float[Array | np.ndarray, "N D"],
+    keep: Bool[Array | np.ndarray, "B N"] | None,
     temperature: float | Float[Array, ""],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Masked InfoNCE over cosine scores: the mean over queries of −log softmax of the positive.
@@ -42,7 +43,7 @@ def info_nce(
     return loss, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 
-def normalise(vectors: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+def normalise(vectors: Float[Array | np.ndarray, "*B D"]) -> Float[Array, "*B D"]:
     """Unit vectors in float32; a zero vector (shorter than 1e-12) becomes zero, with no gradient."""
     vectors = vectors.astype(jnp.float32)
     square = jnp.sum(vectors**2, axis=-1, keepdims=True)
