@@ -1,6 +1,8 @@
 """The whole job on a laptop in minutes: docstrings of our own dependencies, held-out packages as evaluation sets.
 
 Command: make demo   (python -m cde_jax.main --config=configs/demo.py --workdir=runs/demo)
+Hardware: 2 CPU cores (AMD EPYC), 2.7 GiB. Time: 7 min 7 s after installation.
+Score: mean NDCG@10 0.547 with any context or none; BM25 0.576, LSA 0.220 (benchmarks/results/demo.json).
 """
 
 from configs import base
