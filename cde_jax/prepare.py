@@ -158,7 +158,7 @@ def _vectors(config: Config, workdir: Path, pairs: Store, rebuild: bool, checkpo
     elif b.surrogate.startswith("checkpoint:"):
         encode = checkpoint
     else:
-        encode = surrogate.encoder(b.surrogate, queries=queries, documents=documents, width=0, seed=config.seed)
+        encode = surrogate.sentence_transformer(b.surrogate)
     return surrogate.write_vectors(workdir / VECTORS, pairs, encode, name=b.surrogate, settings=settings)
 
 

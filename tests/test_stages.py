@@ -140,7 +140,14 @@ def test_stages_can_be_run_one_by_one(data, done, tmp_path):
 
 
 def test_another_number_of_threads_or_lines_is_the_same_run(data, workdir):
+    before = bytes_of(workdir / "checkpoints")
     go(data, workdir, "train", batching__threads=1, train__log_every=5, evaluate__cutoff=3)
+    assert bytes_of(workdir / "checkpoints") == before
+
+
+def test_an_unknown_surrogate_names_the_known_ones(data, tmp_path):
+    with pytest.raises(ValueError, match="sentence-transformers:NAME"):
+        go(data, tmp_path, "prepare", batching__surrogate="word2vec")
 
 
 def test_a_context_larger_than_the_batch_works(data, tmp_path):

@@ -104,12 +104,17 @@ def write_json(path: str | Path, obj: Any) -> None:
         text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n"
     except ValueError as error:
         raise ValueError(f"{path}: {error}; JSON holds finite numbers only, write None for the rest") from None
+    write_file(path, text.encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that a kill or a full disk leaves the old one or the new one; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name: what a kill leaves is overwritten by the next write.
     temporary = path.parent / f".{path.name}.tmp"
     try:
         with open(temporary, "wb", buffering=0) as file:
-            write_all(file, text.encode())
+            write_all(file, content)
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)

@@ -1,7 +1,6 @@
 """`Context`: a sample of a corpus as the second stage reads it, to keep beside the corpus' index."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from cde_jax.data.files import explained, sync_folder, write_all
+from cde_jax.data.files import write_file
 
 FORMAT = "cde_jax context 1"
 
@@ -42,18 +41,7 @@ class Context:
             "documents": self.documents,
             "sha256": _digest(self.vectors),
         }
-        content = save({"vectors": np.ascontiguousarray(self.vectors, np.float32)}, metadata)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name}.tmp"
-        try:
-            with open(temporary, "wb", buffering=0) as file:
-                write_all(file, content)
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise explained(error, path) from error
+        write_file(path, save({"vectors": np.ascontiguousarray(self.vectors, np.float32)}, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> "Context":
