@@ -18,6 +18,8 @@ class Data:
 
     source: str
     paths: tuple[str, ...]
+    collections: tuple[str, ...]
+    columns: tuple[str, ...]
     packages: str
     standard_library: bool
     held_out: tuple[str, ...]
@@ -35,18 +37,26 @@ class Batching:
     """How pairs become a plan."""
 
     surrogate: str
+    filter_surrogate: str
     surrogate_width: int
     method: str
     batch_size: int
     cluster_size: int
+    cluster_dimensions: int
+    cluster_rows: int
     iterations: int
     tries: int
     packing: str
     epochs: int
+    domain_weights: tuple[str, ...]
     hard_negatives: int
+    mine_first: int
+    mine_last: int
+    mine_margin: float
     filter_margin: float | None
     context_source: str
     threads: int
+    workers: int
     prefetch: int
 
 
@@ -131,7 +141,7 @@ class Config:
 
 
 _CHOICES = {
-    "data.source": ("docstrings", "jsonl"),
+    "data.source": ("docstrings", "jsonl", "tfds", "huggingface"),
     "data.packages": ("core", "installed"),
     "batching.method": ("clustered", "random"),
     "batching.packing": ("random", "tsp"),
@@ -151,12 +161,18 @@ _RANGES = {
     "batching.surrogate_width": (2,),
     "batching.batch_size": (2,),
     "batching.cluster_size": (1,),
+    "batching.cluster_dimensions": (0,),
+    "batching.cluster_rows": (1,),
     "batching.iterations": (1,),
     "batching.tries": (1,),
     "batching.epochs": (1,),
     "batching.hard_negatives": (0,),
+    "batching.mine_first": (0,),
+    "batching.mine_last": (0,),
+    "batching.mine_margin": (-2.0, 2.0),
     "batching.filter_margin": (-2.0, 2.0),
     "batching.threads": (1,),
+    "batching.workers": (0,),
     "batching.prefetch": (1,),
     "model.context_size": (1,),
     "model.vocab_size": (0,),
@@ -190,6 +206,7 @@ _FREE = {
     "data.evaluation",
     "evaluate.development",
     "batching.threads",
+    "batching.workers",
     "batching.prefetch",
     "train.log_every",
     "train.checkpoint_every",

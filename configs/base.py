@@ -12,8 +12,12 @@ def get_config(variant: str = "") -> ConfigDict:
     c.seed = 0  # the one seed of data order, clusters, parameters, context draws and dropout
 
     c.data = ConfigDict()
-    c.data.source = "docstrings"  # "docstrings" of installed packages, or "jsonl" files of pairs
+    # "docstrings" of installed packages; "jsonl" files of pairs; "tfds": published collections in their own formats;
+    # "huggingface": data sets or Parquet files by name or path.
+    c.data.source = "docstrings"
     c.data.paths = ()  # jsonl: files or folders of {"query", "document", "domain"?, "negatives"?} lines, plain or .gz
+    c.data.collections = ()  # tfds: names from the table in data/sources/collections.py; `paths` is their one folder
+    c.data.columns = ()  # huggingface: columns under other names, ("query=question", "document=answer")
     c.data.packages = "core"  # docstrings: of our "core" dependencies (repeatable), or of all "installed" packages
     c.data.standard_library = False  # docstrings: read Python's own too (they differ between Python versions)
     c.data.held_out = ()  # docstrings: packages kept out of training as evaluation sets
@@ -27,20 +31,28 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.batching = ConfigDict()
     c.batching.surrogate = "lsa"  # model that places pairs: "lsa", "sentence-transformers:NAME", "checkpoint:DIR"
+    c.batching.filter_surrogate = ""  # model that finds false and hard negatives; "": the same
     c.batching.surrogate_width = 128  # dimensions of the LSA vectors
     c.batching.method = "clustered"  # batches from "clustered" neighbourhoods, or "random" within a domain
     c.batching.batch_size = 512  # B, queries of a plan batch: the unit of contrast
     c.batching.cluster_size = 512  # pairs of a cluster, on average
+    c.batching.cluster_dimensions = 0  # of the vectors that are clustered, reduced by SVD; 0: all
+    c.batching.cluster_rows = 2**20  # pairs of a domain that clusters are trained on; the others are assigned to them
     c.batching.iterations = 100  # of k-means, at most
     c.batching.tries = 3  # k-means from several seeds; the best is kept
     c.batching.packing = "tsp"  # clusters follow each other at "random", or by a greedy tour to the nearest ("tsp")
     c.batching.epochs = 3  # arrangements of all pairs in the plan, each different
-    c.batching.hard_negatives = 0  # K per query, from the data's own negatives
+    c.batching.domain_weights = ()  # ("NAME=0.5",): half of that domain's batches in an epoch; 2: each row twice
+    c.batching.hard_negatives = 0  # K per query, from the data's own negatives, then from mined ones, then at random
+    c.batching.mine_first = 0  # mined: documents of these ranks among the query's nearest in its domain, from 1; …
+    c.batching.mine_last = 0  # … to this one; 0: none are mined
+    c.batching.mine_margin = 0.05  # … and only where f(q, d′) ≤ f(q, d) − margin
     # ε of the false-negative filter (paper eq. 4) on the surrogate's cosine: documents at least this much closer to
     # the query than its own document are no negatives. None: only equal texts are masked.
     c.batching.filter_margin = 0.0
     c.batching.context_source = "batch"  # context documents are drawn from the "batch" (paper) or from its "domain"
     c.batching.threads = 4  # that read batches
+    c.batching.workers = 0  # processes that read batches instead of threads; 0: none
     c.batching.prefetch = 8  # batches ready ahead
 
     c.model = ConfigDict()
