@@ -14,8 +14,11 @@ from cde_jax.batching.pack import (
     arrange,
     document_centroids,
     domain_groups,
+    epoch_batches,
+    epoch_size,
     greedy_tour,
     order_clusters,
+    parse_weights,
 )
 
 repeatable = settings(max_examples=60, derandomize=True, deadline=None)
@@ -135,3 +138,88 @@ def test_every_row_has_its_turn_over_the_epochs():
         random = np.random.default_rng(epoch)
         seen |= set(arrange(rows, assignments, order_clusters(centroids, 3, random), 4, random).ravel().tolist())
     assert seen == set(range(11))
+
+
+@repeatable
+@given(
+    st.integers(1, 60),
+    st.integers(1, 9),
+    st.sampled_from([0.0, 0.01, 0.25, 0.5, 0.99, 1.0, 1.5, 2.0, 2.75]),
+    st.integers(0, 99),
+    st.booleans(),
+)
+def test_an_epoch_has_each_row_as_often_as_its_weight_says(n, batch_size, weight, seed, tsp):
+    batch_size = min(batch_size, n)
+    random = np.random.default_rng(seed)
+    assignments = np.unique(random.integers(5, size=n), return_inverse=True)[1]
+    rows = np.sort(random.choice(1000, n, replace=False))
+    centroids = document_centroids(random.normal(size=(n, 3)), assignments) if tsp else None
+    batches = epoch_batches(rows, assignments, centroids, batch_size, weight, random)
+    assert batches.shape == (epoch_size(n, batch_size, weight), batch_size)
+    if weight > 0:
+        assert abs(len(batches) - weight * (n // batch_size)) <= (0.5 if len(batches) > 1 else 1)
+    assert all(len(set(batch)) == batch_size for batch in batches.tolist())
+    times = np.bincount(batches.ravel(), minlength=1000)
+    assert set(np.flatnonzero(times).tolist()) <= set(rows.tolist())
+    assert times.max() <= np.ceil(weight)
+    lost = np.maximum(int(weight) - times[rows], 0).sum()
+    assert lost <= int(weight) * (n % batch_size)  # a whole arrangement loses its remainder only
+
+
+def test_weight_one_is_a_single_arrangement():
+    rows, assignments, centroids = np.arange(23), np.arange(23) % 4, np.random.default_rng(0).normal(size=(4, 3))
+    for points in (None, centroids):
+        random = np.random.default_rng(5)
+        expected = arrange(rows, assignments, order_clusters(points, 4, random), 5, random)
+        again = np.random.default_rng(5)
+        np.testing.assert_array_equal(epoch_batches(rows, assignments, points, 5, 1.0, again), expected)
+        assert random.random() == again.random()  # and the same random numbers are left for what follows
+
+
+def test_half_of_a_domain_is_not_always_the_same_half():
+    rows, assignments = np.arange(40), np.arange(40) // 10
+    halves = {
+        tuple(sorted(epoch_batches(rows, assignments, None, 4, 0.5, np.random.default_rng(e)).ravel().tolist()))
+        for e in range(20)
+    }
+    assert len(halves) == 20 and all(len(half) == 20 for half in halves)
+    assert set().union(*halves) == set(range(40))
+
+
+NAMES = ["wiki", "news", "tiny", "small"]
+GROUPS = domain_groups(np.repeat([0, 1, 2, 3], [5, 6, 2, 3]).astype(np.int32), NAMES, 4)[0]
+
+
+def test_weights_are_those_given_and_else_one():
+    assert [group.name for group in GROUPS] == ["wiki", "news", SMALL_DOMAINS]
+    assert parse_weights([], GROUPS, NAMES) == [1, 1, 1]
+    assert parse_weights(["news=0.25", f"{SMALL_DOMAINS}=3", "wiki=0"], GROUPS, NAMES) == [0, 0.25, 3]
+    odd = domain_groups(np.zeros(4, np.int32), ["a=b"], 4)[0]
+    assert parse_weights(["a=b=2"], odd, ["a=b"]) == [2]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["news"], "\"NAME=0.5\", 0 or more; got 'news'"),
+        (["=1"], "got '=1'"),
+        (["news=much"], "got 'news=much'"),
+        (["news=-1"], "got 'news=-1'"),
+        (["news=nan"], "got 'news=nan'"),
+        (["news=inf"], "got 'news=inf'"),
+        (["news=1", "news=2"], "'news' has two"),
+        (["nwes=1"], "'nwes', which is no domain of these pairs; the nearest is 'news'"),
+        (["tiny=2"], r"'tiny' has fewer pairs than a batch and is in '\(small domains\)'"),
+        (["wiki=0", "news=0", "(small domains)=0"], "all are 0"),
+    ],
+)
+def test_weights_that_cannot_be_used(texts, message):
+    with pytest.raises(ValueError, match=message):
+        parse_weights(texts, GROUPS, NAMES)
+
+
+def test_weight_of_a_domain_that_was_left_out():
+    groups, left_out = domain_groups(np.repeat([0, 1], [5, 2]).astype(np.int32), ["wiki", "tiny"], 4)
+    assert left_out
+    with pytest.raises(ValueError, match="'tiny' has fewer pairs than a batch and is left out"):
+        parse_weights(["tiny=2"], groups, ["wiki", "tiny"])

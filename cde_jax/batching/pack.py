@@ -6,8 +6,17 @@ put in a new order, the rows inside a cluster are shuffled, and the sequence is 
 remainder (rows mod B) is left out of that epoch: it is taken out as one run at a random batch boundary, because
 always taking the end would leave out the same outliers every time (a greedy tour visits them last). Batches of all
 groups are then shuffled.
+
+So a large cluster is split into batches, at random, and small ones are merged: with whatever follows at random, or
+with the near ones, which follow each other in a tour ("tsp"): the two ways of the paper.
+
+Proportions. A group of weight w (1 unless said otherwise) has ⌊w⌋ such arrangements in an epoch, and of one more a
+random share of w − ⌊w⌋ of its batches, to the nearest whole number. A weight above 0 gives one batch at least; a weight
+of 0 leaves the group out.
 """
 
+import difflib
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -52,6 +61,74 @@ def domain_groups(
             "none can be made; use a smaller batch_size or more data"
         )
     return groups, left_out
+
+
+def parse_weights(texts: Sequence[str], groups: Sequence[Group], names: Sequence[str]) -> list[float]:
+    """The weight of each group, from texts like "NAME=0.5"; 1 for a group that no text names.
+
+    groups: as `domain_groups` made them; names: those of all domains. Raises ValueError for a text of another form, a
+    weight below 0 or not finite, a name given twice, unknown or of a domain without a group of its own, and weights
+    that leave nothing.
+    """
+    weights = {group.name: 1.0 for group in groups}
+    given = set()
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not (equals and name and math.isfinite(weight) and weight >= 0):
+            raise ValueError(f'expected a domain weight of the form "NAME=0.5", 0 or more; got {text!r}')
+        if name in given:
+            raise ValueError(f"expected one weight for a domain, but {name!r} has two; keep one of them")
+        if name not in weights:
+            raise ValueError(_no_such_group(name, list(weights), names))
+        given.add(name)
+        weights[name] = weight
+    if not any(weights.values()):
+        raise ValueError("expected a domain with a weight above 0, but all are 0; nothing would be left to train on")
+    return [weights[group.name] for group in groups]
+
+
+def _no_such_group(name: str, known: Sequence[str], names: Sequence[str]) -> str:
+    if name in names:
+        where = f"in {SMALL_DOMAINS!r}: give that a weight" if SMALL_DOMAINS in known else "left out in any case"
+        return f"the domain {name!r} has fewer pairs than a batch and is {where}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"a weight is given for {name!r}, which is no domain of these pairs; the nearest is {near[0]!r}"
+
+
+def epoch_size(rows: int, batch_size: int, weight: float) -> int:
+    """How many batches an epoch has of a group with so many rows (at least `batch_size`) and this weight."""
+    batches = rows // batch_size
+    whole, share = divmod(weight, 1)
+    return max(int(whole) * batches + math.floor(share * batches + 0.5), int(weight > 0))
+
+
+def epoch_batches(
+    rows: Int64[np.ndarray, " n"],
+    assignments: Int[np.ndarray, " n"],
+    centroids: Float[np.ndarray, "k D"] | None,
+    batch_size: int,
+    weight: float,
+    random: np.random.Generator,
+) -> Int64[np.ndarray, "batches B"]:
+    """One epoch's batches of one group: `epoch_size` of them, from as many arrangements as its weight asks for.
+
+    assignments: the cluster 0…k−1 of each of the group's rows; centroids: of the tour, or None for a random order.
+    A row comes at most ⌈weight⌉ times, and never twice in a batch.
+    """
+    wanted = epoch_size(len(rows), batch_size, weight)
+    k = int(assignments.max()) + 1
+    parts = [np.empty((0, batch_size), np.int64)]
+    while wanted:
+        batches = arrange(rows, assignments, order_clusters(centroids, k, random), batch_size, random)
+        if len(batches) > wanted:
+            batches = batches[np.sort(random.choice(len(batches), wanted, replace=False))]
+        parts.append(batches)
+        wanted -= len(batches)
+    return np.concatenate(parts)
 
 
 def document_centroids(
