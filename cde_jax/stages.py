@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,8 +88,9 @@ def train(config: Config, workdir: Path) -> bool:
     t, b = config.train, config.batching
 
     def batches(start: int, stop: int) -> Iterator[dict[str, Any]]:
-        for batch in run.loader.iterate(start, stop, threads=b.threads, prefetch=b.prefetch):
-            yield sharding.shard_batch(run.mesh, batch)
+        read = run.loader.iterate(start, stop, threads=b.threads, workers=b.workers, prefetch=b.prefetch)
+        with closing(read):
+            yield from sharding.shard_ahead(run.mesh, read)
 
     development = [one for one in evaluation_sets(config, workdir) if one.name == config.evaluate.development]
 

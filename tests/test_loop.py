@@ -160,6 +160,22 @@ def test_a_signal_ends_the_run_after_the_current_step_with_a_checkpoint(trainer,
     assert same(go(trainer, tmp_path, 6).state, go(trainer, tmp_path / "whole", 6).state)
 
 
+def test_batches_are_put_on_the_devices_before_they_are_asked_for():
+    mesh, read = sharding.make_mesh(2), []
+
+    def source():
+        for step in range(5):
+            read.append(step)
+            yield {"rows": np.full((2, 3), step)}
+
+    seen = []
+    for batch in sharding.shard_ahead(mesh, source()):
+        assert len(batch["rows"].sharding.device_set) == 2
+        seen.append((int(batch["rows"][0, 0]), len(read)))
+    assert seen == [(0, 2), (1, 3), (2, 4), (3, 5), (4, 5)]
+    assert len(list(sharding.shard_ahead(mesh, [{"rows": np.zeros((2, 3))}]))) == 1
+
+
 # --- bad numbers
 
 

@@ -1,18 +1,26 @@
 """Batches of tokens for the training step: `batch(step)` is a function, so order is data and resuming is an integer.
 
-Grain runs that function ahead of time in threads. It only reads memory-mapped arrays and makes its own generator from
-the seed and the place in the plan, so threads share nothing that they write to.
+Grain runs that function ahead of time, in threads or in processes. It only reads memory-mapped arrays and makes its
+own generator from the seed and the place in the plan, so threads share nothing that they write to; a process is given
+the names of the mapped files, not their content.
 """
 
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 from cde_jax.batching.pack import domain_groups
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.data.store import Store
+from cde_jax.data.store import Ragged, Store
 
 CONTEXT_STREAM = 31  # keeps the context draw apart from the other random numbers of the same seed
 CONTEXT_SOURCES = ("batch", "domain")
@@ -50,7 +58,12 @@ class Loader:
                 raise ValueError(f"expected {name} ≥ {smallest}, got {value}; change it in the config")
         if context_source not in CONTEXT_SOURCES:
             raise ValueError(f"expected context_source {' or '.join(CONTEXT_SOURCES)}, got {context_source!r}")
-        plan.verify(pairs.fingerprint, plan.manifest["settings"])
+        try:
+            plan.verify(pairs.fingerprint, plan.manifest["settings"])
+        except ValueError as error:
+            raise ValueError(
+                f"{error} ({pairs.directory}: texts, prefixes, lengths and the tokenizer all count)"
+            ) from None
         self.plan = plan
         self.batches_per_step = batches_per_step
         self.context_size = context_size
@@ -60,9 +73,11 @@ class Loader:
         self.seed = seed
         self._queries = pairs.ragged("query_tokens")
         self._documents = pairs.ragged("document_tokens")
-        names = [domain["name"] for domain in pairs.manifest["domains"]]
-        groups, _ = domain_groups(pairs.array("domain"), names, plan.rows.shape[1])  # as the plan numbered them
-        self._group_rows = [group.rows for group in groups]
+        self._group_rows: list[np.ndarray] = []
+        if context_source == "domain":
+            names = [domain["name"] for domain in pairs.manifest["domains"]]
+            groups, _ = domain_groups(pairs.array("domain"), names, plan.rows.shape[1])  # as the plan numbered them
+            self._group_rows = [group.rows for group in groups]
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """The arrays of one step, a pure function of `step` ≥ 0; after the plan's last batch its first comes again.
@@ -104,20 +119,87 @@ class Loader:
         context[: len(drawn)] = drawn
         return context
 
-    def iterate(self, start: int, stop: int, *, threads: int, prefetch: int) -> Iterator[dict[str, np.ndarray]]:
-        """`batch(start)` … `batch(stop − 1)` in order; Grain computes up to `prefetch` of them ahead in `threads`.
+    def iterate(
+        self, start: int, stop: int, *, threads: int, workers: int = 0, prefetch: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """`batch(start)` … `batch(stop − 1)` in order; Grain computes up to `prefetch` of them ahead.
 
-        With threads = 0 or prefetch = 0 each batch is computed when it is asked for.
+        They come from `threads` threads of this process, or from `workers` > 0 processes; the batches are the same.
+        Processes start in seconds and are worth it where threads, which share one interpreter, cannot keep up. With
+        no workers and threads = 0 or prefetch = 0 each batch is computed when it is asked for.
         """
         if not 0 <= start <= stop:
             raise ValueError(f"expected 0 ≤ start ≤ stop, got {start} and {stop}")
         import grain  # loads jax, which this package does without elsewhere
 
-        options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
-        dataset = grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options)
-        # Closing lets go of the threads when the caller stops early.
+        if workers:
+            dataset = _in_processes(grain.MapDataset.range(start, stop).map(self.batch), workers, prefetch)
+        else:
+            options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
+            dataset = grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options)
+        # Closing lets go of threads and processes when the caller stops early.
         with closing(iter(dataset)) as batches:
             yield from batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For Grain's processes: mapped arrays by the names of their files."""
+        state = dict(vars(self))
+        state["plan"] = {
+            field.name: _by_name(getattr(self.plan, field.name)) for field in dataclasses.fields(self.plan)
+        }
+        for name in ("_queries", "_documents"):
+            state[name] = [_by_name(array) for array in state[name]]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.plan = BatchPlan(**{name: _opened(value) for name, value in state["plan"].items()})
+        for name in ("_queries", "_documents"):
+            setattr(self, name, Ragged(*map(_opened, state[name])))
+
+
+class _MappedFile(NamedTuple):
+    """An array of a store, by the name of its file."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def _by_name(value: Any) -> Any:
+    mapped = value.base if isinstance(value, np.ndarray) else None
+    if isinstance(mapped, np.memmap) and mapped.shape == value.shape:
+        return _MappedFile(Path(mapped.filename), value.dtype, value.shape)
+    return value
+
+
+def _opened(value: Any) -> Any:
+    if isinstance(value, _MappedFile):
+        return np.memmap(value.file, value.dtype, "r", shape=value.shape).view(np.ndarray)
+    return value
+
+
+def _in_processes(batches: Any, workers: int, prefetch: int) -> Any:
+    """The Grain data set `batches` computed by `workers` processes, in the same order."""
+    import grain
+    import jax
+
+    # Grain reads absl's flags before it starts processes; a notebook has parsed none.
+    jax.config.parse_flags_with_absl()
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, prefetch // workers))
+    nothing_ahead = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return batches.to_iter_dataset(nothing_ahead).mp_prefetch(options, worker_init_fn=_start_worker)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """A worker lives as long as its parent: Ctrl-C is the parent's to handle; killed with it, nothing is left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _tokens(ragged, rows: Int64[np.ndarray, "G rows"], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@ One axis: the G plan batches of a step are split over the devices, parameters ar
 kind (≤ 1 B parameters) fits on one accelerator, so nothing else is split.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -35,6 +36,16 @@ def check_divides(mesh: Mesh, batches_per_step: int) -> None:
 def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Put `[G, …]` arrays on the devices, G split."""
     return jax.device_put(batch, NamedSharding(mesh, P(_DATA)))
+
+
+def shard_ahead(mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], ahead: int = 1) -> Iterator[dict[str, jax.Array]]:
+    """`shard_batch` of each batch in order, started `ahead` batches early: copied while the steps before still run."""
+    waiting: deque[dict[str, jax.Array]] = deque()
+    for batch in batches:
+        waiting.append(shard_batch(mesh, batch))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
