@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from train_step import about
+from about import about
 
 from cde_jax import stages
 from cde_jax.config import from_config_dict
@@ -86,7 +86,7 @@ def start(args: argparse.Namespace, config, workdir: Path):
 
 def emit(row: dict) -> None:
     """One JSON line."""
-    print(json.dumps({"benchmark": "from_minilm"} | row | about()), flush=True)
+    print(json.dumps({"benchmark": "from_minilm"} | row | about("jax")), flush=True)
 
 
 if __name__ == "__main__":
