@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cde_jax.batching import surrogate
-from cde_jax.batching.plan import BatchPlan, build_plan
+from cde_jax.batching.build import build_plan
+from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import Config
 from cde_jax.data.files import fingerprint
 from cde_jax.data.pairs import Pair, clean, write_pairs
@@ -47,11 +48,17 @@ def plan_settings(config: Config) -> dict[str, Any]:
         "batch_size": b.batch_size,
         "method": b.method,
         "cluster_size": b.cluster_size,
+        "cluster_dimensions": b.cluster_dimensions,
+        "cluster_rows": b.cluster_rows,
         "iterations": b.iterations,
         "tries": b.tries,
         "packing": b.packing,
         "epochs": b.epochs,
+        "domain_weights": b.domain_weights,
         "hard_negatives": b.hard_negatives,
+        "mine_first": b.mine_first,
+        "mine_last": b.mine_last,
+        "mine_margin": b.mine_margin,
         "margin": b.filter_margin,
         "seed": config.seed,
     }
@@ -170,9 +177,7 @@ def _plan(config: Config, workdir: Path, pairs: Store, vectors: Store, rebuild: 
         log.info("the plan is there and fits: kept")
         return plan
     log.info("building the batch plan")
-    plan = build_plan(pairs, vectors, **settings)
-    plan.save(workdir / PLAN)
-    return BatchPlan.load(workdir / PLAN)
+    return build_plan(workdir / PLAN, pairs, vectors, **settings)
 
 
 def _keep(folder: Path, kind: str, expected: str, found: Callable[[dict], str], rebuild: bool) -> bool:

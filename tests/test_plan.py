@@ -1,101 +1,165 @@
 """The batch plan: what it promises about rows, masks and hard negatives, and that nothing of it changes unseen."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_pairs import tiny_pairs, tiny_vectors
+from tiny_pairs import PLAN, bag_of_letters, tiny_pairs, tiny_plan, tiny_vectors
 
-from cde_jax.batching.plan import BatchPlan, build_plan
+from cde_jax.batching.plan import ARRAYS, BatchPlan
 from cde_jax.data.store import StoreWriter
-
-SETTINGS = {
-    "batch_size": 4,
-    "method": "clustered",
-    "cluster_size": 6,
-    "iterations": 10,
-    "tries": 2,
-    "packing": "tsp",
-    "epochs": 2,
-    "hard_negatives": 2,
-    "margin": 0.1,
-    "seed": 7,
-}
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
+    """Pairs, the vectors that place them, and those of the filter."""
     folder = tmp_path_factory.mktemp("stores")
     pairs = tiny_pairs(folder / "pairs", (20, 13, 3, 2))
-    return pairs, tiny_vectors(folder / "vectors", pairs)
+    return (
+        pairs,
+        tiny_vectors(folder / "vectors", pairs),
+        tiny_vectors(folder / "letters", pairs, bag_of_letters),
+    )
 
 
 @pytest.fixture(scope="module")
-def plan(stores):
-    return build_plan(*stores, **SETTINGS)
+def plan(stores, tmp_path_factory):
+    return tiny_plan(tmp_path_factory.mktemp("plan") / "plan", *stores[:2])
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A place where each plan replaces the one before."""
+    return tmp_path_factory.mktemp("scratch") / "plan"
+
+
+def texts_of_queries(pairs):
+    """For each pair the keys of all documents that any pair has for its query's text."""
+    queries, documents = pairs.array("query_key").tolist(), pairs.array("document_key").tolist()
+    return [{d for q, d in zip(queries, documents, strict=False) if q == query} for query in queries]
+
+
+def cosines(vectors, row, documents):
+    query = vectors.array("queries")[row].astype(np.float64)
+    others = vectors.array("documents")[documents].astype(np.float64)
+    return others @ query / np.maximum(np.linalg.norm(others, axis=1) * np.linalg.norm(query), 1e-300)
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     batch_size=st.integers(2, 9),
     method=st.sampled_from(["random", "clustered"]),
     packing=st.sampled_from(["random", "tsp"]),
-    cluster_size=st.integers(1, 40),
+    cluster_size=st.integers(1, 38),
     hard_negatives=st.integers(0, 3),
+    mine_last=st.integers(0, 4),
     margin=st.none() | st.sampled_from([-0.5, 0.0, 0.3]),
+    domain_weights=st.sampled_from([[], ["domain0=0.5"], ["domain0=2.25"], ["domain1=0"]]),
     seed=st.integers(0, 5),
 )
-def test_rows_once_per_epoch_one_group_per_batch_positives_kept(stores, **changes):
-    pairs, vectors = stores
-    plan = build_plan(pairs, vectors, **(SETTINGS | {"iterations": 3, "tries": 1} | changes))
-    batch, per_epoch = changes["batch_size"], plan.manifest["batches_per_epoch"]
-    domain, names = pairs.array("domain"), [d["name"] for d in pairs.manifest["domains"]]
-    groups = plan.manifest["groups"]
-    left_out = sum(g["left_out"] for g in groups) + plan.manifest["dropped"]["rows"]
-    assert len(plan) == 2 * per_epoch == plan.manifest["batches"]
-    assert per_epoch * batch + left_out == len(domain)
-    for epoch in (plan.rows[:per_epoch], plan.rows[per_epoch:]):
-        assert len(np.unique(epoch)) == epoch.size == len(domain) - left_out
-    keys, document_keys = pairs.array("query_key"), pairs.array("document_key")
+def test_a_plan_keeps_its_promises(stores, scratch, **changes):
+    pairs, vectors, letters = stores
+    changes |= {"iterations": 3, "tries": 1, "mine_first": min(1, changes["mine_last"])}
+    plan = tiny_plan(scratch, pairs, vectors, letters, **changes)
+    assert_rows_by_the_rule(plan, pairs)
+    answers, document_keys = texts_of_queries(pairs), pairs.array("document_key")
+    listed = pairs.ragged("negatives")
     for step in range(len(plan)):
-        rows, group, keep = plan.rows[step], groups[plan.groups[step]], plan.keep(step)
-        of = {names[d] for d in domain[rows]}
-        assert of <= set(group["domains"])
-        assert len(of) == 1 or group["name"] == "(small domains)"
-        assert keep.shape == (batch, batch * (1 + changes["hard_negatives"])) and np.diagonal(keep).all()
-        columns = plan.documents(step)
-        for i in range(batch):
-            equal_text = (document_keys[columns] == document_keys[rows[i]]) | np.isin(
-                columns, np.flatnonzero(keys == keys[rows[i]])
-            )
-            equal_text[i] = False
-            assert not keep[i][equal_text].any()
-            assert (document_keys[plan.hard_negatives[step, i]] != document_keys[rows[i]]).all()
+        assert np.diagonal(plan.keep(step)).all()
+        assert_mask_is_the_definition(plan, step, pairs, letters, answers)
+        for row, hard in zip(plan.rows[step].tolist(), plan.hard_negatives[step], strict=True):
+            texts = document_keys[hard].tolist()
+            assert not answers[row] & set(texts)
+            own = [d for d in listed.row(row).tolist() if int(document_keys[d]) not in answers[row]]
+            first = min(len(own), len(hard))
+            assert set(hard[:first].tolist()) <= set(own)
+            assert set(hard[first:].tolist()) <= set(group_rows(plan, step, pairs))
 
 
-def test_masks_are_equation_4_over_the_stored_vectors(stores):
-    pairs, vectors = stores
-    plan = build_plan(pairs, vectors, **(SETTINGS | {"margin": -0.2}))
-    queries, documents = (vectors.array(name).astype(np.float64) for name in ("queries", "documents"))
-    keys, document_keys, listed = pairs.array("query_key"), pairs.array("document_key"), pairs.ragged("negatives")
-    removed = 0
+def group_rows(plan, step, pairs):
+    names = [domain["name"] for domain in pairs.manifest["domains"]]
+    of = [names.index(name) for name in plan.manifest["groups"][plan.groups[step]]["domains"]]
+    return np.flatnonzero(np.isin(pairs.array("domain"), of)).tolist()
+
+
+def assert_rows_by_the_rule(plan, pairs):
+    """Each row once an epoch but for the remainder, at most ⌈weight⌉ times; a batch within one group."""
+    batch, per_epoch, epochs = plan.rows.shape[1], plan.manifest["batches_per_epoch"], PLAN["epochs"]
+    assert len(plan) == epochs * per_epoch == plan.manifest["batches"]
+    placed = sum(group["rows"] for group in plan.manifest["groups"]) + plan.manifest["dropped"]["rows"]
+    assert placed == len(pairs.array("domain")) == len(plan.clusters)
+    for epoch in range(epochs):
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        for number, group in enumerate(plan.manifest["groups"]):
+            batches = [step for step in steps if plan.groups[step] == number]
+            assert len(batches) == group["batches"]
+            rows, times = np.unique(plan.rows[batches], return_counts=True)
+            assert times.max(initial=0) <= np.ceil(group["weight"])
+            assert group["weight"] != 0 or len(batches) == 0
+            if group["weight"] == 1:
+                assert group["rows"] - len(rows) == group["left_out"] == group["rows"] % batch
     for step in range(len(plan)):
-        columns, keep = plan.documents(step).tolist(), plan.keep(step)
-        for i, row in enumerate(plan.rows[step].tolist()):
-            for j, document in enumerate(columns):
-                if j == i:
-                    continue
-                f = [queries[row] @ documents[d] / np.linalg.norm(queries[row]) / np.linalg.norm(documents[d])
-                     for d in (row, document)]  # fmt: skip
-                equal = document_keys[document] == document_keys[row]
-                equal |= document < len(keys) and keys[min(document, len(keys) - 1)] == keys[row]
-                own_hard_negative = j >= 4 and (j - 4) // 2 == i and document in listed.row(row)
-                if abs(f[1] - f[0] + 0.2) > 1e-5:
-                    assert keep[i, j] == (not (equal or (f[1] >= f[0] - 0.2 and not own_hard_negative)))
-                    removed += not (keep[i, j] or equal)
-    assert removed > 10  # the margin had something to do
+        assert len(np.unique(plan.rows[step])) == batch
+        assert set(plan.rows[step].tolist()) <= set(group_rows(plan, step, pairs))
+
+
+def assert_mask_is_the_definition(plan, step, pairs, vectors, answers):
+    """Equation 4 over the filter's vectors, and equal texts; the data's own hard negatives are exempt from ε."""
+    rows, columns, keep = plan.rows[step].tolist(), plan.documents(step), plan.keep(step)
+    keys, margin = pairs.array("document_key")[columns].tolist(), plan.manifest["settings"]["margin"]
+    assert keep.shape == (len(rows), len(columns))
+    for i, row in enumerate(rows):
+        hard = range(len(rows) + i * plan.hard_negatives.shape[2], len(rows) + (i + 1) * plan.hard_negatives.shape[2])
+        f, listed = cosines(vectors, row, columns), pairs.ragged("negatives").row(row)
+        for j, document in enumerate(columns.tolist()):
+            exempt = j in hard and document in listed
+            equal_vectors = np.array_equal(*vectors.array("documents")[[document, row]])
+            excess = 0.0 if equal_vectors else f[j] - f[i]
+            if j == i:
+                assert keep[i, j]
+            elif keys[j] in answers[row]:
+                assert not keep[i, j]
+            elif margin is None or exempt:
+                assert keep[i, j]
+            elif equal_vectors or abs(excess - margin) > 1e-6:  # nearer, two ways of rounding need not agree
+                assert keep[i, j] == (excess < margin)
+
+
+def test_filter_vectors_decide_masks_and_not_places(stores, plan, scratch):
+    pairs, vectors, letters = stores
+    other = tiny_plan(scratch, pairs, vectors, letters)
+    np.testing.assert_array_equal(other.rows, plan.rows)
+    np.testing.assert_array_equal(other.clusters, plan.clusters)
+    assert not np.array_equal(other.keep_bits, plan.keep_bits)
+    assert other.manifest["difficulty"] != plan.manifest["difficulty"]
+    same = tiny_plan(scratch, pairs, vectors, vectors)
+    assert same.fingerprint == plan.fingerprint
+
+
+def test_hard_negatives_that_the_data_lacks_are_mined(stores, scratch):
+    pairs, vectors, letters = stores
+    mining = {"hard_negatives": 3, "mine_first": 2, "mine_last": 7, "mine_margin": 0.02}
+    plan = tiny_plan(scratch, pairs, vectors, letters, **mining)
+    answers, keys, listed = texts_of_queries(pairs), pairs.array("document_key"), pairs.ragged("negatives")
+    mined = 0
+    for step in range(len(plan)):
+        pool = np.array(group_rows(plan, step, pairs))
+        for row, hard in zip(plan.rows[step].tolist(), plan.hard_negatives[step], strict=True):
+            f = cosines(letters, row, pool)
+            own = f[pool == row][0]
+            others = f[pool != row]
+            nearest = np.sort(others)[::-1][1:7]  # ranks 2 … 7
+            window = pool[(f >= nearest.min(initial=2) - 1e-6) & (f <= nearest.max(initial=-2) + 1e-6)]
+            window = [d for d in window if f[pool == d][0] <= own - 0.02 + 1e-6 and d != row]
+            usable = {int(keys[d]) for d in window} - answers[row]
+            given = sum(int(keys[d]) not in answers[row] for d in listed.row(row))
+            for document in hard[given : given + len(usable)].tolist():
+                assert document in window
+                mined += 1
+    assert mined > 50
 
 
 def test_epochs_arrange_the_same_clusters_anew(plan):
@@ -105,55 +169,119 @@ def test_epochs_arrange_the_same_clusters_anew(plan):
     assert np.any(np.diff(plan.groups[:per_epoch]) < 0)  # batches of the groups are mixed
 
 
-def test_small_domains_are_merged_or_dropped_and_counted(stores):
-    merged = build_plan(*stores, **SETTINGS).manifest
-    pool = merged["groups"][-1]
+def test_clusters_are_numbered_through_the_groups(stores, plan, scratch):
+    domain, first = stores[0].array("domain"), 0
+    for group in plan.manifest["groups"]:
+        rows = np.isin(domain, [int(name.removeprefix("domain")) for name in group["domains"]])
+        numbers, sizes = np.unique(plan.clusters[rows], return_counts=True)
+        np.testing.assert_array_equal(numbers, np.arange(first, first + group["clusters"]))
+        assert sizes.sum() == group["rows"] and 0 < group["objective"] <= 1
+        first += group["clusters"]
+    assert sum(plan.manifest["cluster_sizes"].values()) == first > 5
+    dropped = tiny_plan(scratch, *stores[:2], batch_size=6, domain_weights=["domain1=0"])
+    np.testing.assert_array_equal(dropped.clusters == -1, np.isin(domain, [1, 2, 3]))
+    assert [group["clusters"] > 0 for group in dropped.manifest["groups"]] == [True, False]
+    whole = tiny_plan(scratch, *stores[:2], method="random")
+    assert [(group["clusters"], group["objective"]) for group in whole.manifest["groups"]] == [(1, None)] * 3
+
+
+def test_small_domains_are_merged_or_dropped_and_counted(stores, plan, scratch):
+    pool = plan.manifest["groups"][-1]
     assert pool["name"] == "(small domains)" and pool["domains"] == ["domain2", "domain3"]
     assert [pool[count] for count in ("rows", "clusters", "batches", "left_out")] == [5, 1, 1, 1]
-    assert merged["dropped"] == {"domains": [], "rows": 0}
-    dropped = build_plan(*stores, **(SETTINGS | {"batch_size": 6})).manifest
+    assert plan.manifest["dropped"] == {"domains": [], "rows": 0}
+    dropped = tiny_plan(scratch, *stores[:2], batch_size=6).manifest
     assert dropped["dropped"] == {"domains": ["domain2", "domain3"], "rows": 5}
     with pytest.raises(ValueError, match="at least one batch of 99"):
-        build_plan(*stores, **(SETTINGS | {"batch_size": 99}))
+        tiny_plan(scratch, *stores[:2], batch_size=99)
 
 
-def test_manifest_tells_how_hard_the_batches_are(stores, plan):
-    found = plan.manifest["difficulty"]
-    easy = build_plan(*stores, **(SETTINGS | {"method": "random"})).manifest["difficulty"]
-    assert found["in_batch_negative_similarity"] > easy["in_batch_negative_similarity"]
-    assert 0 < found["masked_share"] < 1
-    assert -1 <= found["random_pair_similarity"] <= 1
-    assert sum(plan.manifest["cluster_sizes"].values()) == sum(g["clusters"] for g in plan.manifest["groups"])
+def test_weights_multiply_a_domain_s_batches(stores, plan, scratch):
+    weighted = tiny_plan(scratch, *stores[:2], domain_weights=["domain0=0.4", "domain1=2"])
+    assert [group["batches"] for group in plan.manifest["groups"]] == [5, 3, 1]
+    assert [group["batches"] for group in weighted.manifest["groups"]] == [2, 6, 1]
+    assert [group["weight"] for group in weighted.manifest["groups"]] == [0.4, 2, 1]
+    np.testing.assert_array_equal(weighted.clusters, plan.clusters)
 
 
-def test_same_inputs_and_seed_give_the_same_bytes(stores, plan, tmp_path):
-    plan.save(tmp_path / "one")
-    build_plan(*stores, **SETTINGS).save(tmp_path / "two")
-    build_plan(*stores, **(SETTINGS | {"seed": 8})).save(tmp_path / "other")
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "two").iterdir()) and len(files) == 5
-    for name in files:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert (tmp_path / "one" / "rows.bin").read_bytes() != (tmp_path / "other" / "rows.bin").read_bytes()
-
-
-@pytest.mark.parametrize("hard_negatives", [0, 2])
-def test_a_plan_loads_as_it_was_saved(stores, tmp_path, hard_negatives):
-    plan = build_plan(*stores, **(SETTINGS | {"hard_negatives": hard_negatives}))
-    plan.save(tmp_path / "plan")
-    loaded = BatchPlan.load(tmp_path / "plan")
-    np.testing.assert_array_equal(loaded.rows, plan.rows)
-    np.testing.assert_array_equal(loaded.hard_negatives, plan.hard_negatives)
-    assert loaded.hard_negatives.shape == (len(plan), 4, hard_negatives)
-    assert loaded.manifest == plan.manifest and loaded.fingerprint == plan.fingerprint
+def test_manifest_tells_how_hard_the_batches_are(stores, scratch):
+    pairs, vectors, letters = stores
+    plan = tiny_plan(scratch, pairs, vectors, letters)
+    found = {number: ([], [], []) for number in range(len(plan.manifest["groups"]))}
     for step in range(len(plan)):
-        np.testing.assert_array_equal(loaded.keep(step), plan.keep(step))
+        negatives, positives, masked = found[int(plan.groups[step])]
+        keep = plan.keep(step)
+        for i, row in enumerate(plan.rows[step].tolist()):
+            f = cosines(letters, row, plan.rows[step])
+            positives.append(f[i])
+            negatives += [f[j] for j in np.flatnonzero(keep[i, : len(f)]) if j != i]
+            masked += np.delete(~keep[i], i).tolist()
+    for number, group in enumerate(plan.manifest["groups"]):
+        names = ("in_batch_negative_similarity", "positive_similarity")
+        got = [*(group["difficulty"][name] for name in names), group["masked_share"]]
+        np.testing.assert_allclose(got, [np.mean(values) for values in found[number]], atol=2e-6)
+    overall = plan.manifest["difficulty"]
+    got = [overall[name] for name in (*names, "masked_share")]
+    together = [np.mean(np.concatenate(values)) for values in zip(*found.values(), strict=True)]
+    np.testing.assert_allclose(got, together, atol=2e-6)
+    assert -1 <= overall["random_pair_similarity"] <= 1
 
 
-@pytest.mark.parametrize("name", ["rows.bin", "hard_negatives.bin", "keep_bits.bin", "groups.bin", "manifest.json"])
+def test_clusters_make_batches_harder(stores, plan, scratch):
+    easy = tiny_plan(scratch, *stores[:2], method="random").manifest["difficulty"]
+    key = "in_batch_negative_similarity"
+    assert plan.manifest["difficulty"][key] > easy[key]
+    assert plan.manifest["difficulty"]["random_pair_similarity"] == easy["random_pair_similarity"]
+
+
+def test_same_inputs_and_seed_give_the_same_bytes(stores, tmp_path):
+    mining = {"hard_negatives": 3, "mine_first": 1, "mine_last": 5}
+    for name, changes in (("one", {}), ("two", {}), ("other", {"seed": 8})):
+        tiny_plan(tmp_path / name, *stores[:2], **mining, **changes)
+    one, two, other = (
+        {file.name: file.read_bytes() for file in sorted((tmp_path / name).iterdir())}
+        for name in ("one", "two", "other")
+    )
+    assert one == two and len(one) == len(ARRAYS) + 1
+    assert [name for name in one if one[name] == other[name]] == []
+
+
+def test_memory_does_not_grow_with_the_number_of_batches(tmp_path):
+    pairs = tiny_pairs(tmp_path / "pairs", (300, 200))
+    vectors = tiny_vectors(tmp_path / "vectors", pairs)
+    sizes, peaks = [], []
+    for epochs in (1, 2, 16):  # the first warms up
+        tracemalloc.start()
+        try:
+            tiny_plan(
+                tmp_path / "plan", pairs, vectors, batch_size=16, method="random", packing="random", epochs=epochs
+            )
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / "plan").iterdir()))
+    assert sizes[2] - sizes[1] > 200_000
+    assert peaks[2] - peaks[1] < 20_000
+
+
+def test_a_plan_takes_the_place_of_an_older_one_and_of_nothing_else(stores, plan, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"notes: expected a free name"):
+        tiny_plan(tmp_path / "notes", *stores[:2])
+    old = tiny_plan(tmp_path / "plan", *stores[:2])
+    with pytest.raises(ValueError, match="margin"):
+        tiny_plan(tmp_path / "plan", *stores[:2], margin=3.0)
+    assert BatchPlan.load(tmp_path / "plan").fingerprint == old.fingerprint == plan.fingerprint
+    new = tiny_plan(tmp_path / "plan", *stores[:2], seed=8)
+    assert BatchPlan.load(tmp_path / "plan").fingerprint == new.fingerprint != old.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "plan"]
+
+
+@pytest.mark.parametrize("name", [*(f"{array}.bin" for array in ARRAYS), "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_a_damaged_plan_is_named(plan, tmp_path, name, damage):
-    plan.save(tmp_path / "plan")
+def test_a_damaged_plan_is_named(stores, tmp_path, name, damage):
+    tiny_plan(tmp_path / "plan", *stores[:2], epochs=1, tries=1)
     path = tmp_path / "plan" / name
     content = bytearray(path.read_bytes())
     if damage == "truncated":
@@ -167,15 +295,19 @@ def test_a_damaged_plan_is_named(plan, tmp_path, name, damage):
         BatchPlan.load(tmp_path / "plan")
 
 
-def test_a_plan_of_other_pairs_or_settings_names_both_fingerprints_and_the_flag(stores, plan):
-    pairs, vectors = stores
-    plan.verify(pairs.fingerprint, dict(SETTINGS), vectors.fingerprint)
+def test_a_plan_of_other_inputs_names_both_fingerprints_and_the_flag(stores, plan, scratch):
+    pairs, vectors, letters = stores
+    plan.verify(pairs.fingerprint, PLAN | {"domain_weights": ()}, vectors.fingerprint, vectors.fingerprint)
     with pytest.raises(ValueError, match=rf"other pairs.*abc.*{pairs.fingerprint}.*--rebuild"):
-        plan.verify("abc", SETTINGS)
+        plan.verify("abc", PLAN)
     with pytest.raises(ValueError, match=r"other settings: .* \(margin: expected 0.2, got 0.1\).*--rebuild"):
-        plan.verify(pairs.fingerprint, SETTINGS | {"margin": 0.2})
+        plan.verify(pairs.fingerprint, PLAN | {"margin": 0.2, "domain_weights": ()})
     with pytest.raises(ValueError, match=rf"other vectors.*abc.*{vectors.fingerprint}.*--rebuild"):
-        plan.verify(pairs.fingerprint, SETTINGS, "abc")
+        plan.verify(pairs.fingerprint, PLAN, "abc")
+    filtered = tiny_plan(scratch, *stores)
+    filtered.verify(pairs.fingerprint, PLAN, vectors.fingerprint, letters.fingerprint)
+    with pytest.raises(ValueError, match=rf"other filter vectors.*{vectors.fingerprint}.*{letters.fingerprint}"):
+        filtered.verify(pairs.fingerprint, PLAN, vectors.fingerprint, vectors.fingerprint)
 
 
 @pytest.mark.parametrize(
@@ -184,37 +316,98 @@ def test_a_plan_of_other_pairs_or_settings_names_both_fingerprints_and_the_flag(
         ({"batch_size": 0}, "batch_size ≥ 1"),
         ({"batch_size": 1, "hard_negatives": 0}, "two documents"),
         ({"cluster_size": 0}, "cluster_size ≥ 1"),
+        ({"cluster_size": 39}, "cluster_size ≤ 38, the number of pairs, got 39"),
+        ({"cluster_dimensions": -1}, "cluster_dimensions ≥ 0"),
+        ({"cluster_rows": 0}, "cluster_rows ≥ 1"),
         ({"epochs": 0}, "epochs ≥ 1"),
         ({"hard_negatives": -1}, "hard_negatives ≥ 0"),
         ({"seed": -1}, "seed ≥ 0"),
         ({"method": "kmeans"}, "random, clustered; got 'kmeans'"),
         ({"packing": "greedy"}, "random, tsp; got 'greedy'"),
-        ({"margin": 2.5}, "margin in −2…2"),
+        ({"margin": 2.5}, r"expected margin in −2…2 .* or None, got 2.5"),
         ({"margin": float("nan")}, "margin in −2…2"),
+        ({"mine_margin": -2.5}, r"mine_margin in −2…2 \(a difference of cosines\), got -2.5"),
+        ({"mine_last": 5}, "1 ≤ mine_first ≤ mine_last .* got 0 and 5"),
+        ({"mine_first": 6, "mine_last": 5}, "got 6 and 5"),
+        ({"domain_weights": ["domain0"]}, '"NAME=0.5"'),
+        ({"domain_weights": ["domain9=2"]}, "'domain9'"),
     ],
 )
-def test_settings_out_of_range_are_named(stores, change, message):
+def test_settings_out_of_range_are_named(stores, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        build_plan(*stores, **(SETTINGS | change))
+        tiny_plan(tmp_path / "plan", *stores[:2], **change)
+    assert not (tmp_path / "plan").exists()
 
 
-def test_vectors_of_other_pairs_are_refused(stores, tmp_path):
-    pairs, vectors = stores
+def altered(directory, vectors, **changes):
+    """A store of vectors with some of its arrays changed."""
+    with StoreWriter(directory, "vectors") as writer:
+        for name in ("queries", "documents"):
+            writer.append(name, changes.get(name, vectors.array(name)))
+        return writer.finish({"pairs": vectors.manifest["pairs"]})
+
+
+def test_vectors_that_do_not_fit_are_named(stores, tmp_path):
+    pairs, vectors, _ = stores
     other = tiny_pairs(tmp_path / "other", (20, 13, 3, 2), seed=1)
-    with pytest.raises(ValueError, match=rf"{other.fingerprint}.*{pairs.fingerprint}.*--rebuild"):
-        build_plan(other, vectors, **SETTINGS)
-    with StoreWriter(tmp_path / "short", "vectors") as writer:
-        writer.append("queries", vectors.array("queries")[:-1])
-        writer.append("documents", vectors.array("documents"))
-        short = writer.finish({"pairs": pairs.fingerprint})
-    with pytest.raises(ValueError, match="vectors of 38 queries, got 37"):
-        build_plan(pairs, short, **SETTINGS)
-    with StoreWriter(tmp_path / "narrow", "vectors") as writer:
-        writer.append("queries", vectors.array("queries")[:, :5])
-        writer.append("documents", vectors.array("documents"))
-        narrow = writer.finish({"pairs": pairs.fingerprint})
-    with pytest.raises(ValueError, match="queries of 5 and documents of 13"):
-        build_plan(pairs, narrow, **SETTINGS)
+    with pytest.raises(ValueError, match=rf"vectors .*{other.fingerprint}.*{pairs.fingerprint}.*--rebuild"):
+        tiny_plan(tmp_path / "plan", other, vectors)
+    broken = vectors.array("documents").copy()
+    broken[41, 3] = np.nan
+    for number, (changes, message) in enumerate(
+        [
+            ({"queries": vectors.array("queries")[:-1]}, "vectors of 38 queries, got 37"),
+            ({"queries": vectors.array("queries")[:, :5]}, "queries of 5 and documents of 13"),
+            ({"documents": broken}, r"vectors of the documents have NaN or infinity \(first: number 41\)"),
+        ]
+    ):
+        wrong = altered(tmp_path / f"vectors{number}", vectors, **changes)
+        with pytest.raises(ValueError, match=message):
+            tiny_plan(tmp_path / "plan", pairs, wrong)
+        with pytest.raises(ValueError, match=f"the filter's {message}" if number != 1 else message):
+            tiny_plan(tmp_path / "plan", pairs, vectors, wrong)
+    assert not (tmp_path / "plan").exists()
+
+
+def bare(folder, query_keys, document_keys, listed=()):
+    """Pairs of one domain, as far as a plan reads them, and their vectors."""
+    n = len(query_keys)
+    with StoreWriter(folder / "pairs", "pairs") as writer:
+        writer.append("query_key", np.array(query_keys, np.uint64))
+        writer.append("document_key", np.array(document_keys, np.uint64))
+        writer.append("domain", np.zeros(n, np.int32))
+        writer.append_ragged("negatives", [np.array(row, np.int64) for row in listed or [[]] * n], np.int64)
+        pairs = writer.finish({"domains": [{"name": "all", "pairs": n}]})
+    random = np.random.default_rng(0)
+    with StoreWriter(folder / "vectors", "vectors") as writer:
+        writer.append("queries", random.normal(size=(n, 3)).astype(np.float16))
+        writer.append("documents", random.normal(size=(len(document_keys), 3)).astype(np.float16))
+        return pairs, writer.finish({"pairs": pairs.fingerprint})
+
+
+def test_hard_negatives_that_cannot_be_had_are_told_before_the_work(tmp_path):
+    few = {"cluster_size": 2, "hard_negatives": 1}
+    pairs = bare(tmp_path / "equal", [1, 2, 3, 4], [7, 7, 7, 7])
+    with pytest.raises(ValueError, match=r"negative of pair 0, but all 4 .* hard_negatives=0"):
+        tiny_plan(tmp_path / "plan", *pairs, **few)
+    pairs = bare(tmp_path / "all", [1, 2, 1, 1], [7, 8, 8, 9])  # query 1 has every text
+    with pytest.raises(ValueError, match="negative of pair 0"):
+        tiny_plan(tmp_path / "plan", *pairs, **few)
+    assert not (tmp_path / "plan").exists()
+    pairs = bare(tmp_path / "own", [1, 2, 1, 1], [7, 8, 8, 9, 10], listed=[[4], [], [4], [4]])
+    plan = tiny_plan(tmp_path / "plan", *pairs, **few)
+    assert plan.hard_negatives[plan.rows == 0].tolist() == [[4]] * 2
+
+
+def test_a_domain_of_one_pair_is_merged_or_named(tmp_path):
+    pairs = bare(tmp_path / "one", [1], [7])
+    with pytest.raises(ValueError, match="at least one batch of 4 pairs, got 1 pairs"):
+        tiny_plan(tmp_path / "plan", *pairs, cluster_size=1)
+    with pytest.raises(ValueError, match="negative of pair 0, but all 1"):
+        tiny_plan(tmp_path / "plan", *pairs, cluster_size=1, batch_size=1)
+    pairs = tiny_pairs(tmp_path / "pairs", (9, 3, 1))
+    plan = tiny_plan(tmp_path / "plan", pairs, tiny_vectors(tmp_path / "vectors", pairs))
+    assert plan.manifest["groups"][1]["domains"] == ["domain1", "domain2"]
 
 
 def test_a_place_outside_the_plan_is_refused(plan):
@@ -224,8 +417,9 @@ def test_a_place_outside_the_plan_is_refused(plan):
         plan.keep(-1)
 
 
-def test_the_manifest_is_readable_json(plan, tmp_path):
-    plan.save(tmp_path / "plan")
+def test_the_manifest_is_readable_json(stores, plan, tmp_path):
+    tiny_plan(tmp_path / "plan", *stores[:2])
     manifest = json.loads((tmp_path / "plan" / "manifest.json").read_text())
-    assert manifest["settings"] == SETTINGS
-    assert {"pairs", "vectors", "surrogate", "groups", "dropped", "cluster_sizes", "difficulty"} <= set(manifest)
+    assert manifest["settings"] == PLAN
+    assert plan.manifest.items() <= manifest.items()
+    assert (manifest["surrogate"], manifest["filter_surrogate"]) == ("bag_of_words", "bag_of_words")

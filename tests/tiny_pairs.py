@@ -1,13 +1,33 @@
-"""A tiny pairs store and its vectors, written straight to disk: batching needs neither a tokenizer nor real text."""
+"""A tiny pairs store, its vectors and its plan, written straight to disk: batching needs no tokenizer or real text."""
 
 import zlib
 
 import numpy as np
 
+from cde_jax.batching.build import build_plan
 from cde_jax.batching.surrogate import write_vectors
 from cde_jax.data.store import StoreWriter, fingerprint
 
 WORDS = ("file", "open", "graph", "node", "matrix", "sum", "thread", "lock", "socket", "read", "parse", "token")
+
+PLAN = {
+    "batch_size": 4,
+    "method": "clustered",
+    "cluster_size": 6,
+    "cluster_dimensions": 0,
+    "cluster_rows": 1000,
+    "iterations": 10,
+    "tries": 2,
+    "packing": "tsp",
+    "epochs": 2,
+    "domain_weights": [],
+    "hard_negatives": 2,
+    "mine_first": 0,
+    "mine_last": 0,
+    "mine_margin": 0.0,
+    "margin": 0.1,
+    "seed": 7,
+}
 
 
 def key(text: str) -> int:
@@ -43,6 +63,10 @@ def tiny_pairs(directory, sizes=(20, 13, 3), *, seed=0, equal_texts=True, negati
     listed = [np.zeros(0, np.int64) for _ in range(n)]
     for i in range(0, n if negatives else 0, 2):  # every second pair has one to four
         listed[i] = n + random.choice(6, int(random.integers(1, 5)), replace=False)
+    if equal_texts and negatives:  # a "hard negative" with the text of another pair's document for the same query
+        first, second = np.flatnonzero(domain == 0)[:2]
+        extra[0] = documents[first]
+        listed[second] = np.union1d(listed[second], n)
     with StoreWriter(directory, "pairs") as writer:
         writer.append_ragged("query_tokens", ragged_tokens(queries), np.uint16)
         writer.append_ragged("document_tokens", ragged_tokens(documents + extra), np.uint16)
@@ -63,5 +87,15 @@ def bag_of_words(texts):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def tiny_vectors(directory, pairs):
-    return write_vectors(directory, pairs, bag_of_words, name="words", settings={})
+def bag_of_letters(texts):
+    """Another surrogate: counts of letters and digits, not of one length."""
+    return np.array([[text.count(letter) for letter in "abcdefghijklmnopqrst0123456789"] for text in texts], np.float32)
+
+
+def tiny_vectors(directory, pairs, encode=bag_of_words):
+    return write_vectors(directory, pairs, encode, name=encode.__name__, settings={})
+
+
+def tiny_plan(directory, pairs, vectors, filter_vectors=None, **changes):
+    """The plan by the settings `PLAN` with these changes."""
+    return build_plan(directory, pairs, vectors, filter_vectors=filter_vectors, **(PLAN | changes))

@@ -1,0 +1,217 @@
+"""From pairs and surrogate vectors to a batch plan on disk.
+
+Batches are written one by one, so memory does not grow with epochs or hard negatives; what is held for the pairs is a
+few numbers each. The same pairs, vectors, settings and seed give the same bytes.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cde_jax.batching.batches import Filter, Part, cluster_groups, plan_arrays
+from cde_jax.batching.difficulty import Difficulty, random_similarity, size_histogram
+from cde_jax.batching.pack import PACKINGS, Group, domain_groups, parse_weights
+from cde_jax.batching.plan import BatchPlan
+from cde_jax.data.store import Store, StoreWriter, fingerprint
+
+METHODS = ("random", "clustered")
+BLOCK = 8192  # rows looked at at once by the checks
+AT_LEAST = {  # the smallest value of a setting
+    "batch_size": 1, "cluster_size": 1, "cluster_dimensions": 0, "cluster_rows": 1, "iterations": 1, "tries": 1,
+    "epochs": 1, "hard_negatives": 0, "mine_first": 0, "mine_last": 0, "seed": 0,
+}  # fmt: skip
+
+
+def build_plan(
+    directory: str | Path,
+    pairs: Store,
+    vectors: Store,
+    *,
+    filter_vectors: Store | None = None,
+    batch_size: int,
+    method: str,
+    cluster_size: int,
+    cluster_dimensions: int,
+    cluster_rows: int,
+    iterations: int,
+    tries: int,
+    packing: str,
+    epochs: int,
+    domain_weights: Sequence[str],
+    hard_negatives: int,
+    mine_first: int,
+    mine_last: int,
+    mine_margin: float,
+    margin: float | None,
+    seed: int,
+) -> BatchPlan:
+    """Writes the plan's folder and opens it; a kill leaves the old plan or none.
+
+    pairs, vectors, filter_vectors: stores of those kinds, the vectors of these pairs. `vectors` place pairs (clusters,
+    tours); `filter_vectors` (None: the same) find false negatives and mined hard negatives, and measure difficulty.
+    method: "clustered" within domains, or "random" (each domain is one cluster). cluster_dimensions, cluster_rows,
+    iterations, tries: as `cluster_domains` has them. packing: the order of the clusters, "random" or "tsp".
+    domain_weights: texts "NAME=0.5"; `pack` has their meaning, and which rows an epoch leaves out. hard_negatives: K,
+    from the data, then mined (`mine_hard_negatives` has ranks and margin; mine_last = 0: none), then any of the
+    group's. margin: ε of equation 4, or None to mask equal texts only.
+
+    Raises ValueError for settings outside their range, vectors that are not finite or of other pairs, data too small
+    for a batch or a cluster, and hard negatives that cannot be had.
+    """
+    settings = {
+        "batch_size": batch_size,
+        "method": method,
+        "cluster_size": cluster_size,
+        "cluster_dimensions": cluster_dimensions,
+        "cluster_rows": cluster_rows,
+        "iterations": iterations,
+        "tries": tries,
+        "packing": packing,
+        "epochs": epochs,
+        "domain_weights": list(domain_weights),
+        "hard_negatives": hard_negatives,
+        "mine_first": mine_first,
+        "mine_last": mine_last,
+        "mine_margin": mine_margin,
+        "margin": margin,
+        "seed": seed,
+    }
+    filter_vectors = vectors if filter_vectors is None else filter_vectors
+    _check_settings(settings, len(pairs.array("query_key")))
+    names = [domain["name"] for domain in pairs.manifest["domains"]]
+    groups, left_out = domain_groups(pairs.array("domain"), names, batch_size)
+    weights = parse_weights(domain_weights, groups, names)
+    _check_vectors(pairs, vectors, "vectors")
+    if filter_vectors.fingerprint != vectors.fingerprint:
+        _check_vectors(pairs, filter_vectors, "the filter's vectors")
+    judge = Filter.of(pairs, filter_vectors)
+    _check_hard_negatives([g for g, weight in zip(groups, weights, strict=True) if weight], judge, hard_negatives)
+    identity = {
+        "pairs": pairs.fingerprint,
+        "vectors": vectors.fingerprint,
+        "filter_vectors": filter_vectors.fingerprint,
+        "settings": settings,
+    }
+    surrogates = {
+        "surrogate": vectors.manifest.get("surrogate"),
+        "filter_surrogate": filter_vectors.manifest.get("surrogate"),
+    }
+    difficulty, content = Difficulty(len(groups)), hashlib.sha256()
+    with StoreWriter(directory, "plan") as writer:  # opened now: a place that cannot be written to is found at once
+        parts = cluster_groups(groups, weights, vectors, settings)
+        for name, array in plan_arrays(parts, vectors, judge, settings, difficulty):
+            writer.append(name, array)
+            content.update(np.ascontiguousarray(array))
+        whole = {"fingerprint": fingerprint(identity | {"content": content.hexdigest()})}
+        writer.finish(whole | identity | surrogates | _summary(parts, left_out, names, judge, difficulty, settings))
+    return BatchPlan.load(directory)
+
+
+def _summary(
+    parts: list[Part],
+    left_out: Group | None,
+    names: list[str],
+    judge: Filter,
+    difficulty: Difficulty,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """For a reader of the manifest: what an epoch is made of, what it leaves out, and how hard the batches are."""
+    groups = [
+        {
+            "name": part.group.name,
+            "domains": [names[i] for i in part.group.domains],
+            "rows": len(part.group.rows),
+            "clusters": part.clusters,
+            "weight": part.weight,
+            "batches": part.batches,
+            "left_out": max(0, len(part.group.rows) - part.batches * settings["batch_size"]),
+            "objective": None if part.objective is None else round(part.objective, 6),
+        }
+        for part in parts
+    ]
+    per_epoch = sum(part.batches for part in parts)
+    in_random = random_similarity(judge.queries, judge.documents[: len(judge.queries)], settings["seed"])
+    return {
+        "batches": per_epoch * settings["epochs"],
+        "batches_per_epoch": per_epoch,
+        "groups": [group | hard for group, hard in zip(groups, difficulty.of_groups(), strict=True)],
+        "dropped": {
+            "domains": [names[i] for i in left_out.domains] if left_out else [],
+            "rows": len(left_out.rows) if left_out else 0,
+        },
+        "cluster_sizes": size_histogram([part.assignments for part in parts]),
+        "difficulty": difficulty.overall() | {"random_pair_similarity": in_random},
+    }
+
+
+def _check_settings(settings: dict[str, Any], pairs: int) -> None:
+    for name, smallest in AT_LEAST.items():
+        if settings[name] < smallest:
+            raise ValueError(f"expected {name} ≥ {smallest}, got {settings[name]}; change it in the config")
+    for name, known in (("method", METHODS), ("packing", PACKINGS)):
+        if settings[name] not in known:
+            raise ValueError(f"expected {name} to be one of {', '.join(known)}; got {settings[name]!r}")
+    if settings["batch_size"] * (1 + settings["hard_negatives"]) < 2:
+        raise ValueError("expected at least two documents in a batch, got batch_size=1 without hard negatives")
+    if settings["method"] == "clustered" and settings["cluster_size"] > pairs:
+        raise ValueError(
+            f"expected cluster_size ≤ {pairs}, the number of pairs, got {settings['cluster_size']}; use smaller "
+            'clusters, or method="random" for one cluster a domain'
+        )
+    for name in ("margin", "mine_margin"):
+        value = settings[name]
+        if not (value is None and name == "margin") and not (math.isfinite(value) and -2 <= value <= 2):
+            also = " or None" if name == "margin" else ""
+            raise ValueError(f"expected {name} in −2…2 (a difference of cosines){also}, got {value}")
+    first, last = settings["mine_first"], settings["mine_last"]
+    if last and not 1 <= first <= last:
+        raise ValueError(
+            f"expected 1 ≤ mine_first ≤ mine_last (ranks among the nearest), got {first} and {last}; with mine_last=0 "
+            "none are mined"
+        )
+
+
+def _check_vectors(pairs: Store, vectors: Store, what: str) -> None:
+    if vectors.manifest.get("pairs") != pairs.fingerprint:
+        raise ValueError(
+            f"{what} belong to other pairs: expected fingerprint {pairs.fingerprint}, they have "
+            f"{vectors.manifest.get('pairs')}; encode these pairs again with --rebuild"
+        )
+    for name, keys in (("queries", "query_key"), ("documents", "document_key")):
+        expected, got = len(pairs.array(keys)), len(vectors.array(name))
+        if got != expected:
+            raise ValueError(f"expected {what} of {expected} {name}, got {got}; encode again with --rebuild")
+    widths = [vectors.array(name).shape[1] for name in ("queries", "documents")]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"expected {what} of one width, got queries of {widths[0]} and documents of {widths[1]}; encode again "
+            "with --rebuild"
+        )
+    for name in ("queries", "documents"):
+        array = vectors.array(name)
+        for start in range(0, len(array), BLOCK):
+            broken = np.flatnonzero(~np.isfinite(array[start : start + BLOCK]).all(axis=1))
+            if len(broken):
+                raise ValueError(
+                    f"expected finite numbers, but {what} of the {name} have NaN or infinity (first: number "
+                    f"{start + broken[0]}); look at the surrogate and encode again with --rebuild"
+                )
+
+
+def _check_hard_negatives(groups: list[Group], judge: Filter, count: int) -> None:
+    """Raises ValueError if a pair can have no `count` hard negatives; few pairs have to be looked at for that."""
+    if count == 0:
+        return
+    random = np.random.default_rng(0)  # what is drawn is thrown away
+    for group in groups:
+        texts = len(np.unique(judge.document_keys[group.rows]))
+        keys = judge.query_keys[group.rows]
+        answers = np.searchsorted(judge.known.queries, keys, "right") - np.searchsorted(judge.known.queries, keys)
+        doubtful = group.rows[answers >= texts]  # the others' positives are not all the texts of the group
+        for start in range(0, len(doubtful), BLOCK):
+            rows = doubtful[start : start + BLOCK]
+            judge.hard_negatives(rows, count, np.empty((len(rows), 0), np.int64), group.rows, random)
