@@ -1,7 +1,6 @@
-"""Packing: the greedy tour, the groups of domains, and equal batches without a row lost or doubled."""
+"""Packing: the groups of domains, their weights, and equal batches without a row lost or doubled."""
 
 import json
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cde_jax.batching import pack
 from cde_jax.batching.pack import (
     SMALL_DOMAINS,
     arrange,
@@ -22,14 +22,6 @@ from cde_jax.batching.pack import (
 )
 
 repeatable = settings(max_examples=60, derandomize=True, deadline=None)
-
-
-@pytest.mark.parametrize("case", ["small/seed42", "small/seed43", "large/seed42", "large/seed43"])
-def test_tour_is_the_reference_s(case):
-    folder = shared("golden/packing")
-    centroids = np.load(folder / "inputs.npz")[case.split("/")[0] + "/centroid_embeddings"]
-    expected = np.load(folder / "outputs.npz")[f"{case}/no_svd_order"]
-    np.testing.assert_array_equal(greedy_tour(centroids, int(expected[0])), expected)
 
 
 def test_clusters_of_a_domain_follow_each_other_as_in_the_reference():
@@ -49,45 +41,23 @@ def test_clusters_of_a_domain_follow_each_other_as_in_the_reference():
     assert compared == len(run["ordered_clusters"]) > 3
 
 
-points = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12)
-
-
-@repeatable
-@given(points, st.data())
-def test_tour_goes_to_the_nearest_open_centroid_and_ties_to_the_lowest_index(points, data):
-    start = data.draw(st.integers(0, len(points) - 1))
-    expected, left = [start], sorted(set(range(len(points))) - {start})
-    while left:
-        x, y = points[expected[-1]]
-        nearest = min(left, key=lambda i: ((points[i][0] - x) ** 2 + (points[i][1] - y) ** 2, i))
-        expected.append(nearest)
-        left.remove(nearest)
-    assert greedy_tour(np.array(points, np.float32), start).tolist() == expected
-
-
-def test_tour_never_holds_all_pairs_of_centroids():
-    centroids = np.random.default_rng(0).normal(size=(1500, 4)).astype(np.float32)
-    tracemalloc.start()
-    greedy_tour(centroids, 0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1500 * 1500  # a boolean for each pair would be more
-
-
-@pytest.mark.parametrize("start", [-1, 3])
-def test_tour_from_a_start_that_is_not_there(start):
-    with pytest.raises(ValueError, match=f"start in 0…2 for 3 centroids, got {start}"):
-        greedy_tour(np.eye(3), start)
-
-
-def test_tour_of_broken_centroids():
-    with pytest.raises(ValueError, match="NaN"):
-        greedy_tour(np.array([[0.0], [np.nan]]), 0)
-
-
 def test_centroids_are_plain_means_of_documents():
     documents = np.array([[1, 0], [3, 0], [0, 5]], np.float16)
     np.testing.assert_array_equal(document_centroids(documents, np.array([1, 1, 0])), [[0, 5], [2, 0]])
+    np.testing.assert_array_equal(document_centroids(documents, np.array([0, 1]), np.array([2, 0])), [[0, 5], [1, 0]])
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 50])
+def test_centroids_do_not_depend_on_how_many_rows_are_read_at_once(monkeypatch, rows_at_once):
+    random = np.random.default_rng(0)
+    documents, rows = random.normal(size=(60, 3)).astype(np.float16), random.permutation(60)[:50]
+    assignments = np.concatenate([np.arange(9), random.integers(9, size=41)])
+    expected = document_centroids(documents, assignments, rows)
+    monkeypatch.setattr(pack, "CENTROID_ROWS", rows_at_once)
+    np.testing.assert_array_equal(document_centroids(documents, assignments, rows), expected)
+    for cluster in range(9):
+        mean = documents[rows[assignments == cluster]].astype(np.float64).mean(axis=0)
+        np.testing.assert_allclose(expected[cluster], mean, rtol=1e-12)
 
 
 @repeatable

@@ -24,8 +24,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Int64
 
+from cde_jax.batching.tour import greedy_tour
+
 SMALL_DOMAINS = "(small domains)"
 PACKINGS = ("random", "tsp")
+CENTROID_ROWS = 65_536  # document vectors in memory at once, or a whole cluster if that is more
 
 
 class Group(NamedTuple):
@@ -132,48 +135,30 @@ def epoch_batches(
 
 
 def document_centroids(
-    documents: Float[np.ndarray, "n D"], assignments: Int[np.ndarray, " n"]
+    documents: Float[np.ndarray, "n D"],
+    assignments: Int[np.ndarray, " rows"],
+    rows: Int64[np.ndarray, " rows"] | None = None,
 ) -> Float[np.ndarray, "k D"]:
     """Plain mean of each cluster's document vectors, float64; every cluster 0…k−1 must have rows.
 
-    Tours run over these and not over the k-means centroids, as in the reference: a batch meets its documents.
+    assignments: the cluster of each document, or of each one of `rows`; the documents, which may be memory-mapped, are
+    read CENTROID_ROWS at a time. Tours run over these means and not over the k-means centroids, as in the reference: a
+    batch meets its documents.
     """
     sizes = np.bincount(assignments)
-    together = documents[np.argsort(assignments, kind="stable")]
-    sums = np.add.reduceat(together, np.cumsum(sizes) - sizes, axis=0, dtype=np.float64)
-    return sums / sizes[:, None]
-
-
-def greedy_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.ndarray, " k"]:
-    """From `start`, always on to the nearest centroid not visited yet (Euclidean), ties to the lowest index.
-
-    Takes O(k² D) time and O(k D) memory: distances from one centroid at a time, as exact differences in float64 (the
-    expanded square would round equal distances apart). Raises ValueError for a start outside 0…k−1 or a centroid that
-    is not finite.
-    """
-    k = len(centroids)
-    if not 0 <= start < k:
-        raise ValueError(f"expected a start in 0…{k - 1} for {k} centroids, got {start}")
-    points = centroids.astype(np.float64)
-    if not np.isfinite(points).all():
-        raise ValueError("expected finite centroids, got NaN or infinity; compute the clusters again")
-    order = np.empty(k, np.int64)
-    order[0] = start
-    index = np.arange(k)  # of the points still held; visited ones are dropped once they are half of them
-    open_ = np.ones(k, bool)
-    here = start
-    for step in range(1, k):
-        open_[here] = False
-        current = points[here]
-        if 2 * (k - step) < len(index):
-            points, index = points[open_], index[open_]
-            open_ = np.ones(len(index), bool)
-        difference = points - current
-        distance = np.einsum("kd,kd->k", difference, difference)
-        distance[~open_] = np.inf
-        here = int(distance.argmin())  # the first of equals: the lowest index, since `index` ascends
-        order[step] = index[here]
-    return order
+    by_cluster = np.argsort(assignments, kind="stable")
+    means = np.empty((len(sizes), documents.shape[1]))
+    ends = np.cumsum(sizes)
+    first = 0
+    while first < len(sizes):
+        start = ends[first] - sizes[first]
+        last = max(first + 1, int(np.searchsorted(ends, start + CENTROID_ROWS, side="right")))  # at least one cluster
+        chosen = by_cluster[start : ends[last - 1]]
+        together = documents[chosen if rows is None else rows[chosen]]
+        inside = ends[first:last] - sizes[first:last] - start
+        means[first:last] = np.add.reduceat(together, inside, axis=0, dtype=np.float64)
+        first = last
+    return means / sizes[:, None]
 
 
 def order_clusters(
