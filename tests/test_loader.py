@@ -1,14 +1,21 @@
 """The loader: `batch(step)` is a function, and Grain only computes it ahead of time."""
 
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_pairs import tiny_pairs, tiny_vectors
+from tiny_pairs import tiny_pairs, tiny_plan, tiny_vectors
 
 from cde_jax.batching.loader import Loader
-from cde_jax.batching.plan import build_plan
 
 B, K, LQ, LD = 4, 1, 5, 7
 OPTIONS = {
@@ -22,14 +29,17 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stores")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("stores")
+
+
+@pytest.fixture(scope="module")
+def made(folder):
     pairs = tiny_pairs(folder / "pairs", (14, 9, 3, 2))
     vectors = tiny_vectors(folder / "vectors", pairs)
-    plan = build_plan(
-        pairs, vectors, batch_size=B, method="clustered", cluster_size=4, iterations=5, tries=1, packing="random",
-        epochs=1, hard_negatives=K, margin=0.1, seed=0,
-    )  # fmt: skip
+    plan = tiny_plan(
+        folder / "plan", pairs, vectors, batch_size=B, cluster_size=4, packing="random", epochs=1, hard_negatives=K
+    )
     return plan, pairs
 
 
@@ -138,6 +148,67 @@ def test_iteration_gives_the_batches_in_order_from_any_start(made, threads, pref
         assert_equal(batch, loader.batch(step))
 
 
+@pytest.mark.parametrize(("workers", "source"), [(1, "batch"), (2, "domain")])
+def test_processes_give_the_same_batches_in_order(made, workers, source):
+    loader = Loader(*made, **(OPTIONS | {"context_source": source}))
+    batches = list(loader.iterate(5, 13, threads=0, workers=workers, prefetch=4))
+    assert len(batches) == 8
+    for step, batch in zip(range(5, 13), batches, strict=True):
+        assert_equal(batch, loader.batch(step))
+
+
+def test_a_process_is_given_the_names_of_files_and_not_their_content(made):
+    loader = Loader(*made, **OPTIONS)
+    pickled = pickle.dumps(loader)
+    assert len(pickled) < 5000 and b"document_tokens.values.bin" in pickled and b"rows.bin" in pickled
+    again = pickle.loads(pickled)
+    assert isinstance(again.plan.rows.base, np.memmap)
+    assert_equal(again.batch(3), loader.batch(3))
+
+
+def test_arrays_that_no_file_backs_are_given_whole(made):
+    plan, pairs = made
+    loader = Loader(replace(plan, rows=plan.rows[::-1].copy()), pairs, **OPTIONS)
+    again = pickle.loads(pickle.dumps(loader))
+    np.testing.assert_array_equal(again.plan.rows, plan.rows[::-1])
+    assert_equal(again.batch(3), loader.batch(3))
+
+
+def test_processes_leave_ctrl_c_to_their_parent_and_end_with_it(made, folder):
+    code = """
+        import json, multiprocessing, sys
+        from cde_jax.batching.loader import Loader
+        from cde_jax.batching.plan import BatchPlan
+        from cde_jax.data.store import Store
+
+        folder, options = sys.argv[1], json.loads(sys.argv[2])
+        loader = Loader(BatchPlan.load(f"{folder}/plan"), Store.open(f"{folder}/pairs"), **options)
+        batches = loader.iterate(0, 1000, threads=0, workers=2, prefetch=2)
+        next(batches), next(batches)
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        sys.stdin.readline()
+        for _ in range(20):
+            next(batches)
+        print("read on", flush=True)
+        sys.stdin.readline()
+    """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(folder), json.dumps(OPTIONS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGINT)
+    print("go on", file=parent.stdin, flush=True)
+    assert parent.stdout.readline() == "read on\n"
+    parent.kill()
+    parent.communicate(timeout=30)  # the workers hold its output open for as long as they live
+
+
 def test_a_caller_that_stops_early_leaves_no_threads(made):
     loader = Loader(*made, **OPTIONS)
     batches = loader.iterate(0, 1000, threads=2, prefetch=3)
@@ -175,7 +246,8 @@ def test_options_out_of_range_are_named(made, change, message):
 def test_a_plan_of_other_pairs_is_refused(made, tmp_path):
     plan, pairs = made
     other = tiny_pairs(tmp_path / "other", (14, 9, 3, 2), seed=3)
-    with pytest.raises(ValueError, match=rf"{other.fingerprint}.*{pairs.fingerprint}.*--rebuild"):
+    expected = rf"{other.fingerprint}.*{pairs.fingerprint}.*--rebuild.*{other.directory}.*prefixes.*tokenizer"
+    with pytest.raises(ValueError, match=expected):
         Loader(plan, other, **OPTIONS)
 
 
