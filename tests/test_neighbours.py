@@ -79,6 +79,9 @@ def test_inverted_lists_find_nearly_all(monkeypatch, cosine, pieces):
     again = nearest(points, points, 10, seed=0, cosine=cosine)
     np.testing.assert_array_equal(again.ids, ids)
     np.testing.assert_array_equal(again.scores, scores)
+    monkeypatch.setattr(neighbours, "PROBED", 1)
+    ids, scores = nearest(points, points, 100, seed=0, cosine=cosine)
+    assert (ids < 0).any() and ((ids < 0) == np.isinf(scores)).all()  # a few lists do not hold so many
 
 
 @pytest.mark.parametrize("exact_points", [1000, 100])

@@ -55,13 +55,15 @@ def nearest(
             "one model"
         )
     m, n = (len(queries), len(points)) if rows is None else (len(rows), len(rows))
-    best = Neighbours(np.full((m, count), -1), np.full((m, count), -np.inf if cosine else np.inf, np.float32))
+    worst = -np.inf if cosine else np.inf
+    best = Neighbours(np.full((m, count), -1), np.full((m, count), worst, np.float32))
     width = points.shape[1]
     for start, end in _pieces(n, POINT_BYTES, width):
         with threadpool_limits(None if (end - start) * m * width > THREADED_WORK else 1):
             index = _index(points, rows, start, end, seed, cosine)
             for at, to in _pieces(m, READ_BYTES, width):
                 scores, ids = index.search(_read(queries, rows, slice(at, to), cosine), min(count, end - start))
+                scores[ids < 0] = worst
                 ids[ids >= 0] += start
                 _merge(best, slice(at, to), ids, scores, cosine)
     return best

@@ -41,8 +41,7 @@ def _exact_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.nda
     """
     points = centroids.astype(np.float64)
     k, width = points.shape
-    middle = points - points[start]  # first one of them, so that a mean far from zero costs no digits
-    middle -= middle.mean(axis=0)
+    middle = points - points.mean(axis=0)
     scale = np.sqrt(np.einsum("kd,kd->k", middle, middle).max()) or 1.0
     rough = (middle / scale).astype(np.float32)  # in the unit ball
     squares = np.einsum("kd,kd->k", rough, rough)
