@@ -37,7 +37,9 @@ class Batching:
     """How pairs become a plan."""
 
     surrogate: str
+    surrogate_prompts: tuple[str, ...]
     filter_surrogate: str
+    filter_prompts: tuple[str, ...]
     surrogate_width: int
     method: str
     batch_size: int
@@ -285,6 +287,23 @@ def _problems(config: Config) -> list[str]:
     data, model, train = config.data, config.model, config.train
     if data.source == "jsonl" and not data.paths:
         problems.append("`data.paths` is empty: name the jsonl files, e.g. --config.data.paths=\"('pairs.jsonl.gz',)\"")
+    if data.source == "huggingface" and not data.paths:
+        problems.append(
+            "`data.paths` is empty: name data sets or Parquet files, e.g. --config.data.paths=\"('me/pairs',)\""
+        )
+    if data.source == "tfds" and (len(data.paths) != 1 or not data.collections):
+        problems.append(
+            "`data.source` 'tfds' needs `data.collections` by name and the one folder of their files in `data.paths`, "
+            f"got {data.collections} and {data.paths}"
+        )
+    b = config.batching
+    for name, prompts in (("surrogate_prompts", b.surrogate_prompts), ("filter_prompts", b.filter_prompts)):
+        if len(prompts) not in (0, 2):
+            problems.append(f"`batching.{name}` must be empty or (of queries, of documents), got {prompts!r}")
+    if b.mine_last and not 1 <= b.mine_first <= b.mine_last:
+        problems.append(
+            f"`batching.mine_first` {b.mine_first} … `batching.mine_last` {b.mine_last} must be ranks from 1, in order"
+        )
     longest = max(data.query_length, data.document_length)
     if longest > model.max_positions:
         problems.append(f"texts of {longest} tokens do not fit `model.max_positions` = {model.max_positions}")

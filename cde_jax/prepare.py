@@ -7,38 +7,49 @@ one that belongs to others is an error, unless it is to be rebuilt.
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from cde_jax import report
 from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.config import Config
+from cde_jax.config import Config, flatten
 from cde_jax.data.files import fingerprint
 from cde_jax.data.pairs import Pair, clean, write_pairs
-from cde_jax.data.sources import beir, docstrings, jsonl
+from cde_jax.data.sources import beir, docstrings, huggingface, jsonl
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
 
-PAIRS, VECTORS, LSA, TOKENIZER, SETS = (
-    f"store/{name}" for name in ("pairs", "vectors", "lsa", "tokenizer", "evaluation")
+STORE = "store"
+PAIRS, VECTORS, FILTER_VECTORS, LSA, TOKENIZER, COLLECTIONS, SETS = (
+    f"{STORE}/{name}"
+    for name in ("pairs", "vectors", "filter_vectors", "lsa", "tokenizer", "collections", "evaluation")
 )
 PLAN = "plan"
-Encode = Callable[[list[str]], Any]  # texts → vectors [n, D]
+Encoders = tuple[surrogate.Encode, surrogate.Encode]  # of queries, of documents
 
 
-def prepare(config: Config, workdir: Path, *, rebuild: bool = False, checkpoint: Encode | None = None) -> str:
-    """Make or keep `store/` and `plan/`; returns a report as text.
+def prepare(
+    config: Config, workdir: Path, *, rebuild: bool = False, checkpoint: Callable[[str], Encoders] | None = None
+) -> str:
+    """Make or keep `store/` and `plan/`, and report them: as `report.json`, `report.png` and the text returned.
 
-    `checkpoint` is the surrogate where `batching.surrogate` is "checkpoint:DIR": our own encoder as a function.
+    `checkpoint` gives the encoders of one of our own models by its directory, for a surrogate "checkpoint:DIR".
     """
+    b = config.batching
     pairs = _pairs(config, workdir, rebuild)
-    vectors = _vectors(config, workdir, pairs, rebuild, checkpoint)
-    plan = _plan(config, workdir, pairs, vectors, rebuild)
-    return report(pairs, plan)
+    vectors = _vectors(config, workdir / VECTORS, pairs, b.surrogate, b.surrogate_prompts, rebuild, checkpoint)
+    judge = vectors
+    if _has_filter(config):
+        name, prompts = b.filter_surrogate or b.surrogate, b.filter_prompts
+        judge = _vectors(config, workdir / FILTER_VECTORS, pairs, name, prompts, rebuild, checkpoint)
+    plan = _plan(config, workdir, pairs, vectors, judge, rebuild)
+    return report.write(pairs, plan, workdir)
 
 
 def plan_settings(config: Config) -> dict[str, Any]:
@@ -65,8 +76,14 @@ def plan_settings(config: Config) -> dict[str, Any]:
 
 
 def load_plan(config: Config, workdir: Path) -> tuple[Store, BatchPlan]:
-    """The pairs and the plan of this work directory, checked against each other and the config."""
+    """The pairs and the plan of this work directory, checked against each other, the tokenizer and the config."""
     pairs = Store.open(workdir / PAIRS, kind="pairs")
+    tokenizer = Tokenizer.load(workdir / TOKENIZER).fingerprint
+    if tokenizer != pairs.manifest["tokenizer"]:
+        raise ValueError(
+            f"{workdir / PAIRS} was made with another tokenizer: expected fingerprint {tokenizer}, that of "
+            f"{workdir / TOKENIZER}, it has {pairs.manifest['tokenizer']}; run --stage=prepare --rebuild"
+        )
     plan = BatchPlan.load(workdir / PLAN)
     plan.verify(pairs.fingerprint, plan_settings(config))
     return pairs, plan
@@ -79,44 +96,33 @@ def evaluation_sets(config: Config, workdir: Path) -> list[beir.EvaluationSet]:
     return [beir.read(folder) for folder in folders]
 
 
-def report(pairs: Store, plan: BatchPlan) -> str:
-    """What was prepared: the domains, and how hard the batches are."""
-    domains = sorted(pairs.manifest["domains"], key=lambda domain: -domain["pairs"])
-    lines = [f"{pairs.manifest['pairs']} pairs in {len(domains)} domains, {len(plan)} plan batches", ""]
-    lines += [f"{domain['pairs']:>8}  {domain['name']}" for domain in domains[:20]]
-    lines += [f"{sum(d['pairs'] for d in domains[20:]):>8}  in {len(domains) - 20} more"] if len(domains) > 20 else []
-    lines += ["", "difficulty (mean surrogate cosine) and masks:"]
-    lines += [f"  {name}: {value}" for name, value in plan.manifest["difficulty"].items()]
-    return "\n".join(lines)
+class _Source(NamedTuple):
+    """Where pairs come from: `read` yields them anew at each call; `prefixes` by domain, where they have their own."""
+
+    read: Callable[[], Iterator[Pair]]
+    identity: Callable[[], dict[str, Any]]  # what the inputs are: a changed file or package makes other pairs
+    prefixes: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
 
-def _pairs(config: Config, workdir: Path, rebuild: bool) -> Store:
+def _source(config: Config, workdir: Path, counts: Counter[str]) -> _Source:
     d = config.data
-    source = {
-        "settings": {k: v for k, v in dataclasses.asdict(d).items() if k != "evaluation"},
-        "inputs": _identity(config),
-    }
-    if _keep(workdir / PAIRS, "pairs", fingerprint(source), lambda m: fingerprint(m["source"]), rebuild):
-        return Store.open(workdir / PAIRS, kind="pairs")
-    counts: Counter[str] = Counter()
-    pairs, held_out = _read(config, counts)
-    for name in held_out:
-        beir.write(docstrings.evaluation_set(name, held_out[name]), workdir / SETS / name)
-    if d.tokenizer == "wordpiece":
-        tokenizer = Tokenizer.train((text for pair in pairs() for text in (pair.query, pair.document)), d.vocab_size)
-    else:
-        tokenizer = Tokenizer.load(d.tokenizer)
-    tokenizer.save(workdir / TOKENIZER)
-    return write_pairs(
-        workdir / PAIRS,
-        clean(pairs(), counts, unique_documents=False),
-        tokenizer,
-        query_prefix=d.query_prefix,
-        document_prefix=d.document_prefix,
-        query_length=d.query_length,
-        document_length=d.document_length,
-        source=source,
-        counts=counts,
+    if d.source == "jsonl":
+        return _Source(lambda: jsonl.read_pairs(d.paths), lambda: jsonl.identity(d.paths))
+    if d.source == "huggingface":
+        return _Source(lambda: huggingface.read_pairs(d.paths, d.columns), lambda: huggingface.identity(d.paths))
+    if d.source == "tfds":
+        from cde_jax.data.sources import tfds_pairs  # takes seconds to import
+
+        names, folder, cache = d.collections, Path(d.paths[0]), workdir / COLLECTIONS
+        return _Source(
+            lambda: tfds_pairs.read_pairs(names, folder, cache),
+            lambda: tfds_pairs.identity(names, folder),
+            tfds_pairs.prefixes(names),
+        )
+    packages = _packages(config)
+    return _Source(
+        lambda: _docstrings(config, packages, workdir, counts),
+        lambda: docstrings.identity(packages, d.standard_library),
     )
 
 
@@ -129,66 +135,112 @@ def _packages(config: Config) -> tuple[str, ...]:
     return packages
 
 
-def _identity(config: Config) -> dict[str, Any]:
-    """What the source's inputs are, without reading them all: a changed file or package makes other pairs."""
+def _docstrings(config: Config, packages: tuple[str, ...], workdir: Path, counts: Counter[str]) -> Iterator[Pair]:
+    """The training pairs; the held-out packages become evaluation sets."""
     d = config.data
-    if d.source == "jsonl":
-        return jsonl.identity(d.paths)
-    return docstrings.identity(_packages(config), d.standard_library)
-
-
-def _read(config: Config, counts: Counter) -> tuple[Callable[[], Iterator[Pair]], dict[str, list[Pair]]]:
-    """A function that yields the training pairs anew at each call, and the held-out pairs by domain."""
-    d = config.data
-    if d.source == "jsonl":
-        return lambda: jsonl.read_pairs(d.paths), {}
     log.info("reading docstrings")
-    everything = list(docstrings.read_pairs(_packages(config), standard_library=d.standard_library, counts=counts))
+    everything = list(docstrings.read_pairs(packages, standard_library=d.standard_library, counts=counts))
     log.info("docstrings by domain:\n%s", docstrings.domain_table(everything))
-    held_out = {name: [pair for pair in everything if pair.domain == name] for name in d.held_out}
-    training = [pair for pair in everything if pair.domain not in held_out]
-    return lambda: iter(training), held_out
+    for name in d.held_out:
+        beir.write(docstrings.evaluation_set(name, everything), workdir / SETS / name)
+    return iter([pair for pair in everything if pair.domain not in d.held_out])
 
 
-def _vectors(config: Config, workdir: Path, pairs: Store, rebuild: bool, checkpoint: Encode | None) -> Store:
-    b = config.batching
-    settings = {"width": b.surrogate_width, "seed": config.seed} if b.surrogate == "lsa" else {}
-    expected = surrogate.vectors_fingerprint(pairs.fingerprint, b.surrogate, settings)
-    if _keep(workdir / VECTORS, "vectors", expected, lambda m: m["fingerprint"], rebuild):
-        return Store.open(workdir / VECTORS, kind="vectors")
-    log.info("surrogate vectors: %s", b.surrogate)
-    queries, documents = (surrogate.Texts(pairs.ragged(name)) for name in ("query_text", "document_text"))
-    if b.surrogate == "lsa":
-        lsa = surrogate.lsa(queries, documents, **settings)
-        lsa.save(workdir / LSA)
-        encode = lsa.encode
-    elif b.surrogate.startswith("checkpoint:"):
-        encode = checkpoint
+def _pairs(config: Config, workdir: Path, rebuild: bool) -> Store:
+    d = config.data
+    counts: Counter[str] = Counter()
+    source = _source(config, workdir, counts)
+    about = {
+        "settings": {k: v for k, v in dataclasses.asdict(d).items() if k != "evaluation"},
+        "inputs": source.identity(),
+    }
+    if _keep(workdir / PAIRS, "pairs", about, lambda manifest: manifest["source"], rebuild):
+        return Store.open(workdir / PAIRS, kind="pairs")
+    if d.source == "docstrings":  # a few thousand, read from hundreds of files: once is enough
+        training = list(source.read())
+        source = source._replace(read=lambda: iter(training))
+    if d.tokenizer == "wordpiece":
+        texts = (text for pair in source.read() for text in (pair.query, pair.document))
+        tokenizer = Tokenizer.train(texts, d.vocab_size)
     else:
-        encode = surrogate.sentence_transformer(b.surrogate)
-    return surrogate.write_vectors(workdir / VECTORS, pairs, encode, name=b.surrogate, settings=settings)
+        tokenizer = Tokenizer.load(d.tokenizer)
+    tokenizer.save(workdir / TOKENIZER)
+    return write_pairs(
+        workdir / PAIRS,
+        clean(source.read, counts, folder=workdir / STORE, unique_documents=False),
+        tokenizer,
+        query_prefix=d.query_prefix,
+        document_prefix=d.document_prefix,
+        prefixes=source.prefixes,
+        query_length=d.query_length,
+        document_length=d.document_length,
+        source=about,
+        counts=counts,
+    )
 
 
-def _plan(config: Config, workdir: Path, pairs: Store, vectors: Store, rebuild: bool) -> BatchPlan:
+def _has_filter(config: Config) -> bool:
+    """Whether another surrogate than that of the clusters decides what is a false negative."""
+    b = config.batching
+    return bool(b.filter_surrogate or b.filter_prompts) and (
+        (b.filter_surrogate or b.surrogate, b.filter_prompts) != (b.surrogate, b.surrogate_prompts)
+    )
+
+
+def _vectors(
+    config: Config,
+    folder: Path,
+    pairs: Store,
+    name: str,
+    prompts: tuple[str, ...],
+    rebuild: bool,
+    checkpoint: Callable[[str], Encoders] | None,
+) -> Store:
+    """The vectors of all pairs by the surrogate `name`, made or kept."""
+    if name == "lsa":
+        settings = {"width": config.batching.surrogate_width, "seed": config.seed}
+    else:
+        settings = {"files": surrogate.identity(name), "prompts": prompts}
+    about = {"pairs": pairs.fingerprint, "surrogate": name, "settings": settings}
+    if _keep(folder, "vectors", about, lambda manifest: {key: manifest[key] for key in about}, rebuild):
+        return Store.open(folder, kind="vectors")
+    log.info("surrogate vectors: %s", name)
+    if name == "lsa":
+        texts = (surrogate.Texts(pairs.ragged(side)) for side in ("query_text", "document_text"))
+        lsa = surrogate.lsa(*texts, **settings)
+        lsa.save(folder.parent / Path(LSA).name)
+        encode = lsa.encode
+    elif name.startswith("checkpoint:"):
+        encode = checkpoint(name.removeprefix("checkpoint:"))
+    else:
+        encode = surrogate.sentence_transformer(name, prompts or None)
+    return surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings)
+
+
+def _plan(config: Config, workdir: Path, pairs: Store, vectors: Store, judge: Store, rebuild: bool) -> BatchPlan:
     settings = plan_settings(config)
     if (workdir / PLAN).exists() and not rebuild:
         plan = BatchPlan.load(workdir / PLAN)
-        plan.verify(pairs.fingerprint, settings, vectors.fingerprint)
+        plan.verify(pairs.fingerprint, settings, vectors.fingerprint, judge.fingerprint)
         log.info("the plan is there and fits: kept")
         return plan
     log.info("building the batch plan")
-    return build_plan(workdir / PLAN, pairs, vectors, **settings)
+    return build_plan(workdir / PLAN, pairs, vectors, filter_vectors=judge, **settings)
 
 
-def _keep(folder: Path, kind: str, expected: str, found: Callable[[dict], str], rebuild: bool) -> bool:
+def _keep(folder: Path, kind: str, about: dict, found: Callable[[dict], dict], rebuild: bool) -> bool:
     """Whether the artefact is there and fits; one that does not fit is an error, or goes if it is to be rebuilt."""
     if rebuild or not folder.exists():  # a new one takes an old one's place when it is whole, not before
         return False
-    got = found(Store.open(folder, kind=kind, verify=False).manifest)
+    ours, theirs = about, found(Store.open(folder, kind=kind, verify=False).manifest)
+    expected, got = fingerprint(ours), fingerprint(theirs)
     if got != expected:
+        ours, theirs = flatten(ours), flatten(theirs)
+        keys = [key for key in {**ours, **theirs} if fingerprint(ours.get(key, "")) != fingerprint(theirs.get(key, ""))]
+        different = ", ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys[:5])
         raise ValueError(
-            f"{folder} was made from other inputs or settings: expected fingerprint {expected}, it has {got}. Choose "
-            f"another --workdir, or --rebuild to make it again"
+            f"{folder} was made from other inputs or settings: expected fingerprint {expected}, it has {got} "
+            f"({different}). Choose another --workdir, or --rebuild to make it again"
         )
     log.info("%s are there and fit: kept", kind)
     return True

@@ -22,7 +22,7 @@ from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings, load_encoder
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualEncoder
 from cde_jax.models.encoder import Encoder
-from cde_jax.prepare import LSA, TOKENIZER, evaluation_sets, load_plan, prepare
+from cde_jax.prepare import LSA, TOKENIZER, Encoders, evaluation_sets, load_plan, prepare
 from cde_jax.retrieval import evaluate as measure
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.training import loop, sharding
@@ -47,7 +47,7 @@ def run(config: Any, workdir: Path, stage: str = "all", *, rebuild: bool = False
     claim(config, workdir, rebuild)
     for name in STAGES if stage == "all" else (stage,):
         if name == "prepare":
-            yield prepare(config, workdir, rebuild=rebuild, checkpoint=_checkpoint_surrogate(config))
+            yield prepare(config, workdir, rebuild=rebuild, checkpoint=_own_encoders)
         elif name == "train":
             if not train(config, workdir):
                 return
@@ -142,7 +142,8 @@ def evaluate(config: Config, workdir: Path) -> measure.Scores:
         return before["sets"]
     scores = measure.evaluate_embedder(embedder, sets, [documents[i] for i in drawn.tolist()], config.seed, k)
     if config.evaluate.baselines:
-        lsa = {"LSA": Lsa.load(workdir / LSA).encode} if config.batching.surrogate == "lsa" else {}
+        b = config.batching
+        lsa = {"LSA": Lsa.load(workdir / LSA).encode} if "lsa" in (b.surrogate, b.filter_surrogate) else {}
         scores = measure.combine(scores, measure.evaluate_baselines(sets, lsa, k))
     means = measure.means(scores)
     write_json(file, {"metric": f"ndcg@{k}", "fingerprint": about, "sets": scores, "mean": means})
@@ -309,10 +310,10 @@ def _embedder(config: Config, workdir: Path, model: Biencoder | ContextualEncode
     return Embedder(model, tokenizer, settings, workdir / TOKENIZER)
 
 
-def _checkpoint_surrogate(config: Config):
-    """Our own encoder as a function texts → vectors, where the config asks for it."""
-    kind, _, directory = config.batching.surrogate.partition(":")
-    return Embedder.from_pretrained(directory).encode_documents if kind == "checkpoint" else None
+def _own_encoders(directory: str) -> Encoders:
+    """One of our own models as a surrogate."""
+    embedder = Embedder.from_pretrained(directory, progress=False)
+    return embedder.encode_queries, embedder.encode_documents
 
 
 def _move_aside(folder: Path) -> None:

@@ -31,7 +31,9 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.batching = ConfigDict()
     c.batching.surrogate = "lsa"  # model that places pairs: "lsa", "sentence-transformers:NAME", "checkpoint:DIR"
+    c.batching.surrogate_prompts = ()  # what it wants before (queries, documents); (): what is saved with the model
     c.batching.filter_surrogate = ""  # model that finds false and hard negatives; "": the same
+    c.batching.filter_prompts = ()  # the same for that model; nomic-embed: ("search_query: ", "search_document: ")
     c.batching.surrogate_width = 128  # dimensions of the LSA vectors
     c.batching.method = "clustered"  # batches from "clustered" neighbourhoods, or "random" within a domain
     c.batching.batch_size = 512  # B, queries of a plan batch: the unit of contrast
