@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cde_jax.data.pairs import Pair, clean, text_key, write_pairs
+from cde_jax.data import distinct
+from cde_jax.data.keys import text_key
+from cde_jax.data.pairs import Pair, clean, percentile, write_pairs
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
 
@@ -46,7 +49,7 @@ def test_keys_fit_64_bits_and_do_not_change(text):
     assert text_key(text) == text_key(text.upper().lower() if text.isascii() else text)
 
 
-def test_duplicates_are_dropped_and_counted():
+def test_duplicates_are_dropped_and_counted(tmp_path):
     pairs = [
         Pair("a", "one", "first text"),
         Pair("a", "One.", "First  text!"),  # both equal
@@ -54,7 +57,7 @@ def test_duplicates_are_dropped_and_counted():
         Pair("b", "one", "other text", ("Other text", "wrong")),  # the query was there: allowed
     ]
     counts = {}
-    assert list(clean(pairs, counts)) == [pairs[0], pairs[3]._replace(negatives=("wrong",))]
+    assert list(clean(lambda: pairs, counts, folder=tmp_path)) == [pairs[0], pairs[3]._replace(negatives=("wrong",))]
     assert counts == {
         "read": 4,
         "duplicate pairs": 1,
@@ -63,8 +66,85 @@ def test_duplicates_are_dropped_and_counted():
         "kept": 2,
     }
     counts = {}
-    assert len(list(clean(pairs, counts, unique_documents=False))) == 3
+    assert len(list(clean(lambda: pairs, counts, folder=tmp_path, unique_documents=False))) == 3
     assert counts["duplicate documents"] == 0
+
+
+def cleaned(pairs, unique_documents):
+    """`clean` as it is defined, with everything seen in memory."""
+    seen, documents, kept, dropped = set(), set(), [], {"duplicate pairs": 0, "duplicate documents": 0}
+    for pair in pairs:
+        document = text_key(pair.document)
+        both = (text_key(pair.query), document)
+        if both in seen:
+            dropped["duplicate pairs"] += 1
+        elif unique_documents and document in documents:
+            dropped["duplicate documents"] += 1
+        else:
+            seen.add(both)
+            documents.add(document)
+            kept.append(pair._replace(negatives=tuple(t for t in pair.negatives if text_key(t) != document)))
+    return kept, dropped
+
+
+TEXTS = st.sampled_from(["a", "A!", "b", "c", "d", "a b", "A  b"])
+SOME_PAIRS = st.lists(st.builds(Pair, st.sampled_from("xy"), TEXTS, TEXTS, st.lists(TEXTS, max_size=2).map(tuple)))
+
+
+@settings(deadline=None)
+@given(pairs=SOME_PAIRS, unique_documents=st.booleans(), block=st.sampled_from([1, 3, 4096]))
+def test_cleaning_through_the_disk_is_cleaning_in_memory(tmp_path_factory, pairs, unique_documents, block):
+    counts, folder = {}, tmp_path_factory.mktemp("clean")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cde_jax.data.pairs._BLOCK", block)
+        patch.setattr(distinct, "_BLOCK", block)
+        patch.setattr(distinct, "_BUCKET", block)
+        got = list(clean(lambda: iter(pairs), counts, folder=folder, unique_documents=unique_documents))
+    kept, dropped = cleaned(pairs, unique_documents)
+    assert got == kept
+    assert counts == dropped | {
+        "read": len(pairs),
+        "kept": len(kept),
+        "negatives equal to the positive": counts["negatives equal to the positive"],
+    }
+    assert os.listdir(folder) == []
+
+
+def test_memory_of_cleaning_does_not_grow_with_the_pairs(tmp_path, monkeypatch):
+    for name, value in (("pairs._BLOCK", 64), ("distinct._BLOCK", 64), ("distinct._BUCKET", 512)):
+        monkeypatch.setattr(f"cde_jax.data.{name}", value)
+    monkeypatch.setattr("cde_jax.data.pairs.BAR_AFTER", 3600)  # a bar needs memory too
+
+    def peak(n):
+        tracemalloc.start()
+        source = lambda: (Pair("a", f"q{i}", f"d{i % (n // 2)}") for i in range(n))  # noqa: E731
+        kept = sum(1 for _ in clean(source, {}, folder=tmp_path))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert kept == n // 2
+        return most
+
+    peak(100)  # what is made once: type checkers
+    # Less than one Python number a pair; what is left is the 2000 free tuples that Python keeps for itself.
+    assert peak(9000) - peak(3000) < 24 * 6000
+
+
+@pytest.mark.parametrize(
+    ("second", "number"),
+    [
+        (PAIRS[:2], 2),
+        ([*PAIRS, PAIRS[0]], 3),
+        ([PAIRS[0], PAIRS[1]._replace(query="sum of Numbers"), PAIRS[2]], 1),
+        ([PAIRS[0]._replace(negatives=()), *PAIRS[1:]], 0),
+        ([PAIRS[0], PAIRS[1]._replace(domain="c"), PAIRS[2]], 1),
+    ],
+)
+def test_pairs_that_change_between_the_passes_are_an_error(second, number, tokenizer, tmp_path):
+    passes = iter([PAIRS, second])
+    with pytest.raises(ValueError, match=f"pair {number} is not what it was .* leave the data alone"):
+        pairs = clean(lambda: next(passes), {}, folder=tmp_path)
+        write_pairs(tmp_path / "pairs", pairs, tokenizer, **SETTINGS)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -77,7 +157,7 @@ def test_duplicates_are_dropped_and_counted():
 )
 def test_a_pair_without_text_is_named(pair, message, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=message):
-        list(clean([PAIRS[0], pair], {}))
+        list(clean(lambda: [PAIRS[0], pair], {}, folder=tmp_path))
     with pytest.raises(ValueError, match=message):
         write_pairs(tmp_path / "pairs", [PAIRS[0], pair], tokenizer, **SETTINGS)
     with pytest.raises(ValueError, match="expected pairs, there are none"):
@@ -111,6 +191,64 @@ def test_every_text_is_stored_with_its_tokens_keys_and_negatives(tokenizer, tmp_
     assert statistics["truncated"] == round(sum(length > 8 for length in full) / 3, 4) > 0
 
 
+@example([138, 217], 95)  # numpy's rounding
+@given(st.lists(st.integers(0, 40), min_size=1), st.sampled_from([0, 5, 50, 95, 99.9, 100]))
+def test_percentiles_of_a_histogram_are_those_of_its_values(values, q):
+    assert percentile(np.bincount(values), q) == np.percentile(values, q)
+
+
+def test_length_statistics_are_those_of_all_lengths(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("cde_jax.data.pairs._BLOCK", 2)
+    pairs = [Pair("a", "sum " * (i % 5 + 1), "of numbers " * (i + 1)) for i in range(9)]
+    manifest = write_pairs(tmp_path / "pairs", pairs, tokenizer, **SETTINGS).manifest
+    for name, prefix, limit in (("query", "search: ", 8), ("document", "text: ", 12)):
+        texts = [prefix + getattr(pair, name) for pair in pairs]
+        lengths = np.array([len(row) for row in tokenizer.encode(texts, 1000)])
+        assert manifest["tokens"][name] == {
+            "mean": round(lengths.mean(), 2),
+            "min": lengths.min(),
+            "p50": np.percentile(lengths, 50),
+            "p95": np.percentile(lengths, 95),
+            "max": lengths.max(),
+            "truncated": round((lengths > limit).mean(), 4),
+        }
+
+
+def test_a_domain_has_prefixes_of_its_own_and_its_negatives_too(tokenizer, tmp_path):
+    pairs = [
+        Pair("b", "mean", "average", ("x", "sum")),
+        Pair("a", "largest", "item", ("X!", "x", "sum")),
+        Pair("c", "sum", "array", ("sum", "x")),
+    ]
+    prefixes = {"a": ("find ", "of "), "none": ("no ", "none ")}
+    store = write_pairs(tmp_path / "pairs", pairs, tokenizer, prefixes=prefixes, **SETTINGS)
+    texts, tokens, queries = (store.ragged(name) for name in ("document_text", "document_tokens", "query_tokens"))
+    documents = [("text: ", "average"), ("of ", "item"), ("text: ", "array")]
+    documents += [("text: ", "x"), ("text: ", "sum"), ("of ", "X!"), ("of ", "sum")]
+    assert [texts.text(i) for i in range(texts.count())] == [text for _, text in documents]
+    encoded = tokenizer.encode([prefix + text for prefix, text in documents], 12)
+    assert [tokens.row(i).tolist() for i in range(tokens.count())] == [row.tolist() for row in encoded]
+    encoded = tokenizer.encode(["search: mean", "find largest", "search: sum"], 8)
+    assert [queries.row(i).tolist() for i in range(3)] == [row.tolist() for row in encoded]
+    assert [store.ragged("negatives").row(i).tolist() for i in range(3)] == [[3, 4], [5, 6], [4, 3]]
+    assert store.manifest["prefixes"] == {
+        "query": "search: ",
+        "document": "text: ",
+        "domains": {"a": {"query": "find ", "document": "of "}},
+    }
+
+
+def test_long_work_shows_a_bar_and_short_work_none(tokenizer, tmp_path, monkeypatch, capsys):
+    def work():
+        pairs = clean(lambda: PAIRS, {}, folder=tmp_path)
+        write_pairs(tmp_path / "pairs", pairs, tokenizer, **SETTINGS)
+        return capsys.readouterr()
+
+    assert work() == ("", "")
+    monkeypatch.setattr("cde_jax.data.pairs.BAR_AFTER", 0)
+    assert all(what in work().err for what in ("looking for duplicates", "tokenizing", "hard negatives"))
+
+
 def test_the_fingerprint_follows_pairs_order_and_settings(tokenizer, tmp_path):
     def written(pairs, **changes):
         return write_pairs(tmp_path / "pairs", pairs, tokenizer, **(SETTINGS | changes)).fingerprint
@@ -123,8 +261,12 @@ def test_the_fingerprint_follows_pairs_order_and_settings(tokenizer, tmp_path):
         written([PAIRS[0]._replace(negatives=()), *PAIRS[1:]]),
         written(PAIRS, query_prefix=""),
         written(PAIRS, document_length=9),
+        written(PAIRS, prefixes={"a": ("ask ", "text: ")}),
+        written(PAIRS, prefixes={"a": ("search: ", "ask ")}),
+        written(PAIRS, prefixes={"b": ("search: ", "ask ")}),
     ]
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 9
+    assert written(PAIRS, prefixes={"c": ("ask ", "")}) == first
 
 
 def test_data_needs_no_device_library():
