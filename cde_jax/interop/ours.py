@@ -101,10 +101,10 @@ def numerics_of(model: BiencoderConfig | ContextualConfig) -> str:
 
 
 def to_dict(model: BiencoderConfig | ContextualConfig) -> dict[str, Any]:
-    """Every field of a config as JSON, with the run-time choices (dtype, remat) at their plain values."""
+    """Every field of a config as JSON, with the run-time choices (dtype, remat, attention) at their plain values."""
 
     def plain(encoder: EncoderConfig) -> EncoderConfig:
-        return dataclasses.replace(encoder, dtype="float32", remat=False)
+        return dataclasses.replace(encoder, dtype="float32", remat=False, attention="auto")
 
     if isinstance(model, BiencoderConfig):
         return dataclasses.asdict(dataclasses.replace(model, encoder=plain(model.encoder)))

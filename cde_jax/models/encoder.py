@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
-from cde_jax.models.attention import Prefix, Rotary, attend, rotary, rotate
+from cde_jax.models.attention import Kernel, Prefix, attend
+from cde_jax.models.rotary import Rotary, rotary, rotate
 
 # What users give: token ids of any integer type, and masks of booleans or of 0 and 1, on any device or none.
 Ids = Integer[Array | np.ndarray, "B L"]
@@ -42,7 +43,10 @@ class EncoderConfig:
     mlp_bias: tuple[bool, bool] = (False, False)  # (into, out of) the hidden layer
     norm_epsilon: float = 1e-12
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+    attention: Kernel = "auto"  # what runs it: see `attention.pick`
+    # What the backward pass recomputes: nothing, each layer ("full", also True), or all of it but the products with
+    # weight matrices ("dots").
+    remat: bool | Literal["none", "full", "dots"] = False
 
     rotary_fraction: float = 1.0  # NomicBERT configs may turn only part of each head
     rotary_interleaved: bool = False  # GPT-J's feature order
@@ -98,6 +102,14 @@ def norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
+def _recomputed(layer: Callable, remat: bool | str) -> Callable:
+    """`layer` of a scan, with what `EncoderConfig.remat` says computed again in the backward pass."""
+    if remat in (False, "none"):
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)  # within a scan nothing is to be kept apart
+
+
 class Block(nnx.Module):
     """Attention and MLP with post-norm residuals (pre-norm by config)."""
 
@@ -118,7 +130,7 @@ class Block(nnx.Module):
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         if angles is not None:
             q, k = (rotate(y, angles, interleaved=c.rotary_interleaved) for y in (q, k))
-        read = attend(q, k, v, mask, **context)
+        read = attend(q, k, v, mask, kernel=c.attention, **context)
         return self.out(read.reshape(x.shape)), Prefix(k, v)
 
     def mlp(self, x: Float[Array, "*B S D"]) -> Float[Array, "*B S D"]:
@@ -231,7 +243,7 @@ class Encoder(nnx.Module):
             kept = {"nothing": None, "hidden": x, "keys_values": keys_values}[collect]
             return x, kept
 
-        x, kept = jax.lax.scan(jax.checkpoint(layer) if c.remat else layer, x, (blocks, prefix, bias))
+        x, kept = jax.lax.scan(_recomputed(layer, c.remat), x, (blocks, prefix, bias))
         return self._zero_padding(x, mask), kept
 
     def _run_prenorm(self, x, mask, angles, collect):

@@ -1,0 +1,217 @@
+"""All kernels of attention against a plain float64 reading, in values and gradients, and which of them runs where."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cde_jax.models import attention, encoder, fused
+from cde_jax.models.attention import Prefix, attend, pick
+
+TEXTS, LENGTH, SLOTS, HEADS, WIDTH = 5, 6, 4, 2, 8
+KERNELS = {
+    "xla": partial(attend, kernel="xla"),
+    "blocks": partial(attend, kernel="blocks"),
+    # What cuDNN is given, computed by JAX's plain form: its kernel needs a GPU.
+    "cudnn": partial(fused.fused, implementation="xla"),
+}
+CASES = {
+    "text alone": {},
+    "shared prefix": {"prefix": 3, "bias": True},
+    "shared prefix without bias": {"prefix": 3},
+    "a prefix of each text's own": {"prefix": 4, "bias": True},
+    "joint": {"slots": SLOTS, "bias": True},
+    "joint without bias": {"slots": SLOTS},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Two texts a block, and a block that is not full."""
+    monkeypatch.setattr(attention, "BLOCK", 2 * HEADS * LENGTH * (LENGTH + SLOTS))
+
+
+def inputs(case: dict, dtype=jnp.float32) -> dict:
+    """Queries, keys and values of texts whose last tokens are padding, and what `case` adds."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(0, 1, shape), jnp.float32).astype(dtype)
+
+    given = {name: normal(TEXTS, LENGTH, HEADS, WIDTH) for name in ("queries", "keys", "values")}
+    # In a joint sequence slots come first and are never padding.
+    sizes = random.integers(case.get("slots", 0) + 1, LENGTH + 1, TEXTS)
+    given["mask"] = jnp.asarray(np.arange(LENGTH) < sizes[:, None])
+    if "prefix" in case:
+        shape = ((TEXTS,) if case["prefix"] == 4 else ()) + (SLOTS, HEADS, WIDTH)
+        given["prefix"] = Prefix(normal(*shape), normal(*shape))
+    if "bias" in case:
+        given["bias"] = jnp.asarray([-1.3, 0.8], jnp.float32)
+    return given
+
+
+def plain(queries, keys, values, mask, prefix=None, bias=None, slots=0):
+    """One text, head and token at a time, in float64."""
+    queries, keys, values = (np.asarray(x, np.float64) for x in (queries, keys, values))
+    read = np.zeros_like(queries)
+    for b, t, h in np.ndindex(queries.shape[:3]):
+        k, v, seen = keys[b, :, h], values[b, :, h], np.asarray(mask[b])
+        added = np.where((np.arange(len(k)) < slots) & (t >= slots), 0 if bias is None else float(bias[h]), 0.0)
+        if prefix is not None:
+            pk, pv = (np.asarray(x, np.float64) for x in prefix)
+            pk, pv = (pk[b, :, h], pv[b, :, h]) if pk.ndim == 4 else (pk[:, h], pv[:, h])
+            k, v = np.concatenate([pk, k]), np.concatenate([pv, v])
+            seen = np.concatenate([np.ones(len(pk), bool), seen])
+            added = np.concatenate([np.full(len(pk), 0 if bias is None else float(bias[h])), added])
+        weights = np.where(seen, np.exp(k @ queries[b, t, h] / np.sqrt(k.shape[-1]) + added), 0)
+        read[b, t, h] = weights @ v / weights.sum()
+    return read
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_is_softmax_attention_over_slots_and_text(kernel, case):
+    given, slots = inputs(CASES[case]), CASES[case].get("slots", 0)
+    read = jax.jit(partial(KERNELS[kernel], slots=slots))(**given)
+    np.testing.assert_allclose(read, plain(**given, slots=slots), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_in_bfloat16_is_close_to_float32(kernel, case):
+    given, slots = inputs(CASES[case], jnp.bfloat16), CASES[case].get("slots", 0)
+    read = jax.jit(partial(KERNELS[kernel], slots=slots))(**given)
+    assert read.dtype == jnp.bfloat16
+    np.testing.assert_allclose(read.astype(jnp.float32), plain(**given, slots=slots), atol=2e-2, rtol=0)
+
+
+def gradients(kernel, case: dict, dtype=jnp.float32):
+    """Of everything that is differentiable, under random cotangents; padding's queries pull at nothing."""
+    given = inputs(case, dtype)
+    mask = given.pop("mask")
+    pull = jnp.asarray(np.random.default_rng(1).normal(0, 1, given["queries"].shape), jnp.float32)
+    pull *= mask[..., None, None]
+
+    def loss(given):
+        read = kernel(mask=mask, slots=case.get("slots", 0), **given)
+        return (read.astype(jnp.float32) * pull).sum()
+
+    return jax.jit(jax.grad(loss))(given)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", ["blocks", "cudnn"])
+def test_every_kernel_has_the_gradients_of_the_plain_one(kernel, case):
+    expected, got = (gradients(KERNELS[name], CASES[case]) for name in ("xla", kernel))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True):
+        assert float(jnp.abs(a).max()) > 1e-2, f"{path}: no gradient flows here, so nothing was compared"
+        np.testing.assert_allclose(b, a, atol=1e-5, rtol=1e-5, err_msg=str(path))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_in_bfloat16_are_close_to_those_in_float32(kernel):
+    case = CASES["shared prefix"]
+    rounded = inputs(case, jnp.bfloat16)
+    expected = gradients(KERNELS["xla"], case)
+    got = gradients(KERNELS[kernel], case, jnp.bfloat16)
+    assert got["bias"].dtype == jnp.float32 and rounded["queries"].dtype == jnp.bfloat16
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True):
+        size = float(jnp.abs(a).max())
+        np.testing.assert_allclose(b.astype(jnp.float32), a, atol=2e-2 * size, err_msg=str(path))
+
+
+def test_the_gradient_of_the_plain_kernel_is_the_slope():
+    given = inputs(CASES["shared prefix"])
+    read = lambda bias: float(attend(**(given | {"bias": given["bias"] + bias}), kernel="xla").sum())  # noqa: E731
+    slope = jax.grad(lambda bias: attend(**(given | {"bias": bias}), kernel="xla").sum())(given["bias"]).sum()
+    np.testing.assert_allclose(slope, (read(1e-2) - read(-1e-2)) / 2e-2, rtol=1e-2)
+
+
+def test_a_long_context_of_a_low_bias_is_read_in_bfloat16_as_in_float32():
+    """The bias of a new model, which bfloat16 alone would round, and slots whose weights are small but many."""
+    random = np.random.default_rng(2)
+    given = {
+        name: jnp.asarray(random.normal(0, 1, (2, LENGTH, HEADS, WIDTH)), jnp.bfloat16)
+        for name in ("queries", "keys", "values")
+    }
+    given["mask"] = jnp.ones((2, LENGTH), bool)
+    given["prefix"] = Prefix(*(jnp.asarray(random.normal(0, 1, (520, HEADS, WIDTH)), jnp.bfloat16) for _ in range(2)))
+    given["bias"] = jnp.asarray([-5.017, -4.983], jnp.float32)
+    expected = plain(**given)
+    for name, kernel in KERNELS.items():
+        read = kernel(**given)
+        np.testing.assert_allclose(read.astype(jnp.float32), expected, atol=1e-2, err_msg=name)
+        joined, _ = jax.vjp(lambda queries, kernel=kernel: kernel(**(given | {"queries": queries})), given["queries"])
+        np.testing.assert_allclose(joined.astype(jnp.float32), expected, atol=1e-2, err_msg=f"{name}, in training")
+
+
+def test_a_shared_prefix_is_not_repeated_for_each_text_where_nothing_is_differentiated():
+    given = inputs(CASES["shared prefix"])
+    text = jax.jit(KERNELS["cudnn"]).lower(**given).as_text()
+    assert f"{TEXTS}x{SLOTS + LENGTH}x{HEADS}x{WIDTH}" not in text
+    text = jax.jit(jax.grad(lambda q: KERNELS["cudnn"](**(given | {"queries": q})).sum()))
+    assert f"{TEXTS}x{SLOTS + LENGTH}x{HEADS}x{WIDTH}" in text.lower(given["queries"]).as_text()
+
+
+def test_a_text_without_keys_is_finite_in_value_and_gradient():
+    given = inputs(CASES["text alone"])
+    given["mask"] = given["mask"].at[1].set(False)
+    for name, kernel in KERNELS.items():
+        loss = lambda q, kernel=kernel: kernel(**(given | {"queries": q})).sum()  # noqa: E731
+        value, gradient = jax.value_and_grad(loss)(given["queries"])
+        assert np.isfinite(value) and np.isfinite(gradient).all(), name
+
+
+def test_lengths_that_would_misread_a_mask_give_nan():
+    given = inputs(CASES["shared prefix"])
+    hole = given["mask"].at[0].set(jnp.array([True, False, True, True, True, True]))
+    read = KERNELS["cudnn"](**(given | {"mask": hole.at[1].set(True)}))
+    assert np.isnan(read[0]).all() and np.isfinite(read[1:]).all()
+    assert np.isfinite(KERNELS["xla"](**(given | {"mask": hole}))).all()
+
+
+# --- which kernel runs
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "head", "platform", "expected"),
+    [
+        ("auto", "float32", 64, "cpu", "blocks"),
+        ("auto", "bfloat16", 64, "cpu", "blocks"),
+        ("auto", "bfloat16", 64, "cuda", "cudnn"),
+        ("auto", "float32", 64, "cuda", "xla"),
+        ("auto", "bfloat16", 20, "cuda", "xla"),
+        ("auto", "bfloat16", 64, "tpu", "xla"),
+        ("auto", "bfloat16", 64, "gpu", "xla"),  # not NVIDIA's
+        ("xla", "bfloat16", 64, "cuda", "xla"),
+        ("blocks", "bfloat16", 64, "tpu", "blocks"),
+    ],
+)
+def test_the_kernel_is_picked_by_platform_and_type_and_can_be_overridden(kernel, dtype, head, platform, expected):
+    assert pick(kernel, jnp.dtype(dtype), head, platform) == expected
+
+
+def test_a_kernel_that_the_platform_lacks_is_refused_with_what_it_needs():
+    queries = jnp.zeros((1, 2, 1, 8))
+    with pytest.raises(
+        ValueError, match=r"'cudnn' needs an NVIDIA GPU, and JAX runs on cpu here, and bfloat16.*'auto'"
+    ):
+        attend(queries, queries, queries, jnp.ones((1, 2), bool), kernel="cudnn")
+    with pytest.raises(ValueError, match=r"needs bfloat16 compute \(model\.dtype\), got float32: choose"):
+        pick("cudnn", jnp.float32, 64, "cuda")
+    with pytest.raises(ValueError, match="at most 120 features, a multiple of 8, got 20"):
+        pick("cudnn", jnp.bfloat16, 20, "cuda")
+    with pytest.raises(ValueError, match="expected an attention kernel of auto, xla, blocks, cudnn; got 'flash'"):
+        pick("flash", jnp.float32, 64)
+
+
+def test_an_encoder_runs_the_kernel_of_its_config(monkeypatch):
+    from tiny_models import encoder_config, fill, tokens
+
+    picked = []
+    monkeypatch.setattr(encoder, "attend", lambda *a, kernel, **k: picked.append(kernel) or attend(*a, **k))
+    config = encoder_config(attention="blocks")
+    fill(lambda: encoder.Encoder(config, rngs=encoder.nnx.Rngs(0)))(*tokens(2, 3))
+    assert set(picked) == {"blocks"}
