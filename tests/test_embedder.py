@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cde_jax.data.tokens import Tokenizer
@@ -248,6 +251,66 @@ def test_a_saved_context_gives_the_same_vectors(contextual, tmp_path):
     )
     np.testing.assert_array_equal(contextual.encode_queries(CORPUS, loaded), contextual.encode_queries(CORPUS, context))
     assert [path.name for path in tmp_path.iterdir()] == ["ctx.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_context_carries_what_isolated_attention_reads_of_it(dtype, tokenizer, tmp_path, monkeypatch):
+    embedder = build("isolated", tokenizer, build_model("isolated", encoder={"dtype": dtype}))
+    context = embedder.embed_context(CORPUS[:2])  # null slots are in the cache too
+    expected = embedder.encode_queries(FEW, context)
+    context.save(tmp_path / "ctx.safetensors")
+    loaded = Context.load(tmp_path / "ctx.safetensors")
+    keys = loaded.cache.prefix.keys
+    assert keys.dtype == jnp.dtype(dtype) and keys.shape == (2, J + 2, 2, 16)
+    monkeypatch.setattr(embedder_file, "_prepare", None)  # nothing is computed again
+    np.testing.assert_array_equal(embedder.encode_queries(FEW, loaded), expected)
+
+
+def test_a_cache_from_another_compute_type_is_read_in_ours(tokenizer):
+    low = build("isolated", tokenizer, build_model("isolated", encoder={"dtype": "bfloat16"}))
+    high = build("isolated", tokenizer)
+    context = low.embed_context(CORPUS)
+    vectors = high.encode_queries(FEW, context)
+    assert high._prepare(context).prefix.keys.dtype == jnp.float32
+    np.testing.assert_allclose(vectors, high.encode_queries(FEW, high.embed_context(CORPUS)), atol=2e-2)
+
+
+def test_a_context_without_its_cache_reads_as_with_it(contextual):
+    context = contextual.embed_context(CORPUS)
+    assert (context.cache is not None) == (contextual.config.context_attention == "isolated")
+    bare = dataclasses.replace(context, cache=None)
+    np.testing.assert_allclose(
+        contextual.encode_queries(CORPUS, bare), contextual.encode_queries(CORPUS, context), atol=1e-6
+    )
+
+
+def test_a_cache_of_another_context_is_an_error(tokenizer, tmp_path):
+    embedder, path = build("isolated", tokenizer), tmp_path / "ctx.safetensors"
+    embedder.embed_context(texts(20, seed=9)).save(path)
+    other = load_file(path)
+    embedder.embed_context(CORPUS).save(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    for name in ("keys", "values", "slots"):
+        save_file(load_file(path) | {name: other[name]}, tmp_path / "mixed", metadata)
+        with pytest.raises(ValueError, match="altered, or has the cache of another context"):
+            Context.load(tmp_path / "mixed")
+    save_file(load_file(path), tmp_path / "mixed", metadata | {"weights": "others"})
+    with pytest.raises(ValueError, match="altered"):
+        Context.load(tmp_path / "mixed")
+
+
+def test_a_context_file_without_a_cache_is_still_read(contextual, tmp_path):
+    context, path = contextual.embed_context(CORPUS), tmp_path / "ctx.safetensors"
+    about = {"seed": "0", "corpus_size": "20", "weights": context.weights, "documents": context.documents}
+    digest = hashlib.sha256(context.vectors).hexdigest()
+    save_file({"vectors": context.vectors}, path, about | {"format": "cde_jax context 1", "sha256": digest})
+    loaded = Context.load(path)
+    assert loaded.cache is None
+    np.testing.assert_array_equal(loaded.vectors, context.vectors)
+    save_file({"vectors": context.vectors + 1}, path, about | {"format": "cde_jax context 1", "sha256": digest})
+    with pytest.raises(ValueError, match="altered"):
+        Context.load(path)
 
 
 def test_a_context_of_other_weights_is_an_error_that_names_both(contextual, tokenizer):

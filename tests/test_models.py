@@ -204,8 +204,8 @@ def plan_vectors(model, texts, documents, chunk, context_chunk):
     return map_chunks(lambda ids, mask: model.embed(ids, mask, context), *texts, chunk)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_chunks_and_recomputed_layers_change_neither_vectors_nor_gradients(pattern, texts):
+@pytest.mark.parametrize(("pattern", "remat"), [("joint", True), ("isolated", "none"), ("isolated", "dots")])
+def test_chunks_and_recomputed_layers_change_neither_vectors_nor_gradients(pattern, remat, texts):
     documents = tokens(J, 6, seed=3)
     pull = jnp.asarray(np.random.default_rng(2).normal(0, 1, (7, 16)), jnp.float32)
 
@@ -215,8 +215,8 @@ def test_chunks_and_recomputed_layers_change_neither_vectors_nor_gradients(patte
 
     run = nnx.jit(nnx.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
     (_, whole), expected = run(contextual(pattern), 0, 0)
-    # 3 does not divide 7, nor 2 five; one of the two patterns recomputes its layers on top
-    (_, vectors), gradients = run(contextual(pattern, encoder={"remat": pattern == "joint"}), 3, 2)
+    # 3 does not divide 7, nor 2 five
+    (_, vectors), gradients = run(contextual(pattern, encoder={"remat": remat}), 3, 2)
     assert difference(vectors, whole) <= EXACT * float(jnp.abs(whole).max())
     gradients = dict(nnx.to_flat_state(gradients))
     for path, a in nnx.to_flat_state(expected):
@@ -261,6 +261,18 @@ def test_the_program_does_not_grow_with_depth():
 
 
 # --- errors teach
+
+
+def test_a_cache_of_another_model_is_refused(texts, context):
+    caches = {name: contextual(name).prepare_context(context) for name in PATTERNS}
+    with pytest.raises(ValueError, match="of a model with joint attention, this one's is isolated: call prepare"):
+        contextual("isolated").embed(*texts, caches["joint"])
+    with pytest.raises(ValueError, match="of a model with isolated attention, this one's is joint"):
+        contextual("joint").embed(*texts, caches["isolated"])
+    for pattern in PATTERNS:
+        wide = {"width": 24, "layers": 3, "heads": 3}
+        with pytest.raises(ValueError, match=r"of another model: expected .* of \(24,.* got \(16,"):
+            contextual(pattern, encoder=wide).embed(*texts, caches[pattern])
 
 
 def test_impossible_shapes_are_refused_in_words():

@@ -171,8 +171,11 @@ class ContextualEncoder(nnx.Module):
         `context` as in `prepare_context`, or what it made; None is a context of null slots.
         """
         ids, mask = as_tokens(ids, mask)
-        cache = context if isinstance(context, ContextCache) else self.prepare_context(context)
-        return self.output(*self.hidden(ids, mask, cache))
+        if isinstance(context, ContextCache):
+            self._check_cache(context)
+        else:
+            context = self.prepare_context(context)
+        return self.output(*self.hidden(ids, mask, context))
 
     def hidden(
         self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache
@@ -213,6 +216,26 @@ class ContextualEncoder(nnx.Module):
         vectors = mean_pool(hidden, pooled)
         projected = self.project_out(jax.nn.relu(self.project_in(vectors))).astype(jnp.float32)
         return vectors + projected if self.config.residual_output else projected
+
+    def _check_cache(self, cache: ContextCache) -> None:
+        """Shapes tell most other models; a `retrieval.Context` carries a fingerprint of the weights, and tells all."""
+        e, isolated = self.config.second_stage, self.config.context_attention == "isolated"
+        of_isolated = cache.prefix is not None
+        if of_isolated != isolated:
+            kinds = {True: "isolated", False: "joint"}
+            raise ValueError(
+                f"this context cache is of a model with {kinds[of_isolated]} attention, this one's is "
+                f"{kinds[isolated]}: call prepare_context of this model"
+            )
+        got, expected = cache.slots.shape[-1:], (e.width,)
+        if isolated:
+            layers, *_, heads, head_dim = cache.prefix.keys.shape
+            got, expected = (*got, layers, heads, head_dim), (e.width, e.layers, e.heads, e.head_dim)
+        if got != expected:
+            raise ValueError(
+                f"this context cache is of another model: expected a width (and layers, heads, features of a head) of "
+                f"{expected}, got {got}; call prepare_context of this model"
+            )
 
     def _slots(self, context):
         """Context slots and soft prompt, [*B, P, D], before the embedding norm."""

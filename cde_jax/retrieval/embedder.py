@@ -5,6 +5,7 @@ live in, the second stage reads each text beside those vectors. Texts of similar
 shape, so that few programs are compiled; parameters and context are arguments of those programs, never constants.
 """
 
+import dataclasses
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,7 @@ from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.baked import export_corpus
 from cde_jax.interop.read import TextSettings, load_pretrained
 from cde_jax.interop.write import save_pretrained
+from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
 from cde_jax.retrieval.context import Context
 from cde_jax.retrieval.padding import batches, full_batch, padded, padded_lengths
@@ -164,7 +166,13 @@ class Embedder:
         vectors = self._encode(
             documents, s.document_prefix, lengths, run, slots=0, width=pieces * self.width, what="context"
         )
-        return Context(vectors.reshape(-1, self.width), seed, len(corpus), self.weights, fingerprint(sorted(documents)))
+        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents)))
+        context = Context(vectors.reshape(-1, self.width), *about)
+        prepared = self._prepare(context)
+        if prepared.prefix is not None:
+            context = dataclasses.replace(context, cache=jax.device_get(prepared))
+            self._prepared[context] = prepared
+        return context
 
     def encode_queries(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
         """Query vectors, float32, unit norm, in the order of `texts`; `context=None` means null slots.
@@ -203,12 +211,24 @@ class Embedder:
                 f"embedder's ({self.weights}): call embed_context(corpus) with this embedder"
             )
         if context not in self._prepared:
-            slots = self.context_size * self.config.first_stage.tokens_per_document
-            missing = max(0, slots - len(context.vectors))
-            vectors = np.pad(context.vectors, ((0, missing), (0, 0)))
-            present = np.arange(len(vectors)) < len(context.vectors) if missing else None
-            self._prepared[context] = _prepare(self._graph, self._state, vectors, present)
+            self._prepared[context] = self._carried(context) or self._computed(context)
         return self._prepared[context]
+
+    def _carried(self, context: Context) -> ContextCache | None:
+        """The cache that came with the context, on our device and in our compute type."""
+        if context.cache is None:
+            return None
+        dtype = jnp.dtype(self.config.second_stage.dtype)
+        slots, prefix = context.cache
+        cache = ContextCache(slots, Prefix(*(x.astype(dtype) for x in prefix)))
+        return jax.device_put(cache, jax.local_devices()[0])
+
+    def _computed(self, context: Context) -> ContextCache:
+        slots = self.context_size * self.config.first_stage.tokens_per_document
+        missing = max(0, slots - len(context.vectors))
+        vectors = np.pad(context.vectors, ((0, missing), (0, 0)))
+        present = np.arange(len(vectors)) < len(context.vectors) if missing else None
+        return _prepare(self._graph, self._state, vectors, present)
 
     @cached_property
     def _null_context(self) -> ContextCache:
