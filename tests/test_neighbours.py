@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from cde_jax.batching import neighbours
 from cde_jax.batching.neighbours import Unvisited, nearest
@@ -52,6 +53,7 @@ def test_neighbours_are_those_of_a_sort_of_all(m, n, count, cosine, small_pieces
     np.testing.assert_allclose(scores[:, :found] if cosine else -scores[:, :found], best, atol=2e-6)
     np.testing.assert_allclose(np.take_along_axis(expected, ids[:, :found], axis=1), best, atol=2e-6)
     assert all(len(set(row)) == found for row in ids[:, :found].tolist())
+    assert (np.diff(ids[:, :found])[np.diff(scores[:, :found]) == 0] > 0).all()
     assert (ids[:, found:] == -1).all() and np.isinf(scores[:, found:]).all()
 
 
@@ -82,6 +84,18 @@ def test_inverted_lists_find_nearly_all(monkeypatch, cosine, pieces):
     monkeypatch.setattr(neighbours, "PROBED", 1)
     ids, scores = nearest(points, points, 100, seed=0, cosine=cosine)
     assert (ids < 0).any() and ((ids < 0) == np.isinf(scores)).all()  # a few lists do not hold so many
+
+
+def test_neighbours_do_not_depend_on_the_number_of_threads(monkeypatch):
+    points, found = clustered(5000, width=24, seed=5), []
+    monkeypatch.setattr(neighbours, "EXACT_POINTS", 500)
+    monkeypatch.setattr(neighbours, "THREADED_WORK", 0)
+    for threads in (1, 2, 3):
+        with threadpool_limits(threads):
+            found.append(nearest(points, points, 10, seed=0))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other.ids, found[0].ids)
+        np.testing.assert_array_equal(other.scores, found[0].scores)
 
 
 @pytest.mark.parametrize("exact_points", [1000, 100])
