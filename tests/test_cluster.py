@@ -1,13 +1,17 @@
 """Paired k-means: as good as the reference's, on every row, the same every time."""
 
 import json
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
 from conftest import shared
 from threadpoolctl import threadpool_limits
 
-from cde_jax.batching.cluster import cluster_domains, paired_kmeans, paired_rows
+from cde_jax.batching import cluster, kmeans
+from cde_jax.batching.cluster import cluster_domains, paired_kmeans
+from cde_jax.batching.kmeans import unit
 
 SETTINGS = {"iterations": 30, "tries": 2, "seed": 3}
 
@@ -17,6 +21,11 @@ def blobs(n, k, width, *, noise=0.1, seed=0):
     centers, label = random.normal(size=(k, width)), random.permutation(np.arange(n) % k)
     queries, documents = (centers[label] + noise * random.normal(size=(n, width)) for _ in range(2))
     return queries.astype(np.float32), documents.astype(np.float32), label
+
+
+def paired_rows(queries, documents):
+    rows = np.concatenate([queries, documents], axis=1)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("case", ["separated", "overlapping_fp16"])
@@ -52,9 +61,9 @@ def test_every_row_is_trained_on():
     found = paired_kmeans(queries, documents, 2, iterations=50, tries=1, seed=0)
     rows = np.concatenate([paired_rows(queries, documents), paired_rows(documents, queries)])
     nearest = (rows @ found.centroids.T).argmax(axis=1)
-    for cluster in range(2):
-        mean = rows[nearest == cluster].mean(axis=0)
-        np.testing.assert_allclose(found.centroids[cluster], mean / np.linalg.norm(mean), atol=1e-5)
+    for number in range(2):
+        mean = rows[nearest == number].mean(axis=0)
+        np.testing.assert_allclose(found.centroids[number], mean / np.linalg.norm(mean), atol=1e-5)
 
 
 def test_same_seed_same_bits_and_more_tries_are_never_worse():
@@ -114,6 +123,10 @@ def test_vectors_that_are_not_finite_are_named():
     documents[4, 1] = np.nan
     with pytest.raises(ValueError, match=r"1 of 6 pairs have NaN or infinity .*pair 4"):
         paired_kmeans(queries, documents, 2, **SETTINGS)
+    queries[5, 0] = np.inf
+    groups = [np.arange(2), np.arange(2, 6)]
+    with pytest.raises(ValueError, match=r"2 of 4 pairs have NaN or infinity .*pair 4"):
+        cluster_domains(queries, documents, groups, cluster_size=2, dimensions=2, rows=1, **SETTINGS)
 
 
 def test_domains_are_clustered_apart_to_the_size_asked_for():
@@ -122,7 +135,126 @@ def test_domains_are_clustered_apart_to_the_size_asked_for():
     found = cluster_domains(queries, documents, groups, cluster_size=8, **SETTINGS)
     assert [len(clusters.centroids) for clusters in found] == [4, 3]  # ⌈30 / 8⌉ and ⌈20 / 8⌉
     assert [len(clusters.assignments) for clusters in found] == [30, 20]
-    whole = cluster_domains(queries, documents, groups, cluster_size=1000, **SETTINGS)
+    whole = cluster_domains(queries, documents, groups, cluster_size=40, **SETTINGS)
     assert [len(clusters.centroids) for clusters in whole] == [1, 1]
-    with pytest.raises(ValueError, match="cluster_size ≥ 1"):
-        cluster_domains(queries, documents, groups, cluster_size=0, **SETTINGS)
+
+
+def test_a_domain_of_one_pair_is_one_cluster():
+    queries, documents, _ = blobs(9, 2, 3)
+    found = cluster_domains(queries, documents, [np.array([4]), np.arange(8)], cluster_size=3, **SETTINGS)
+    assert found[0].assignments.tolist() == [0]
+    mean = unit(queries[4:5] + documents[4:5])  # of q⊕d and d⊕q
+    np.testing.assert_allclose(found[0].centroids, np.tile(mean, 2) / np.sqrt(2), atol=1e-6)
+
+
+def test_clusters_larger_than_every_domain_are_warned_of(caplog):
+    queries, documents, _ = blobs(20, 2, 3)
+    cluster_domains(queries, documents, [np.arange(8), np.arange(8, 20)], cluster_size=13, **SETTINGS)
+    assert "the largest has 12 pairs" in caplog.text
+    caplog.clear()
+    cluster_domains(queries, documents, [np.arange(8), np.arange(8, 20)], cluster_size=12, **SETTINGS)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cluster_size": 0}, "cluster_size ≥ 1, got 0"),
+        ({"cluster_size": 21}, "cluster_size ≤ 20, the number of pairs, got 21"),
+        ({"dimensions": -1}, "dimensions ≥ 0, got -1"),
+        ({"rows": 0}, "rows ≥ 1, got 0"),
+        ({"iterations": 0}, "iterations ≥ 1, got 0"),
+        ({"groups": [np.arange(20), np.arange(0)]}, "domain 1 has none"),
+        ({"documents": np.zeros((20, 4), np.float32)}, r"\[20, 3\] and \[20, 4\]"),
+        ({"documents": np.zeros((19, 3), np.float32)}, r"\[20, 3\] and \[19, 3\]"),
+    ],
+)
+def test_domains_that_cannot_be_clustered_are_named(change, message):
+    queries, documents, _ = blobs(20, 2, 3)
+    given = {"queries": queries, "documents": documents, "groups": [np.arange(20)], "cluster_size": 5} | SETTINGS
+    with pytest.raises(ValueError, match=message):
+        cluster_domains(**(given | change))
+
+
+def test_reduced_vectors_are_those_of_an_uncentred_svd_of_queries_and_documents():
+    queries, documents, _ = blobs(300, 6, 20, noise=0.4)
+    queries, documents = queries + 3, documents + 3  # far from the origin: centring would show
+    found = cluster_domains(queries, documents, [np.arange(300)], cluster_size=50, dimensions=4, **SETTINGS)[0]
+    directions = np.linalg.svd(np.concatenate([queries, documents]).astype(np.float64), full_matrices=False)[2][:4].T
+    halves = [
+        side @ directions / np.linalg.norm(side @ directions, axis=1, keepdims=True) for side in (queries, documents)
+    ]
+    expected = paired_kmeans(*(half.astype(np.float32) for half in halves), 6, **SETTINGS)
+    assert found.centroids.shape == (6, 8)
+    assert found.objective == pytest.approx(expected.objective, abs=1e-5)
+    assert len(set(zip(found.assignments.tolist(), expected.assignments.tolist(), strict=True))) == 6
+
+
+@pytest.mark.parametrize("dimensions", [6, 7])
+def test_vectors_that_are_narrow_already_are_left_alone(dimensions):
+    queries, documents, _ = blobs(60, 3, 6)
+    groups = [np.arange(60)]
+    plain = cluster_domains(queries, documents, groups, cluster_size=20, **SETTINGS)[0]
+    reduced = cluster_domains(queries, documents, groups, cluster_size=20, dimensions=dimensions, **SETTINGS)[0]
+    assert plain.centroids.tobytes() == reduced.centroids.tobytes()
+
+
+def mapped(folder, n, k, width):
+    """Vectors of n pairs in float16, on disk only."""
+    names, made = ("queries", "documents"), blobs(n, k, width, noise=0.5)
+    for name, vectors in zip(names, made, strict=False):
+        np.save(folder / f"{name}.npy", vectors.astype(np.float16))
+    return [np.load(folder / f"{name}.npy", mmap_mode="r") for name in names]
+
+
+def test_a_domain_that_does_not_fit_is_trained_on_a_sample_and_assigned_in_blocks(tmp_path, monkeypatch, caplog):
+    queries, documents = mapped(tmp_path, 3000, 12, 24)
+    group = np.arange(5, 3000)
+    whole = cluster_domains(queries, documents, [group], cluster_size=250, **SETTINGS)[0]
+    monkeypatch.setattr(cluster, "ASSIGNED", 256)
+    caplog.set_level("DEBUG")
+    found = cluster_domains(queries, documents, [group], cluster_size=250, rows=600, **SETTINGS)[0]
+    assert "2995 pairs, 12 clusters" in caplog.text and "on 600 pairs" in caplog.text
+    rows = paired_rows(queries[group].astype(np.float64), documents[group].astype(np.float64))
+    cosines = rows @ found.centroids.T
+    np.testing.assert_array_equal(found.assignments, cosines.argmax(axis=1))
+    assert found.objective == pytest.approx(cosines.max(axis=1).mean(), abs=1e-6)
+    assert found.objective >= 0.98 * whole.objective
+
+
+def test_a_sample_has_enough_pairs_for_its_clusters(tmp_path, caplog):
+    queries, documents = mapped(tmp_path, 500, 4, 6)
+    caplog.set_level("DEBUG")
+    cluster_domains(queries, documents, [np.arange(500)], cluster_size=125, rows=1, **SETTINGS)
+    assert "on 128 pairs" in caplog.text  # 4 clusters of 32
+
+
+def test_memory_does_not_grow_with_a_domain_but_for_its_assignments(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "ASSIGNED", 2048)
+    monkeypatch.setattr(cluster, "BLOCK", 512)
+    queries, documents = mapped(tmp_path, 60_000, 8, 64)
+    group = np.arange(60_000)
+    settings = {"cluster_size": 6000, "rows": 1000, "dimensions": 32, "iterations": 3, "tries": 1, "seed": 0}
+    cluster_domains(queries[:2000], documents, [group[:2000]], **settings | {"cluster_size": 200})  # imports
+    tracemalloc.start()
+    cluster_domains(queries, documents, [group], **settings)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * 2**20  # in memory as a whole it would be 15 MB of rows alone
+
+
+def test_the_bits_do_not_depend_on_the_number_of_cores(monkeypatch):
+    if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores to choose from")
+    monkeypatch.setattr(kmeans, "BLOCK_SCORES", 1)
+    monkeypatch.setattr(cluster, "BLOCK", 64)
+    queries, documents, _ = blobs(700, 9, 70, noise=0.9)
+    found, cores = [], os.sched_getaffinity(0)
+    for some in (cores, {min(cores)}):
+        os.sched_setaffinity(0, some)
+        try:
+            found += cluster_domains(queries, documents, [np.arange(700)], cluster_size=20, dimensions=64, **SETTINGS)
+        finally:
+            os.sched_setaffinity(0, cores)
+    assert found[0].centroids.tobytes() == found[1].centroids.tobytes()
+    assert found[0].assignments.tobytes() == found[1].assignments.tobytes()
