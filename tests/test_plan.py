@@ -48,7 +48,7 @@ def cosines(vectors, row, documents):
     return others @ query / np.maximum(np.linalg.norm(others, axis=1) * np.linalg.norm(query), 1e-300)
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=25, derandomize=True, deadline=None)
 @given(
     batch_size=st.integers(2, 9),
     method=st.sampled_from(["random", "clustered"]),
@@ -147,18 +147,16 @@ def test_hard_negatives_that_the_data_lacks_are_mined(stores, scratch):
     mined = 0
     for step in range(len(plan)):
         pool = np.array(group_rows(plan, step, pairs))
-        for row, hard in zip(plan.rows[step].tolist(), plan.hard_negatives[step], strict=True):
-            f = cosines(letters, row, pool)
-            own = f[pool == row][0]
-            others = f[pool != row]
-            nearest = np.sort(others)[::-1][1:7]  # ranks 2 … 7
-            window = pool[(f >= nearest.min(initial=2) - 1e-6) & (f <= nearest.max(initial=-2) + 1e-6)]
-            window = [d for d in window if f[pool == d][0] <= own - 0.02 + 1e-6 and d != row]
-            usable = {int(keys[d]) for d in window} - answers[row]
+        for row, hard in zip(plan.rows[step].tolist(), plan.hard_negatives[step].tolist(), strict=True):
+            others = np.array([d for d in pool if int(keys[d]) not in answers[row]])
+            f = cosines(letters, row, others)
+            ranks = np.sort(f)[::-1][1:7]  # the window: ranks 2 … 7
+            inside = (f >= ranks.min(initial=2) - 1e-6) & (f <= ranks.max(initial=-2) + 1e-6)
+            window = others[inside & (f <= cosines(letters, row, [row]) - 0.02 + 1e-6)].tolist()
             given = sum(int(keys[d]) not in answers[row] for d in listed.row(row))
-            for document in hard[given : given + len(usable)].tolist():
-                assert document in window
-                mined += 1
+            sure = len({int(keys[d]) for d in window}) - (len(window) > len(ranks))  # ties at an edge of the window
+            assert set(hard[given : given + sure]) <= set(window)
+            mined += len(hard[given : given + sure])
     assert mined > 50
 
 
@@ -227,13 +225,6 @@ def test_manifest_tells_how_hard_the_batches_are(stores, scratch):
     assert -1 <= overall["random_pair_similarity"] <= 1
 
 
-def test_clusters_make_batches_harder(stores, plan, scratch):
-    easy = tiny_plan(scratch, *stores[:2], method="random").manifest["difficulty"]
-    key = "in_batch_negative_similarity"
-    assert plan.manifest["difficulty"][key] > easy[key]
-    assert plan.manifest["difficulty"]["random_pair_similarity"] == easy["random_pair_similarity"]
-
-
 def test_same_inputs_and_seed_give_the_same_bytes(stores, tmp_path):
     mining = {"hard_negatives": 3, "mine_first": 1, "mine_last": 5}
     for name, changes in (("one", {}), ("two", {}), ("other", {"seed": 8})):
@@ -247,20 +238,21 @@ def test_same_inputs_and_seed_give_the_same_bytes(stores, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_batches(tmp_path):
-    pairs = tiny_pairs(tmp_path / "pairs", (300, 200))
+    pairs = tiny_pairs(tmp_path / "pairs", (300,))
     vectors = tiny_vectors(tmp_path / "vectors", pairs)
     sizes, peaks = [], []
-    for epochs in (1, 2, 16):  # the first warms up
+    # Large batches: the peak comes while one is made, on top of all that is held. The first plan warms up.
+    for epochs in (1, 2, 40):
         tracemalloc.start()
         try:
             tiny_plan(
-                tmp_path / "plan", pairs, vectors, batch_size=16, method="random", packing="random", epochs=epochs
+                tmp_path / "plan", pairs, vectors, batch_size=250, method="random", packing="random", epochs=epochs
             )
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
         sizes.append(sum(file.stat().st_size for file in (tmp_path / "plan").iterdir()))
-    assert sizes[2] - sizes[1] > 200_000
+    assert sizes[2] - sizes[1] > 1_000_000
     assert peaks[2] - peaks[1] < 20_000
 
 
@@ -369,20 +361,37 @@ def test_vectors_that_do_not_fit_are_named(stores, tmp_path):
     assert not (tmp_path / "plan").exists()
 
 
-def bare(folder, query_keys, document_keys, listed=()):
-    """Pairs of one domain, as far as a plan reads them, and their vectors."""
+def bare(folder, query_keys, document_keys, listed=(), topics=0):
+    """Pairs of one domain, as far as a plan reads them, and their vectors: noise around `topics`, one for each pair."""
     n = len(query_keys)
     with StoreWriter(folder / "pairs", "pairs") as writer:
-        writer.append("query_key", np.array(query_keys, np.uint64))
-        writer.append("document_key", np.array(document_keys, np.uint64))
+        writer.append("query_key", np.array([*query_keys], np.uint64))
+        writer.append("document_key", np.array([*document_keys], np.uint64))
         writer.append("domain", np.zeros(n, np.int32))
         writer.append_ragged("negatives", [np.array(row, np.int64) for row in listed or [[]] * n], np.int64)
         pairs = writer.finish({"domains": [{"name": "all", "pairs": n}]})
-    random = np.random.default_rng(0)
+    random, width = np.random.default_rng(0), np.shape(topics)[-1] if np.ndim(topics) else 3
     with StoreWriter(folder / "vectors", "vectors") as writer:
-        writer.append("queries", random.normal(size=(n, 3)).astype(np.float16))
-        writer.append("documents", random.normal(size=(len(document_keys), 3)).astype(np.float16))
+        for name, count in (("queries", n), ("documents", len(document_keys))):
+            writer.append(name, (topics + 0.3 * random.normal(size=(count, width))).astype(np.float16))
         return pairs, writer.finish({"pairs": pairs.fingerprint})
+
+
+def test_clusters_make_batches_harder(tmp_path):
+    topics = np.repeat(np.random.default_rng(1).normal(size=(10, 16)), 12, axis=0)
+    stores = bare(tmp_path, range(120), range(120), topics=topics)
+    difficulty = {}
+    for name, changes in (
+        ("small", {"cluster_size": 12}),
+        ("large", {"cluster_size": 40}),
+        ("random", {"method": "random"}),
+    ):
+        difficulty[name] = tiny_plan(tmp_path / name, *stores, margin=None, hard_negatives=0, **changes).manifest[
+            "difficulty"
+        ]
+    hard, less, easy = (found["in_batch_negative_similarity"] for found in difficulty.values())
+    assert hard > less + 0.1 > easy + 0.2
+    assert len({found["random_pair_similarity"] for found in difficulty.values()}) == 1
 
 
 def test_hard_negatives_that_cannot_be_had_are_told_before_the_work(tmp_path):

@@ -2,17 +2,23 @@
 and masks. A generator, so that memory does not grow with the number of batches.
 """
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64, UInt64
+from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
 from cde_jax.batching.cluster import cluster_domains
 from cde_jax.batching.difficulty import Difficulty
+from cde_jax.batching.mine import mine_hard_negatives
 from cde_jax.batching.negatives import Positives, choose_hard_negatives, cosine, false_negative_mask, positives
 from cde_jax.batching.pack import Group, document_centroids, epoch_batches, epoch_size
+from cde_jax.data.files import explained, write_all
 from cde_jax.data.store import Ragged, Store
 
 # Keep the random numbers of one seed apart: of the arrangement and of the hard negatives.
@@ -78,11 +84,8 @@ def cluster_groups(
                 vectors.array("queries"),
                 vectors.array("documents"),
                 [group.rows for group, weight in zip(groups, weights, strict=True) if weight],
-                **(
-                    {"dimensions": settings["cluster_dimensions"], "rows": settings["cluster_rows"]}
-                    if "rows" in __import__("inspect").signature(cluster_domains).parameters
-                    else {}
-                ),
+                dimensions=settings["cluster_dimensions"],
+                rows=settings["cluster_rows"],
                 **{name: settings[name] for name in ("cluster_size", "iterations", "tries", "seed")},
             )
         )
@@ -98,32 +101,41 @@ def cluster_groups(
 
 
 def plan_arrays(
-    parts: Sequence[Part], vectors: Store, judge: Filter, settings: dict[str, Any], difficulty: Difficulty
+    parts: Sequence[Part],
+    vectors: Store,
+    judge: Filter,
+    settings: dict[str, Any],
+    difficulty: Difficulty,
+    scratch: Path,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of `BatchPlan` in pieces with their names; each batch is added to `difficulty` as it is made."""
+    """The arrays of `BatchPlan` in pieces with their names; each batch is added to `difficulty` as it is made.
+
+    scratch: a folder for what is mined, in files without a name.
+    """
     yield "clusters", _global_clusters(parts, len(judge.queries))
     centroids = [_centroids(part, vectors, settings) for part in parts]
-    mined = [_mine(part, judge, settings) for part in parts]
-    step, steps = 0, settings["epochs"] * sum(part.batches for part in parts)
-    with tqdm(total=steps, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
+    mined = [_mine(part, judge, settings, scratch) for part in parts]
+    per_epoch, threads = sum(part.batches for part in parts), ThreadpoolController()
+    with tqdm(total=settings["epochs"] * per_epoch, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
         for epoch in range(settings["epochs"]):
             rows, numbers = _arrange(parts, centroids, epoch, settings)
             yield "rows", rows
             yield "groups", numbers
-            for batch, number in zip(rows, numbers.tolist(), strict=True):
-                pool = parts[number].group.rows
-                candidates = mined[number][np.searchsorted(pool, batch)]
-                random = np.random.default_rng([settings["seed"], NEGATIVES_STREAM, step])
-                hard, given = judge.hard_negatives(batch, settings["hard_negatives"], candidates, pool, random)
-                columns = np.concatenate([batch, hard.ravel()])
-                scores = cosine(judge.queries[batch], judge.documents[columns])
-                keys = judge.query_keys[batch], judge.document_keys[columns]
-                keep = false_negative_mask(scores, *keys, judge.known, margin=settings["margin"], exempt=given)
-                difficulty.add(number, scores, keep)
-                yield "hard_negatives", hard[None]
-                yield "keep_bits", np.packbits(keep, axis=-1)[None]
-                step += 1
-                bar.update()
+            # One thread: for matrices of this size more give little, and cost much on a busy machine.
+            with threads.limit(limits=1):
+                for step, batch, number in zip(count(epoch * per_epoch), rows, numbers.tolist(), strict=False):
+                    pool = parts[number].group.rows
+                    candidates = mined[number][np.searchsorted(pool, batch)]
+                    random = np.random.default_rng([settings["seed"], NEGATIVES_STREAM, step])
+                    hard, given = judge.hard_negatives(batch, settings["hard_negatives"], candidates, pool, random)
+                    columns = np.concatenate([batch, hard.ravel()])
+                    scores = cosine(judge.queries[batch], judge.documents[columns])
+                    keys = judge.query_keys[batch], judge.document_keys[columns]
+                    keep = false_negative_mask(scores, *keys, judge.known, margin=settings["margin"], exempt=given)
+                    difficulty.add(number, scores, keep)
+                    yield "hard_negatives", hard[None]
+                    yield "keep_bits", np.packbits(keep, axis=-1)[None]
+                    bar.update()
 
 
 def _global_clusters(parts: Sequence[Part], n: int) -> Int32[np.ndarray, " n"]:
@@ -138,20 +150,31 @@ def _global_clusters(parts: Sequence[Part], n: int) -> Int32[np.ndarray, " n"]:
 def _centroids(part: Part, vectors: Store, settings: dict[str, Any]) -> Float[np.ndarray, "k D"] | None:
     if settings["packing"] != "tsp" or not part.batches:
         return None
-    return document_centroids(vectors.array("documents")[part.group.rows], part.assignments)
+    return document_centroids(vectors.array("documents"), part.assignments, part.group.rows)
 
 
-def _mine(part: Part, judge: Filter, settings: dict[str, Any]) -> Int64[np.ndarray, "rows window"]:
+def _mine(part: Part, judge: Filter, settings: dict[str, Any], scratch: Path) -> Int64[np.ndarray, "rows window"]:
     """Mined candidates of each row of the group, −1 for none; no columns where nothing is to be mined."""
-    first, last = settings["mine_first"], settings["mine_last"]
+    rows, (first, last) = part.group.rows, (settings["mine_first"], settings["mine_last"])
     if not (settings["hard_negatives"] and last and part.batches):
-        return np.empty((len(part.group.rows), 0), np.int64)
-    from cde_jax.batching.mine import mine_hard_negatives
-
-    return mine_hard_negatives(
-        judge.queries, judge.documents, part.group.rows, first=first, last=last, margin=settings["mine_margin"],
+        return np.empty((len(rows), 0), np.int64)
+    mined = mine_hard_negatives(
+        judge.queries,
+        judge.documents,
+        rows,
+        query_keys=judge.query_keys,
+        document_keys=judge.document_keys,
+        first=first,
+        last=last,
+        margin=settings["mine_margin"],
         seed=settings["seed"],
-    )  # fmt: skip
+    )
+    try:
+        with tempfile.TemporaryFile(dir=scratch, buffering=0) as file:  # it has no name: a kill frees it
+            write_all(file, mined.reshape(-1).view(np.uint8))
+            return np.memmap(file, mined.dtype, "r", shape=mined.shape).view(np.ndarray)
+    except OSError as error:
+        raise explained(error, scratch) from error
 
 
 def _arrange(

@@ -100,10 +100,10 @@ def build_plan(
         "surrogate": vectors.manifest.get("surrogate"),
         "filter_surrogate": filter_vectors.manifest.get("surrogate"),
     }
-    difficulty, content = Difficulty(len(groups)), hashlib.sha256()
+    difficulty, content, scratch = Difficulty(len(groups)), hashlib.sha256(), Path(directory).absolute().parent
     with StoreWriter(directory, "plan") as writer:  # opened now: a place that cannot be written to is found at once
         parts = cluster_groups(groups, weights, vectors, settings)
-        for name, array in plan_arrays(parts, vectors, judge, settings, difficulty):
+        for name, array in plan_arrays(parts, vectors, judge, settings, difficulty, scratch):
             writer.append(name, array)
             content.update(np.ascontiguousarray(array))
         whole = {"fingerprint": fingerprint(identity | {"content": content.hexdigest()})}

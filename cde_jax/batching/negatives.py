@@ -14,6 +14,7 @@ from cde_jax.data.store import Ragged
 
 REDRAWS = 100  # of a filler that may not be used; by then only a group of nearly equal texts has none
 UNIT = 2.0**26  # steps of a coordinate in 0…1; a product of two fills float64's 53 bits, so cosines are exact
+BLOCK = 512  # documents compared at a time: what is in hand fits a processor's cache
 
 
 class Positives(NamedTuple):
@@ -90,7 +91,11 @@ def cosine(queries: Float[np.ndarray, "B D"], documents: Float[np.ndarray, "N D"
     Exact for the rows of `unit_rows`, in whatever order they are summed: equal vectors get equal scores wherever they
     stand in the batch, and no processor or number of threads changes a bit.
     """
-    return unit_rows(queries) @ unit_rows(documents).T
+    units, scores = unit_rows(queries), np.empty((len(queries), len(documents)))
+    for start in range(0, len(documents), BLOCK):
+        block = slice(start, start + BLOCK)
+        np.matmul(units, unit_rows(documents[block]).T, out=scores[:, block])
+    return scores
 
 
 def unit_rows(vectors: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "m D"]:
