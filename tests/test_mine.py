@@ -92,6 +92,12 @@ def test_mining_many_pairs_finds_nearly_the_same(monkeypatch):
     both = np.mean([len(set(a) & set(b)) / len(set(a)) for a, b in zip(exact.tolist(), mined.tolist(), strict=True)])
     assert both > 0.9
     np.testing.assert_array_equal(mined, mine_hard_negatives(queries, documents, np.arange(3000), **window))
+    monkeypatch.setattr(neighbours, "PROBED", 1)
+    mined = mine_hard_negatives(queries, documents, np.arange(3000), first=1, last=200, margin=-2.0, seed=0)
+    assert (mined[:, -1] == -1).any()  # a list does not hold so many
+    for row, found in enumerate(mined.tolist()):
+        found = [document for document in found if document >= 0]
+        assert row not in found and len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,8 @@ def test_an_epoch_has_each_row_as_often_as_its_weight_says(n, batch_size, weight
     centroids = document_centroids(random.normal(size=(n, 3)), assignments) if tsp else None
     batches = epoch_batches(rows, assignments, centroids, batch_size, weight, random)
     assert batches.shape == (epoch_size(n, batch_size, weight), batch_size)
-    if weight > 0:
-        assert abs(len(batches) - weight * (n // batch_size)) <= (0.5 if len(batches) > 1 else 1)
+    assert (len(batches) > 0) == (weight > 0)
+    assert abs(len(batches) - weight * (n // batch_size)) <= (0.5 if len(batches) > 1 else 1)
     assert all(len(set(batch)) == batch_size for batch in batches.tolist())
     times = np.bincount(batches.ravel(), minlength=1000)
     assert set(np.flatnonzero(times).tolist()) <= set(rows.tolist())

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 NEIGHBOUR_STREAM = 14  # keeps this module's random numbers apart from those of the other users of the same seed
 EXACT_POINTS = 2**15
 LISTS, PROBED = 4, 16
-# Of the k-means of the lists: rows per centroid, iterations. Against 64 and 10 it loses one in 500 of 16 neighbours, and
+# Of the k-means of the lists: rows per centroid, iterations. Against 64 and 10 it loses one in 500 of 16 neighbours and
 # takes a fifth of the time.
 LIST_ROWS, LIST_ITERATIONS = 32, 4
 POINT_BYTES = 2**31  # of float32 in one index; more points are searched one index after another
