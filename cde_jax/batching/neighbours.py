@@ -20,7 +20,7 @@ LISTS, PROBED = 4, 16
 # takes a fifth of the time.
 LIST_ROWS, LIST_ITERATIONS = 32, 4
 POINT_BYTES = 2**31  # of float32 in one index; more points are searched one index after another
-READ_BYTES = 2**26  # of float32 read and searched at once
+READ_BYTES = 2**24  # of float32 read and searched at once
 # Multiply-adds. Below this, threads cost more than they give (several times more on a busy machine).
 THREADED_WORK = 10**9
 
@@ -103,6 +103,7 @@ class Unvisited:
             return int(self.index.search(here, 1, params=faiss.SearchParameters(sel=self.selector))[1][0, 0])
         found, probed = -1, PROBED
         while found < 0:  # nothing is left in the lists around: look further
+            assert probed < 4 * self.index.nlist, "every point was visited"
             within = faiss.SearchParametersIVF(sel=self.selector, nprobe=min(probed, self.index.nlist))
             found, probed = int(self.index.search(here, 1, params=within)[1][0, 0]), 4 * probed
         return found
