@@ -81,10 +81,11 @@ def build_plan(
         "seed": seed,
     }
     filter_vectors = vectors if filter_vectors is None else filter_vectors
-    _check_settings(settings, len(pairs.array("query_key")))
+    _check_settings(settings)
     names = [domain["name"] for domain in pairs.manifest["domains"]]
     groups, left_out = domain_groups(pairs.array("domain"), names, batch_size)
     weights = parse_weights(domain_weights, groups, names)
+    _check_cluster_size(settings, len(pairs.array("query_key")))
     _check_vectors(pairs, vectors, "vectors")
     if filter_vectors.fingerprint != vectors.fingerprint:
         _check_vectors(pairs, filter_vectors, "the filter's vectors")
@@ -148,7 +149,7 @@ def _summary(
     }
 
 
-def _check_settings(settings: dict[str, Any], pairs: int) -> None:
+def _check_settings(settings: dict[str, Any]) -> None:
     for name, smallest in AT_LEAST.items():
         if settings[name] < smallest:
             raise ValueError(f"expected {name} ≥ {smallest}, got {settings[name]}; change it in the config")
@@ -157,11 +158,6 @@ def _check_settings(settings: dict[str, Any], pairs: int) -> None:
             raise ValueError(f"expected {name} to be one of {', '.join(known)}; got {settings[name]!r}")
     if settings["batch_size"] * (1 + settings["hard_negatives"]) < 2:
         raise ValueError("expected at least two documents in a batch, got batch_size=1 without hard negatives")
-    if settings["method"] == "clustered" and settings["cluster_size"] > pairs:
-        raise ValueError(
-            f"expected cluster_size ≤ {pairs}, the number of pairs, got {settings['cluster_size']}; use smaller "
-            'clusters, or method="random" for one cluster a domain'
-        )
     for name in ("margin", "mine_margin"):
         value = settings[name]
         if not (value is None and name == "margin") and not (math.isfinite(value) and -2 <= value <= 2):
@@ -172,6 +168,14 @@ def _check_settings(settings: dict[str, Any], pairs: int) -> None:
         raise ValueError(
             f"expected 1 ≤ mine_first ≤ mine_last (ranks among the nearest), got {first} and {last}; with mine_last=0 "
             "none are mined"
+        )
+
+
+def _check_cluster_size(settings: dict[str, Any], pairs: int) -> None:
+    if settings["method"] == "clustered" and settings["cluster_size"] > pairs:
+        raise ValueError(
+            f"expected cluster_size ≤ {pairs}, the number of pairs, got {settings['cluster_size']}; use smaller "
+            'clusters, or method="random" for one cluster a domain'
         )
 
 
