@@ -5,13 +5,14 @@ itself with the points of the PROBED lists nearest to it. Distances are exact (f
 missed. The same arguments give the same answers, on any number of cores.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import faiss
 import numpy as np
 from jaxtyping import Float, Int32, Int64
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 NEIGHBOUR_STREAM = 14  # keeps this module's random numbers apart from those of the other users of the same seed
 EXACT_POINTS = 2**15
@@ -60,7 +61,7 @@ def nearest(
     best = Neighbours(np.full((m, count), -1), np.full((m, count), worst, np.float32))
     width = points.shape[1]
     for start, end in _pieces(n, POINT_BYTES, width):
-        with threadpool_limits(None if (end - start) * m * width > THREADED_WORK else 1):
+        with threads().limit(limits=None if (end - start) * m * width > THREADED_WORK else 1):
             index = _index(points, rows, start, end, seed, cosine)
             for at, to in _pieces(m, READ_BYTES, width):
                 scores, ids = index.search(_read(queries, rows, slice(at, to), cosine), min(count, end - start))
@@ -77,7 +78,7 @@ class Unvisited:
         """Sorts the points, float32 and finite, into an index; they must not change afterwards."""
         self.points = points
         self.limits = None if len(points) ** 2 * points.shape[1] > THREADED_WORK else 1
-        with threadpool_limits(self.limits):
+        with threads().limit(limits=self.limits):
             self.index = _index(points, None, 0, len(points), seed, cosine=False)
         self.bits = bytearray(b"\xff") * (len(points) // 8 + 1)
         shared = np.frombuffer(self.bits, np.uint8)  # FAISS reads what `visit` writes
@@ -87,7 +88,7 @@ class Unvisited:
         """The `count` points nearest to each, visited or not and mostly itself first; −1 where fewer were found."""
         k, width = self.points.shape
         graph = np.empty((k, count), np.int32)
-        with threadpool_limits(self.limits):
+        with threads().limit(limits=self.limits):
             for start, end in _pieces(k, READ_BYTES, width):
                 graph[start:end] = self.index.search(self.points[start:end], count)[1]
         return graph
@@ -107,6 +108,12 @@ class Unvisited:
             within = faiss.SearchParametersIVF(sel=self.selector, nprobe=min(probed, self.index.nlist))
             found, probed = int(self.index.search(here, 1, params=within)[1][0, 0]), 4 * probed
         return found
+
+
+@functools.cache
+def threads() -> ThreadpoolController:
+    """What limits the threads of NumPy and FAISS; kept, because to find them takes longer than a small tour."""
+    return ThreadpoolController()
 
 
 def _pieces(rows: int, size: int, width: int) -> Iterator[tuple[int, int]]:

@@ -2,9 +2,8 @@
 
 import numpy as np
 from jaxtyping import Float, Int64
-from threadpoolctl import threadpool_limits
 
-from cde_jax.batching.neighbours import Unvisited
+from cde_jax.batching.neighbours import Unvisited, threads
 
 EXACT_TOUR = 2**14  # points up to which the tour is exact unless told otherwise
 NEIGHBOURS = 16  # of each point in the graph of larger tours
@@ -51,7 +50,7 @@ def _exact_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.nda
     order = np.empty(k, np.int64)
     order[0] = here = start
     index = np.arange(k)  # of the points still held; visited ones are dropped once they are half of them
-    with threadpool_limits(1):  # a product with one vector waits for memory, not for cores
+    with threads().limit(limits=1):  # a product with one vector waits for memory, not for cores
         for step in range(1, k):
             squares[here] = np.inf
             current, current_rough = points[here], rough[here]
@@ -73,7 +72,7 @@ def _graph_tour(centroids: Float[np.ndarray, "k D"], start: int, neighbours: int
     is_open = bytearray(b"\1") * len(points)
     order = np.empty(len(points), np.int64)
     order[0] = here = start
-    with threadpool_limits(1):
+    with threads().limit(limits=1):
         for step in range(1, len(points)):
             is_open[here] = False
             unvisited.visit(here)
