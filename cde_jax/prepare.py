@@ -160,8 +160,7 @@ def _pairs(config: Config, workdir: Path, rebuild: bool) -> Store:
         training = list(source.read())
         source = source._replace(read=lambda: iter(training))
     if d.tokenizer == "wordpiece":
-        texts = (text for pair in source.read() for text in (pair.query, pair.document))
-        tokenizer = Tokenizer.train(texts, d.vocab_size)
+        tokenizer = Tokenizer.train(_Texts(source.read), d.vocab_size)
     else:
         tokenizer = Tokenizer.load(d.tokenizer)
     tokenizer.save(workdir / TOKENIZER)
@@ -177,6 +176,16 @@ def _pairs(config: Config, workdir: Path, rebuild: bool) -> Store:
         source=about,
         counts=counts,
     )
+
+
+class _Texts:
+    """The queries and documents of a source, read anew each time they are gone through."""
+
+    def __init__(self, read: Callable[[], Iterator[Pair]]):
+        self.read = read
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for pair in self.read() for text in (pair.query, pair.document))
 
 
 def _has_filter(config: Config) -> bool:

@@ -75,3 +75,17 @@ def test_a_vocabulary_smaller_than_the_alphabet_is_refused():
         Tokenizer.train(TEXTS, 10)
     with pytest.raises(ValueError, match="0 characters"):
         Tokenizer.train([], 100)
+
+
+def test_texts_that_can_be_read_again_are_not_held_in_memory():
+    class Texts:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(["open the file", "close the file"] * 3)
+
+    texts = Texts()
+    trained = Tokenizer.train(texts, 60)
+    assert texts.passes == 2
+    assert trained.fingerprint == Tokenizer.train(iter(["open the file", "close the file"] * 3), 60).fingerprint

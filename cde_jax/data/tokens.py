@@ -6,7 +6,7 @@ BERT). It is saved as the files that `transformers.AutoTokenizer` reads, so that
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,20 @@ class Tokenizer:
 
         The library alone does not: it numbers the pieces "##c" in the order of a randomised hash map, and ties
         between merges are broken by number. So the alphabet and its "##" pieces are given to it in a fixed order.
+        The texts are gone through twice; an iterator, which can be only once, is held in memory.
         """
-        texts = list(texts)
+        texts = list(texts) if isinstance(texts, Iterator) else texts
         normalizer = normalizers.BertNormalizer(lowercase=True)
         counts: Counter[str] = Counter()
+        read = 0
         for text in texts:
             counts.update(normalizer.normalize_str(text))
+            read += 1
         found = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:_ALPHABET]
         smallest = len(SPECIALS) + 2 * len(found)
         if not found or vocab_size <= smallest:
             raise ValueError(
-                f"vocab_size {vocab_size}: {len(texts)} texts with {len(found)} characters need more than "
+                f"vocab_size {vocab_size}: {read} texts with {len(found)} characters need more than "
                 f"{smallest}; give more text or a larger vocabulary"
             )
         fixed = [*SPECIALS.values(), *sorted(found), *(f"##{c}" for c in sorted(found))]
@@ -100,7 +103,7 @@ class Tokenizer:
             limit_alphabet=len(found),
             show_progress=False,
         )
-        model.train_from_iterator(texts, trainer)
+        model.train_from_iterator(iter(texts), trainer)
         return cls(_bert(model.get_vocab()), SPECIALS)
 
     @property
