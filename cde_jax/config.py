@@ -108,6 +108,7 @@ class Train:
     temperature: float
     sequence_dropout: float
     share_negatives: bool
+    text_lengths: int
     query_chunk: int
     document_chunk: int
     context_chunk: int
@@ -195,6 +196,7 @@ _RANGES = {
     "train.clip_norm": (1e-9,),
     "train.temperature": (1e-4, 10.0),
     "train.sequence_dropout": (0.0, 1.0),
+    "train.text_lengths": (1,),
     "train.query_chunk": (0,),
     "train.document_chunk": (0,),
     "train.context_chunk": (0,),

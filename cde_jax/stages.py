@@ -249,6 +249,9 @@ def _run(config: Config, workdir: Path) -> _Run:
         query_length=config.data.query_length,
         document_length=config.data.document_length,
         seed=config.seed,
+        text_lengths=t.text_lengths,
+        chunk_tokens=t.document_chunk * config.data.document_length or _chunk_tokens(),
+        context_chunk_tokens=t.context_chunk * config.data.document_length or _chunk_tokens(),
     )
     optimizer, schedule = make_optimizer(
         learning_rate=t.learning_rate,
@@ -263,6 +266,11 @@ def _run(config: Config, workdir: Path) -> _Run:
     belongs = {"plan": plan.fingerprint, "config": _training_fingerprint(config)}
     checkpoints = Checkpoints(workdir / "checkpoints", belongs)
     return _Run(loader, mesh, graph, sharding.replicate(mesh, state), step, steps, checkpoints)
+
+
+def _chunk_tokens() -> int:
+    """Tokens of a chunk where the config gives none: what keeps an accelerator busy; on a CPU the loader's choice."""
+    return 0 if jax.default_backend() == "cpu" else 8192
 
 
 def _training_fingerprint(config: Config) -> str:

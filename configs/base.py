@@ -92,6 +92,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.temperature = 0.02  # τ
     c.train.sequence_dropout = 0.005  # p that a context document is replaced by the null embedding
     c.train.share_negatives = False  # contrast across all plan batches of a step instead of within each
+    # Padded lengths that texts run at, chosen to fit the plan; 1: the longest only. With more, queries and documents
+    # are sorted by length into common chunks, as many tokens each as `document_chunk` texts of the longest length
+    # (0: a fitting number, 8192 on accelerators), recomputed in the backward pass. Each length takes time to compile.
+    c.train.text_lengths = 8
     c.train.query_chunk = 0  # texts encoded at once, recomputed in the backward pass; 0: all, nothing recomputed
     c.train.document_chunk = 0
     c.train.context_chunk = 0

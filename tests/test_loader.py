@@ -138,6 +138,68 @@ def test_no_context_at_all_is_allowed(made):
     assert batch["context_ids"].shape == batch["context_mask"].shape == (2, 0, LD)
 
 
+# --- several lengths
+
+LENGTHS = OPTIONS | {"query_length": 8, "document_length": 10, "text_lengths": 3, "chunk_tokens": 20}
+
+
+def found_again(held, g):
+    """The texts in chunks of plan batch g, as lists of tokens in their order."""
+    rows = [
+        ids[mask].tolist()
+        for many_ids, many_masks in zip(held["ids"], held["mask"], strict=True)
+        for chunk in zip(many_ids[g], many_masks[g], strict=True)
+        for ids, mask in zip(*chunk, strict=True)
+    ]
+    return [rows[at] for at in held["place"][g]]
+
+
+@pytest.mark.parametrize("context_size", [3, 40, 0])
+def test_texts_in_chunks_are_those_of_the_plain_batch(made, context_size):
+    options = LENGTHS | {"context_size": context_size}
+    plain, loader = Loader(*made, **(options | {"text_lengths": 1})), Loader(*made, **options)
+    shapes = set()
+    for step in range(4):
+        expected, batch = plain.batch(step), loader.batch(step)
+        shapes.add(str([(x.shape, x.dtype) for x in leaves(batch)]))
+        assert batch.keys() == {"keep", "plan_batch", "texts"} | ({"context"} if context_size else set())
+        for name in ("keep", "plan_batch"):
+            np.testing.assert_array_equal(batch[name], expected[name])
+        for g in range(2):
+            tokens = {
+                name: [
+                    i[m].tolist() for i, m in zip(expected[f"{name}_ids"][g], expected[f"{name}_mask"][g], strict=True)
+                ]
+                for name in ("query", "document", "context")
+            }
+            assert found_again(batch["texts"], g) == tokens["query"] + tokens["document"]
+            if context_size:
+                assert found_again(batch["context"], g) == tokens["context"]
+    assert len(shapes) == 1
+    assert loader.layouts["texts"].lengths[0] == 8
+
+
+def leaves(batch):
+    for name in sorted(batch):
+        if isinstance(batch[name], dict):
+            yield from leaves(batch[name])
+        else:
+            yield from [batch[name]] if isinstance(batch[name], np.ndarray) else batch[name]
+
+
+@pytest.mark.parametrize("how", [{"threads": 2}, {"threads": 0, "workers": 1}])
+def test_batches_in_chunks_are_read_ahead_too(made, how):
+    loader = Loader(*made, **LENGTHS)
+    batches = list(loader.iterate(2, 5, **how, prefetch=2))
+    for step, batch in zip(range(2, 5), batches, strict=True):
+        expected = Loader(*made, **LENGTHS).batch(step)
+        for got, wanted in zip(leaves(batch), leaves(expected), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
+# --- ahead of time
+
+
 @pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 1), (4, 6), (4, 2), (2, 0)])
 @pytest.mark.parametrize(("start", "stop"), [(0, 9), (5, 9), (3, 3)])
 def test_iteration_gives_the_batches_in_order_from_any_start(made, threads, prefetch, start, stop):
@@ -234,6 +296,7 @@ def test_an_error_in_a_thread_reaches_the_caller(made):
         ({"batches_per_step": 0}, "batches_per_step ≥ 1, got 0"),
         ({"context_size": -1}, "context_size ≥ 0"),
         ({"query_length": 0}, "query_length ≥ 1"),
+        ({"text_lengths": 0}, "text_lengths ≥ 1"),
         ({"seed": -1}, "seed ≥ 0"),
         ({"context_source": "corpus"}, "batch or domain, got 'corpus'"),
     ],

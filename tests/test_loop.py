@@ -91,12 +91,27 @@ def test_a_run_leaves_metrics_tensorboard_and_its_newest_checkpoints(trainer, tm
     assert outcome.finished and int(outcome.state.step) == 6
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     names = {"step", "loss", "accuracy", "positive", "negative", "masked", "gradient_norm", "learning_rate"}
-    assert set(lines(tmp_path)[0]) == names | {"pairs_per_second"}
+    assert set(lines(tmp_path)[0]) == names | {"pairs_per_second", "padding", "compilations"}
     assert lines(tmp_path)[-1]["loss"] < lines(tmp_path)[0]["loss"] * 1.5
     (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     assert b"accuracy" in events.read_bytes()
     assert kept(tmp_path) == [4, 6]
     assert same(opened(tmp_path).restore(6, outcome.state), outcome.state)
+
+
+def test_lines_tell_the_padding_since_the_line_before_and_the_compilations(trainer, tmp_path):
+    def wider_in_the_end(start, stop):
+        for step, batch in enumerate(batches(start, stop), start):
+            texts = batch["query_mask"].at[:, :, -1].set(step % 2 == 0)  # 4 of the 36 tokens are missing at odd steps
+            batch["query_mask"] = texts
+            if step == 4:
+                for name in ("query_ids", "query_mask"):
+                    batch[name] = jnp.concatenate([batch[name], jnp.zeros_like(batch[name])], axis=2)
+            yield batch
+
+    go(trainer, tmp_path, 5, every=2, source=wider_in_the_end)
+    found = [(line["step"], line["padding"], line["compilations"]) for line in lines(tmp_path)]
+    assert found == [(2, round(4 / 72, 6), 1), (4, round(4 / 72, 6), 1), (5, 0.25, 2)]
 
 
 def test_lines_are_written_every_few_steps_and_at_the_end(trainer, tmp_path):

@@ -6,21 +6,26 @@ the names of the mapped files, not their content.
 """
 
 import dataclasses
+import logging
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from cde_jax.batching.lengths import Layout, choose_layout, chunked
 from cde_jax.batching.pack import domain_groups
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.data.store import Ragged, Store
+
+log = logging.getLogger(__name__)
 
 CONTEXT_STREAM = 31  # keeps the context draw apart from the other random numbers of the same seed
 CONTEXT_SOURCES = ("batch", "domain")
@@ -33,6 +38,9 @@ class Loader:
     batches_per_step G: plan batches in a step. context_size J: context documents of a plan batch, drawn without
     replacement from the batch's own documents (context_source "batch") or from the positives of its domain ("domain");
     the small domains that share batches count as one. query_length, document_length: tokens kept of a text, Lq and Ld.
+
+    text_lengths: how many padded lengths texts run at; more than 1 gives batches in chunks (`lengths`), 1 as plain
+    arrays. chunk_tokens, context_chunk_tokens: of a chunk of queries and documents, or context documents; 0: chosen.
     """
 
     def __init__(
@@ -46,6 +54,9 @@ class Loader:
         query_length: int,
         document_length: int,
         seed: int,
+        text_lengths: int = 1,
+        chunk_tokens: int = 0,
+        context_chunk_tokens: int = 0,
     ):
         for name, value, smallest in (
             ("batches_per_step", batches_per_step, 1),
@@ -53,6 +64,7 @@ class Loader:
             ("query_length", query_length, 1),
             ("document_length", document_length, 1),
             ("seed", seed, 0),
+            ("text_lengths", text_lengths, 1),
         ):
             if value < smallest:
                 raise ValueError(f"expected {name} ≥ {smallest}, got {value}; change it in the config")
@@ -78,13 +90,29 @@ class Loader:
             names = [domain["name"] for domain in pairs.manifest["domains"]]
             groups, _ = domain_groups(pairs.array("domain"), names, plan.rows.shape[1])  # as the plan numbered them
             self._group_rows = [group.rows for group in groups]
+        self.text_lengths = text_lengths
+        self._chunk_tokens = {"texts": chunk_tokens, "context": context_chunk_tokens}
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    @cached_property
+    def layouts(self) -> dict[str, Layout]:
+        """Of "texts" and "context" where texts run at several lengths; found by going through the plan once."""
+        if self.text_lengths == 1:
+            return {}
+        layouts = {"texts": choose_layout(self._text_sizes, self.text_lengths, self._chunk_tokens["texts"])}
+        if self.context_size:  # fewer lengths: these are documents only
+            few = -(-self.text_lengths // 2)
+            layouts["context"] = choose_layout(self._context_sizes, few, self._chunk_tokens["context"])
+        return layouts
+
+    def batch(self, step: int) -> dict[str, Any]:
         """The arrays of one step, a pure function of `step` ≥ 0; after the plan's last batch its first comes again.
 
         query_ids int32 [G, B, Lq], query_mask bool [G, B, Lq]; document_ids int32 [G, N, Ld], document_mask bool
         [G, N, Ld]; context_ids int32 [G, J, Ld], context_mask bool [G, J, Ld], a missing context document being all
         False; keep bool [G, B, N]; plan_batch int32 [G], the batches' places in the plan.
+
+        With several text lengths, instead of ids and masks: "texts", the B queries and then the N documents as
+        `lengths.chunked` has them, and "context", the J context documents. The shapes are the same at every step.
         """
         if step < 0:
             raise ValueError(f"expected a step ≥ 0, got {step}")
@@ -96,16 +124,25 @@ class Loader:
         query_ids, query_mask = _tokens(self._queries, rows, self.query_length)
         document_ids, document_mask = _tokens(self._documents, documents, self.document_length)
         context_ids, context_mask = _tokens(self._documents, context, self.document_length)
-        return {
-            "query_ids": query_ids,
-            "query_mask": query_mask,
-            "document_ids": document_ids,
-            "document_mask": document_mask,
-            "context_ids": context_ids,
-            "context_mask": context_mask,
+        batch = {
             "keep": np.stack([self.plan.keep(place) for place in places]),
             "plan_batch": np.array(places, np.int32),
         }
+        if not self.layouts:
+            return {
+                "query_ids": query_ids,
+                "query_mask": query_mask,
+                "document_ids": document_ids,
+                "document_mask": document_mask,
+                "context_ids": context_ids,
+                "context_mask": context_mask,
+            } | batch
+        batch["texts"] = chunked(
+            _joined(query_ids, document_ids), _joined(query_mask, document_mask), self.layouts["texts"]
+        )
+        if self.context_size:
+            batch["context"] = chunked(context_ids, context_mask, self.layouts["context"])
+        return batch
 
     def context(self, place: int) -> Int64[np.ndarray, " J"]:
         """The context documents of plan batch `place`, by the seed and the place alone; −1 where there are too few."""
@@ -119,9 +156,20 @@ class Loader:
         context[: len(drawn)] = drawn
         return context
 
+    def _text_sizes(self) -> Iterator[Int64[np.ndarray, " texts"]]:
+        """Tokens of each plan batch's queries and documents."""
+        for place in range(len(self.plan)):
+            queries = _sizes(self._queries, self.plan.rows[place], self.query_length)
+            yield np.concatenate([queries, _sizes(self._documents, self.plan.documents(place), self.document_length)])
+
+    def _context_sizes(self) -> Iterator[Int64[np.ndarray, " J"]]:
+        """Tokens of each plan batch's context documents."""
+        for place in range(len(self.plan)):
+            yield _sizes(self._documents, self.context(place), self.document_length)
+
     def iterate(
         self, start: int, stop: int, *, threads: int, workers: int = 0, prefetch: int
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[dict[str, Any]]:
         """`batch(start)` … `batch(stop − 1)` in order; Grain computes up to `prefetch` of them ahead.
 
         They come from `threads` threads of this process, or from `workers` > 0 processes; the batches are the same.
@@ -132,6 +180,8 @@ class Loader:
             raise ValueError(f"expected 0 ≤ start ≤ stop, got {start} and {stop}")
         import grain  # loads jax, which this package does without elsewhere
 
+        for name, layout in self.layouts.items():  # found now, before threads and processes need them
+            log.info("%s run at %s tokens, %s in a chunk", name, layout.lengths, layout.texts)
         if workers:
             dataset = _in_processes(grain.MapDataset.range(start, stop).map(self.batch), workers, prefetch)
         else:
@@ -205,3 +255,16 @@ def _end_with_parent() -> None:
 def _tokens(ragged, rows: Int64[np.ndarray, "G rows"], length: int) -> tuple[np.ndarray, np.ndarray]:
     ids, mask = ragged.padded(rows.reshape(-1), length)
     return ids.reshape(*rows.shape, length), mask.reshape(*rows.shape, length)
+
+
+def _sizes(ragged: Ragged, rows: Int64[np.ndarray, " rows"], length: int) -> Int64[np.ndarray, " rows"]:
+    """Tokens of the rows when they are cut to `length`; 0 of a missing one."""
+    at = np.maximum(rows, 0)
+    return np.where(rows < 0, 0, np.minimum(ragged.offsets[at + 1] - ragged.offsets[at], length))
+
+
+def _joined(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """[G, B, Lq] and [G, N, Ld] as [G, B + N, the longer of both]."""
+    width = max(queries.shape[2], documents.shape[2])
+    both = [np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]))) for x in (queries, documents)]
+    return np.concatenate(both, axis=1)

@@ -132,7 +132,8 @@ class _Metrics:
         nothing = {"loss": math.nan, "accuracy": math.nan, "rate": 0.0}
         self._task = self._bar.add_task("training", total=self._steps, completed=self._start, **nothing)
         self._bar.start()
-        self._clock, self._pairs = time.perf_counter(), 0
+        self._shapes: set[Any] = set()
+        self._start_counting()
         return self
 
     def __exit__(self, *_):
@@ -140,17 +141,33 @@ class _Metrics:
         self._board.close()
 
     def record(self, step: int, values: dict[str, jax.Array], batch: dict[str, Any]) -> None:
-        """Wait for a step's metrics, check them, show them, and write them every few steps."""
+        """Wait for a step's metrics, check them, show them, and write them every few steps.
+
+        Since the line before: pairs per second, and padding, the share of computed tokens that are none of a text. Of
+        this run: compilations, which is the number of different shapes that batches had.
+        """
         values = jax.device_get(values)
         losses = values.pop("losses")
         _check_finite(step, losses, float(values["gradient_norm"]), np.asarray(batch["plan_batch"]))
-        self._pairs += batch["query_ids"].shape[0] * batch["query_ids"].shape[1]
+        self._shapes.add(str(jax.tree.map(np.shape, batch)))
+        self._pairs += math.prod(batch["keep"].shape[:2])
+        self._tokens += int(values.pop("tokens"))
+        self._computed_tokens += int(values.pop("computed_tokens"))
         seconds = time.perf_counter() - self._clock
         rate = self._pairs / seconds
         self._bar.update(self._task, completed=step, loss=values["loss"], accuracy=values["accuracy"], rate=rate)
         if step % self._every == 0 or step == self._steps:
-            self.write(step, {name: float(value) for name, value in values.items()} | {"pairs_per_second": rate})
-            self._clock, self._pairs = time.perf_counter(), 0
+            work = {
+                "pairs_per_second": rate,
+                "padding": 1 - self._tokens / max(self._computed_tokens, 1),
+                "compilations": len(self._shapes),
+            }
+            self.write(step, {name: float(value) for name, value in values.items()} | work)
+            self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._clock = time.perf_counter()
+        self._pairs = self._tokens = self._computed_tokens = 0
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of JSON, and the same to TensorBoard."""

@@ -33,14 +33,14 @@ def check_divides(mesh: Mesh, batches_per_step: int) -> None:
         )
 
 
-def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def shard_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
     """Put `[G, …]` arrays on the devices, G split."""
     return jax.device_put(batch, NamedSharding(mesh, P(_DATA)))
 
 
 def shard_ahead(mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], ahead: int = 1) -> Iterator[dict[str, jax.Array]]:
     """`shard_batch` of each batch in order, started `ahead` batches early: copied while the steps before still run."""
-    waiting: deque[dict[str, jax.Array]] = deque()
+    waiting: deque[dict[str, Any]] = deque()
     for batch in batches:
         waiting.append(shard_batch(mesh, batch))
         if len(waiting) > ahead:

@@ -1,7 +1,8 @@
 """One training step: `train_step(state, batch, key) → (state, metrics)`, pure and jitted once."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from cde_jax.models.contextual import Biencoder, ContextualEncoder, map_chunks
 from cde_jax.training import sharding
@@ -87,9 +88,12 @@ def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tu
 
 
 def embed_plan_batch(
-    model: Biencoder | ContextualEncoder, batch: dict[str, Array], key: jax.Array, config: StepConfig
+    model: Biencoder | ContextualEncoder, batch: dict[str, Any], key: jax.Array, config: StepConfig
 ) -> tuple[Float[Array, "B D"], Float[Array, "N D"]]:
     """Vectors of one plan batch's queries and documents, which all read one context.
+
+    The batch is plain, with arrays for queries, documents and context, which are cut as `config` says; or its texts
+    are in chunks already ("texts", "context"). Both are the loader's.
 
     A context document is null where there is none, or by sequence dropout. One draw serves the whole plan batch, so
     that the slots' keys and values are computed once; the reference draws per text, at a rate (0.005) where both
@@ -97,17 +101,60 @@ def embed_plan_batch(
     """
     context = None
     if isinstance(model, ContextualEncoder):
-        ids, mask = batch["context_ids"], batch["context_mask"]
-        vectors = map_chunks(model.embed_context, ids, mask, config.context_chunk)
-        present = mask.any(axis=1)
+        if "context" in batch:
+            vectors, present = map_ready_chunks(model.embed_context, **batch["context"])
+        else:
+            ids, mask = batch["context_ids"], batch["context_mask"]
+            vectors, present = map_chunks(model.embed_context, ids, mask, config.context_chunk), mask.any(axis=1)
         if model.config.null_embedding:
             present &= ~jax.random.bernoulli(key, config.sequence_dropout, present.shape)
             vectors = model.with_null(vectors, present)
         context = model.prepare_context(vectors)
     encode = partial(model.embed, context=context)
+    if "texts" in batch:
+        vectors, _ = map_ready_chunks(encode, **batch["texts"])
+        count = batch["keep"].shape[0]
+        return vectors[:count], vectors[count:]
     queries = map_chunks(encode, batch["query_ids"], batch["query_mask"], config.query_chunk)
     documents = map_chunks(encode, batch["document_ids"], batch["document_mask"], config.document_chunk)
     return queries, documents
+
+
+def map_ready_chunks(
+    function: Callable[[Int[Array, "c L"], Bool[Array, "c L"]], Float[Array, "c D"]],
+    ids: Sequence[Int[Array, "_ _ _"]],
+    mask: Sequence[Bool[Array, "_ _ _"]],
+    place: Int[Array, " m"],
+) -> tuple[Float[Array, "m D"], Bool[Array, " m"]]:
+    """`function(ids, mask)` over chunks of several lengths, each recomputed in the backward pass, empty ones skipped.
+
+    ids, mask: [chunks, c, L] of each length L. Returns the vectors of the m texts, found at `place` among the rows of
+    all chunks, and whether each has any token.
+    """
+
+    def one(chunk):
+        shape = jax.eval_shape(function, *chunk)
+        return jax.lax.cond(chunk[1].any(), function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *chunk)
+
+    vectors = [jax.lax.map(jax.checkpoint(one), chunks) for chunks in zip(ids, mask, strict=True)]
+    filled = [x.any(axis=2).reshape(-1) for x in mask]
+    vectors = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in vectors])
+    return vectors[place], jnp.concatenate(filled)[place]
+
+
+def count_tokens(batch: dict[str, Any], config: StepConfig) -> dict[str, Int[Array, ""]]:
+    """How many tokens a step's texts have, and how many it computes with the padding: int32 scalars."""
+    tokens, computed = 0, 0
+    for name in ("texts", "context"):
+        for mask in batch.get(name, {}).get("mask", ()):  # [G, chunks, c, L]
+            tokens += mask.sum(dtype=jnp.int32)
+            computed += mask.any(axis=(2, 3)).sum(dtype=jnp.int32) * math.prod(mask.shape[2:])
+    for name in ("query", "document", "context"):
+        if f"{name}_mask" in batch:
+            mask, chunk = batch[f"{name}_mask"], getattr(config, f"{name}_chunk")  # [G, rows, L]
+            tokens += mask.sum(dtype=jnp.int32)
+            computed += mask.shape[0] * (mask.shape[1] + -mask.shape[1] % (chunk or 1)) * mask.shape[2]
+    return {"tokens": jnp.asarray(tokens, jnp.int32), "computed_tokens": jnp.asarray(computed, jnp.int32)}
 
 
 def make_train_step(
@@ -116,10 +163,11 @@ def make_train_step(
     schedule: optax.Schedule,
     config: StepConfig,
     mesh: Mesh,
-) -> Callable[[TrainState, dict[str, Array], jax.Array], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, dict[str, Any], jax.Array], tuple[TrainState, dict[str, Array]]]:
     """Build the step for `[G, …]` batches (`batching.loader`) on a mesh; `key` is the run's dropout stream.
 
-    The state is donated. Metrics are float32 scalars, and `losses`, one per plan batch [G].
+    The state is donated. Metrics are float32 scalars, `losses`, one per plan batch [G], and the int32 scalars of
+    `count_tokens`.
     """
     device_loss = partial(_device_loss, graph=graph, config=config)
 
@@ -131,12 +179,12 @@ def make_train_step(
     gradients_of = sharding.on_each_device(mesh, device_gradients, split=2)
 
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: dict[str, Array], key: jax.Array):
-        keys = jax.random.split(jax.random.fold_in(key, state.step), batch["query_ids"].shape[0])
+    def train_step(state: TrainState, batch: dict[str, Any], key: jax.Array):
+        keys = jax.random.split(jax.random.fold_in(key, state.step), batch["keep"].shape[0])
         gradients, metrics, losses = gradients_of(state.params, keys, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {
+        metrics |= count_tokens(batch, config) | {
             "loss": losses.mean(),
             "losses": losses,
             "gradient_norm": optax.tree.norm(gradients),
