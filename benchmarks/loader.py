@@ -1,6 +1,6 @@
 """Reading an epoch of 1,000,000 pairs: pairs per second and memory of `Loader.iterate`, one JSON line per case.
 
-python benchmarks/loader.py [--pairs 1000000] [--batch 512] [--cases plain threads=4 workers=2]
+python benchmarks/loader.py [--pairs 1000000] [--batch 512] [--cases threads=4 workers=2] [--text-lengths 8]
 
 A synthetic store of texts of 48 … 80 tokens, cut to 64, and a plan of one epoch are written to a temporary folder. The
 first case is a plain loop over `Loader.batch(step)`; the ratio of the others is to it, in the same process.
@@ -34,11 +34,12 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=512, help="pairs of a plan batch")
     parser.add_argument("--context", type=int, default=64, help="context documents of a plan batch")
+    parser.add_argument("--text-lengths", type=int, default=1, help="more than 1: texts in chunks of similar length")
     parser.add_argument("--prefetch", type=int, default=8)
     parser.add_argument("--cases", nargs="+", default=["threads=1", "threads=2", "threads=4", "workers=1", "workers=2"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        loader = open_loader(Path(folder), args.pairs, args.batch, args.context)
+        loader = open_loader(Path(folder), args.pairs, args.batch, args.context, args.text_lengths)
         plain = None
         for case in ["plain", *args.cases]:
             speed, memory = read_epoch(batches(loader, case, args.prefetch), len(loader.plan), args.batch)
@@ -49,6 +50,7 @@ def main() -> None:
                 "pairs": args.pairs,
                 "tokens": LENGTH,
                 "batch": args.batch,
+                "text_lengths": args.text_lengths,
                 "prefetch": args.prefetch,
                 "pairs_per_second": round(speed),
                 "ratio_to_plain": round(speed / plain, 2),
@@ -67,7 +69,7 @@ def batches(loader: Loader, case: str, prefetch: int) -> Iterator[dict[str, np.n
 
 
 def read_epoch(batches: Iterator, steps: int, batch: int) -> tuple[float, dict[str, float]]:
-    """Pairs per second after the first batch (threads and processes have started then), and memory in MiB."""
+    """Pairs per second after the first batch (all is started and laid out then), and memory in MiB."""
     marks = {int(steps * fraction): f"{fraction:.0%}" for fraction in FRACTIONS}
     memory, start, end = {}, 0.0, 0.0
     for step, arrays in enumerate(batches, 1):
@@ -75,7 +77,7 @@ def read_epoch(batches: Iterator, steps: int, batch: int) -> tuple[float, dict[s
         start = start or end
         if step in marks:
             memory[marks[step]] = anonymous_memory()
-        assert arrays["query_ids"].shape == (1, batch, LENGTH)
+        assert arrays["keep"].shape == (1, batch, batch)
     return (steps - 1) * batch / (end - start), memory
 
 
@@ -89,7 +91,7 @@ def anonymous_memory() -> float:
     return round(total / 1024, 1)
 
 
-def open_loader(folder: Path, pairs: int, batch: int, context: int) -> Loader:
+def open_loader(folder: Path, pairs: int, batch: int, context: int, text_lengths: int) -> Loader:
     """A loader over a store and a plan written to `folder`, both mapped to memory."""
     store = write_pairs(folder / "pairs", pairs)
     write_plan(folder / "plan", store, batch)
@@ -102,6 +104,7 @@ def open_loader(folder: Path, pairs: int, batch: int, context: int) -> Loader:
         query_length=LENGTH,
         document_length=LENGTH,
         seed=0,
+        text_lengths=text_lengths,
     )
 
 

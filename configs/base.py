@@ -95,7 +95,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # Padded lengths that texts run at, chosen to fit the plan; 1: the longest only. With more, queries and documents
     # are sorted by length into common chunks, as many tokens each as `document_chunk` texts of the longest length
     # (0: a fitting number, 8192 on accelerators), recomputed in the backward pass. Each length takes time to compile.
-    c.train.text_lengths = 8
+    c.train.text_lengths = 12
     c.train.query_chunk = 0  # texts encoded at once, recomputed in the backward pass; 0: all, nothing recomputed
     c.train.document_chunk = 0
     c.train.context_chunk = 0
