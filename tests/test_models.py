@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_models import J, biencoder, contextual, contextual_config, encoder_config, tokens
+from tiny_models import J, biencoder, contextual, contextual_config, encoder_config, fill, tokens
 
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder, map_chunks
+from cde_jax.models.encoder import Encoder
 
 PATTERNS = ("joint", "isolated")
 EXACT = 1e-5  # float32, vectors of size about 1
@@ -204,7 +205,9 @@ def plan_vectors(model, texts, documents, chunk, context_chunk):
     return map_chunks(lambda ids, mask: model.embed(ids, mask, context), *texts, chunk)
 
 
-@pytest.mark.parametrize(("pattern", "remat"), [("joint", True), ("isolated", "none"), ("isolated", "dots")])
+@pytest.mark.parametrize(
+    ("pattern", "remat"), [("joint", True), ("joint", "auto"), ("isolated", "none"), ("isolated", "dots")]
+)
 def test_chunks_and_recomputed_layers_change_neither_vectors_nor_gradients(pattern, remat, texts):
     documents = tokens(J, 6, seed=3)
     pull = jnp.asarray(np.random.default_rng(2).normal(0, 1, (7, 16)), jnp.float32)
@@ -242,6 +245,24 @@ def test_bfloat16_compute_is_close_and_keeps_float32_parameters(pattern, texts):
     a, b = (embed(m, *texts, embed_context(m, *documents)) for m in (low, high))
     assert a.dtype == b.dtype == jnp.float32
     assert 1e-5 < difference(unit(a), unit(b)) <= 2e-2
+
+
+def residual_bytes(remat: bool | str) -> int:
+    """What the backward pass of an encoder keeps of the forward pass."""
+    config = encoder_config(remat=remat, width=64, mlp_width=128)
+    encoder = fill(lambda: Encoder(config, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(encoder, nnx.Param)
+    ids, mask = tokens(8, 32)
+    run = lambda params: nnx.merge(graph, params)(ids, mask).sum()  # noqa: E731
+    kept = jax.eval_shape(lambda params: jax.vjp(run, params)[1], params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+
+
+def test_the_more_is_computed_again_the_less_is_kept():
+    kept = {remat: residual_bytes(remat) for remat in ("none", "dots", "full")}
+    assert kept["full"] < 0.5 * kept["dots"] < 0.35 * kept["none"]
+    assert residual_bytes(False) == kept["none"] and residual_bytes(True) == kept["full"]
+    assert residual_bytes("auto") == kept["dots"]  # on CPU
 
 
 def lowered_lines(layers: int) -> int:
