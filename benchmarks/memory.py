@@ -25,7 +25,7 @@ def main() -> None:
     parser = arguments(__doc__, ["small"])
     parser.add_argument("--queries", nargs="+", type=int, default=[128, 512, 2048], help="sizes of a plan batch, B")
     parser.add_argument("--chunk", type=int, default=32, help="texts encoded at once; 0: all; -1: as many as fit")
-    parser.add_argument("--remat", default="none", choices=["none", "full", "dots"], help="of layers, in JAX")
+    parser.add_argument("--remat", default="auto", choices=["auto", "none", "full", "dots"], help="of layers, in JAX")
     parser.add_argument("--gib", type=float, default=0.0, help="memory that --chunk -1 may use")
     parser.add_argument("--run", action="store_true", help="run a step of ours too, and measure it")
     parser.add_argument("--one", nargs=3, metavar=("SHAPE", "CASE", "B"), help="only this, in this process")

@@ -26,7 +26,7 @@ def main() -> None:
     parser = arguments(__doc__, ["small"])
     parser.add_argument("--queries", type=int, help="B of a plan batch, instead of the shape's")
     parser.add_argument("--chunk", type=int, default=0, help="texts encoded at once; 0: all")
-    parser.add_argument("--remat", default="none", choices=["none", "full", "dots"], help="of layers, in JAX")
+    parser.add_argument("--remat", default="auto", choices=["auto", "none", "full", "dots"], help="of layers, in JAX")
     args = parser.parse_args()
     for name in args.shapes:
         shape = SHAPES[name]._replace(queries=args.queries or SHAPES[name].queries)
