@@ -5,7 +5,8 @@ python benchmarks/lengths.py WORKDIR [--lengths 1 4 8 12] [--steps 5] [--layers 
 WORKDIR is a prepared work directory (`--stage=prepare`); its config gives the lengths that texts are cut to, the plan
 batch and the context. Padding is that of the whole plan: the share of computed tokens that are none of a text. Speed is
 that of a training step of the model named here, the cases taking turns step by step; a ratio is the median over steps
-of the first case's seconds by the case's, in the same process.
+of the first case's seconds by the case's, in the same process. The case of one length is recomputed in chunks of 16
+texts in the backward pass, as the others are in theirs.
 """
 
 import argparse
@@ -51,7 +52,10 @@ def main() -> None:
         layout = loader.layouts.get("texts")
         line = {
             "benchmark": "lengths",
-            "workdir": args.workdir.name,
+            "source": [config.data.source, *config.data.paths],
+            "cut_to": [config.data.query_length, config.data.document_length],
+            "batch": config.batching.batch_size,
+            "context": config.model.context_size,
             "text_lengths": count,
             "padding": round(padding(loader), 4),
             "lengths": layout and list(layout.lengths),
@@ -108,7 +112,7 @@ class Case:
         graph, state = init_state(ContextualEncoder(shape, rngs=nnx.Rngs(0)), optimizer)
         self.mesh = sharding.make_mesh(1)
         self.state = sharding.replicate(self.mesh, state)
-        # Plain arrays are recomputed in chunks too: on CPU that is faster than to keep all activations.
+        # On CPU that is faster than to keep all activations.
         chunks = {f"{name}_chunk": 16 for name in ("query", "document", "context")}
         self.train_step = make_train_step(graph, optimizer, schedule, StepConfig(**chunks), self.mesh)
         self.key = sharding.replicate(self.mesh, stream(0, "dropout"))
