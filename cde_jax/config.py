@@ -90,7 +90,8 @@ class Model:
     slot_bias: float | None
     tie_token_embeddings: bool
     dtype: str
-    remat: bool
+    attention: str
+    remat: str
     init: Init
 
 
@@ -153,6 +154,8 @@ _CHOICES = {
     "model.context_attention": ("isolated", "joint"),
     "model.backbone": ("nomic", "bert"),
     "model.dtype": ("float32", "bfloat16", "auto"),
+    "model.attention": ("auto", "xla", "blocks", "cudnn"),
+    "model.remat": ("auto", "none", "dots", "full"),
     "evaluate.checkpoint": ("best", "newest"),
 }
 # key: smallest value allowed; the largest where there is one
@@ -358,6 +361,7 @@ def encoder_config(model: Model, vocab_size: int, layers: int, dtype: str) -> En
         "mlp_width": model.mlp_width,
         "max_positions": model.max_positions,
         "dtype": dtype,
+        "attention": model.attention,
         "remat": model.remat,
     }
     if model.backbone == "bert":

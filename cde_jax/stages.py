@@ -297,7 +297,7 @@ def _start_from(encoder: Encoder, name: str, layers: int, stage: str) -> None:
     if not name:
         return
     pretrained = load_encoder(name, layers or None)
-    runtime = ("dtype", "remat")
+    runtime = ("dtype", "remat", "attention")
     different = [
         f"{field}: the config says {ours!r}, the checkpoint {theirs!r}"
         for field, ours in vars(encoder.config).items()
