@@ -75,8 +75,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.slot_bias = -5.0
     c.model.tie_token_embeddings = False  # both stages share one table
     c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators and float32 on CPU, or either by name
-    # What runs attention: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16); or
-    # "auto", by the platform.
+    # What runs attention: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16;
+    # written from its documentation, not yet run there); or "auto": "blocks" on CPU, else "xla".
     c.model.attention = "auto"
     # What each layer computes again in the backward pass: "none"; "full", everything: less memory, about a third more
     # time; "dots", all but products with weights and attention; "auto", by the platform.

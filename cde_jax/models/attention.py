@@ -65,10 +65,12 @@ def pick(kernel: str, dtype: DTypeLike, head_dim: int, platform: str | None = No
 
     "xla": matrix products of all texts at once. "blocks": the same, a few texts at a time, logits recomputed in the
     backward pass. "cudnn": fused attention on NVIDIA GPUs, logits never in memory; of texts whose padding comes
-    last. "auto": "blocks" on CPU, "cudnn" on NVIDIA GPUs in 16-bit compute, else "xla". `platform` is what JAX runs
+    last; it has not run on one yet, so by name only. "auto": "blocks" on CPU, else "xla". `platform` is what JAX runs
     on: "cpu", "cuda", "tpu", …; None: this process's.
     """
     platform = platform or ("cuda" if "cuda" in get_backend().platform_version else jax.default_backend())
+    if kernel == "auto":
+        return "blocks" if platform == "cpu" else "xla"
     lacks = []
     if platform != "cuda":
         lacks.append(f"an NVIDIA GPU, and JAX runs on {platform} here")
@@ -76,8 +78,6 @@ def pick(kernel: str, dtype: DTypeLike, head_dim: int, platform: str | None = No
         lacks.append(f"bfloat16 compute (model.dtype), got {jnp.dtype(dtype).name}")
     if head_dim % 8 or head_dim > 120:
         lacks.append(f"heads of at most 120 features, a multiple of 8, got {head_dim}")
-    if kernel == "auto":
-        return ("blocks" if platform == "cpu" else "xla") if lacks else "cudnn"
     if kernel not in get_args(Kernel):
         raise ValueError(f"expected an attention kernel of {', '.join(get_args(Kernel))}; got {kernel!r}")
     if kernel == "cudnn" and lacks:

@@ -32,7 +32,9 @@ PEAK_TFLOPS = {
 }
 
 
-def utilisation(flops: float, seconds: float, device_kind: str, devices: int = 1, peak: float | int = 0) -> float | None:
+def utilisation(
+    flops: float, seconds: float, device_kind: str, devices: int = 1, peak: float | int = 0
+) -> float | None:
     """Model-FLOPs utilisation: the share of what the devices could do at most; None where that is not known.
 
     `peak` is of one device, in TFLOP/s; 0: as its maker says.
