@@ -231,7 +231,8 @@ def test_a_domain_that_does_not_fit_is_trained_on_a_sample_and_assigned_in_block
     group = np.arange(5, 3000)
     whole = cluster_domains(queries, documents, [group], cluster_size=250, **SETTINGS)[0]
     monkeypatch.setattr(cluster, "ASSIGNED", 256)
-    caplog.set_level("DEBUG")
+    monkeypatch.setattr(cluster, "LARGE", 2995)
+    caplog.set_level("INFO")
     found = cluster_domains(queries, documents, [group], cluster_size=250, rows=600, **SETTINGS)[0]
     assert "2995 pairs, 12 clusters" in caplog.text and "on 600 pairs" in caplog.text
     rows = paired_rows(queries[group].astype(np.float64), documents[group].astype(np.float64))
