@@ -18,6 +18,7 @@ from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConf
 from cde_jax.models.encoder import EncoderConfig
 from cde_jax.retrieval import embedder as embedder_file
 from cde_jax.retrieval import padding
+from cde_jax.retrieval.checks import check_texts
 from cde_jax.retrieval.embedder import Context, Embedder
 from cde_jax.retrieval.padding import batches, padded_lengths
 
@@ -225,7 +226,7 @@ def test_a_text_without_any_token_is_an_error_that_gives_its_index(tokenizer):
 @pytest.mark.parametrize("wrong", ["one text", b"bytes", {"id": "text"}, 7])
 def test_anything_but_a_list_of_texts_is_an_error(wrong):
     with pytest.raises(ValueError, match="expected a list of texts, got one"):
-        embedder_file._texts(wrong)
+        check_texts(wrong)
 
 
 def test_a_single_string_is_an_error_and_not_a_list_of_letters(contextual):
@@ -236,7 +237,7 @@ def test_a_single_string_is_an_error_and_not_a_list_of_letters(contextual):
 
 def test_an_item_that_is_no_text_is_named():
     with pytest.raises(ValueError, match="got int at index 1: 5"):
-        embedder_file._texts(["a", 5])
+        check_texts(["a", 5])
 
 
 def test_a_saved_context_gives_the_same_vectors(contextual, tmp_path):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from cde_jax.models.attention import Prefix
 from cde_jax.models.encoder import Encoder, EncoderConfig, Ids, Mask, as_tokens, linear
+from cde_jax.models.pooling import mean_pool, pool_pieces
 
 # Vectors of the first stage: shared by all texts, or one set a text.
 Context = Float[Array | np.ndarray, "J D"] | Float[Array | np.ndarray, "B J D"]
@@ -112,7 +113,7 @@ class Biencoder(nnx.Module):
             return hidden[:, 0].astype(jnp.float32)
         if c.tokens_per_document == 1:
             return mean_pool(hidden, mask)
-        return _pool_pieces(hidden, mask, c.tokens_per_document)
+        return pool_pieces(hidden, mask, c.tokens_per_document)
 
 
 class ContextualEncoder(nnx.Module):
@@ -279,30 +280,6 @@ class ContextualEncoder(nnx.Module):
         index = jnp.arange(ids.shape[1])
         ends = jnp.argmax((ids == token) & mask & (index > 0), axis=1)[:, None]
         return (index > ends) | (ends == 0)
-
-
-def mean_pool(hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
-    """Mean of the hidden states where `mask` is True, in float32; zeros for a text without tokens."""
-    weights = mask.astype(jnp.float32)
-    total = jnp.einsum("bld,bl->bd", hidden.astype(jnp.float32), weights)
-    return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
-
-
-def _pool_pieces(hidden, mask, pieces: int) -> Float[Array, "B T D"]:
-    """The reference's pooling into T vectors: T equal stretches of the padded text.
-
-    A stretch without a real token takes the plain mean of all hidden states, padding included: that is a quirk of
-    the reference which its weights were trained with.
-    """
-    short = -hidden.shape[1] % pieces
-    hidden = jnp.pad(hidden.astype(jnp.float32), ((0, 0), (0, short), (0, 0)))
-    weights = jnp.pad(mask.astype(jnp.float32), ((0, 0), (0, short)))
-    everything = hidden.mean(axis=1, keepdims=True)  # [B, 1, D]
-    hidden = hidden.reshape(hidden.shape[0], pieces, -1, hidden.shape[-1])  # [B, T, L/T, D]
-    weights = weights.reshape(weights.shape[0], pieces, -1)  # [B, T, L/T]
-    count = weights.sum(axis=-1)[..., None]
-    pooled = jnp.einsum("btld,btl->btd", hidden, weights) / jnp.maximum(count, 1e-9)
-    return jnp.where(count > 0, pooled, everything)
 
 
 def map_chunks(

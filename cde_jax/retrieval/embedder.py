@@ -8,7 +8,7 @@ shape, so that few programs are compiled; parameters and context are arguments o
 import dataclasses
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tqdm import tqdm
 
 from cde_jax.data.files import fingerprint
@@ -28,6 +28,7 @@ from cde_jax.interop.read import TextSettings, load_pretrained
 from cde_jax.interop.write import save_pretrained
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
+from cde_jax.retrieval.checks import check_fit, check_texts, check_tokens
 from cde_jax.retrieval.context import Context
 from cde_jax.retrieval.padding import batches, full_batch, padded, padded_lengths
 
@@ -54,7 +55,7 @@ class Embedder:
         *,
         progress: bool = True,
     ):
-        _check_fit(model, tokenizer, settings)
+        check_fit(model, tokenizer, settings)
         self.tokenizer = tokenizer
         self.settings = settings
         self.tokenizer_directory = Path(tokenizer_directory)
@@ -145,7 +146,7 @@ class Embedder:
                 "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), "
                 "or load a contextual model"
             )
-        corpus = _texts(corpus)
+        corpus = check_texts(corpus)
         if not corpus:
             raise ValueError(
                 "expected a corpus of at least one text, got none; without a corpus call encode_queries(texts) "
@@ -189,7 +190,7 @@ class Embedder:
         return self._encode_texts(texts, s.document_prefix, s.document_length, context, "documents")
 
     def _encode_texts(self, texts, prefix: str, length: int, context: Context | None, what: str) -> np.ndarray:
-        texts = _texts(texts)
+        texts = check_texts(texts)
         cache = self._prepare(context)
         run = partial(_embed, self._graph, self._state, cache=cache)
         # Only joint attention carries the slots along with every text.
@@ -260,7 +261,7 @@ class Embedder:
                 block = [prefix + text for text in texts[start : start + BLOCK]]
                 tokens = self.tokenizer.encode(block, lengths[-1])
                 sizes = np.array([len(ids) for ids in tokens])
-                _check_tokens(sizes, start)
+                check_tokens(sizes, start)
                 for rows, size, length in batches(sizes, lengths, partial(full_batch, slots=slots)):
                     ids, mask = padded([tokens[i] for i in rows], size, length, self.tokenizer.pad_id)
                     running.append((start + rows, run(ids, mask)))
@@ -306,43 +307,3 @@ def _embed(graph, state, ids, mask, cache):
     """Unit vectors [B, D] in float32."""
     vectors = nnx.merge(graph, state).embed(ids, mask, cache)
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
-
-def _texts(texts: Any) -> list[str]:
-    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
-        raise ValueError(
-            f"expected a list of texts, got one {type(texts).__name__}: put a single text in a list, "
-            f"and pass list(corpus.values()) of a mapping"
-        )
-    texts = list(texts)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"expected a list of texts, got {type(text).__name__} at index {i}: {text!r:.80}")
-    return texts
-
-
-def _check_tokens(sizes: Int[np.ndarray, " n"], start: int) -> None:
-    empty = np.flatnonzero(sizes == 0)
-    if len(empty):
-        raise ValueError(
-            f"{len(empty)} texts have no token at all (first: index {start + empty[0]}), so they have no vector: "
-            f"leave empty texts out"
-        )
-
-
-def _check_fit(model: ContextualEncoder | Biencoder, tokenizer: Tokenizer, settings: TextSettings) -> None:
-    """A wrong tokenizer or length would give wrong vectors without a word: look-ups outside a table are clipped."""
-    c = model.config
-    encoders = [c.encoder] if isinstance(model, Biencoder) else [c.first_stage.encoder, c.second_stage]
-    for encoder in encoders:
-        if tokenizer.vocab_size > encoder.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model's table {encoder.vocab_size}: "
-                f"give the tokenizer that the model was trained with"
-            )
-        longest = max(settings.query_length, settings.document_length)
-        if encoder.positions == "learned" and longest > encoder.max_positions:
-            raise ValueError(
-                f"texts of {longest} tokens need as many learned positions, the model has "
-                f"{encoder.max_positions}: lower query_length and document_length"
-            )
