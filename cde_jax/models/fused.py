@@ -31,7 +31,7 @@ def fused(
     """
     count = mask.sum(axis=1, dtype=jnp.int32)
     padding_last = (mask == (jnp.arange(mask.shape[1]) < count[:, None])).all(axis=1)
-    lengths = jnp.maximum(count, 1)
+    lengths = jnp.maximum(count, 1)  # a softmax over no key may be anything
     if prefix is None:
         read = _joined(queries, keys, values, lengths, bias, slots, implementation)
     elif prefix.keys.ndim == 4:
