@@ -1,16 +1,17 @@
-"""The two-stage contextual encoder (paper, section 4) and the plain biencoder beside it.
+"""The two-stage contextual encoder (paper, section 4), which may read token statistics of the corpus too.
 
 `M1` embeds J context documents, once; `M2` reads `[c_1 … c_J | s_1 … s_8 | t_1 … t_L]`: J context slots, a soft
-prompt, the text, and pools the text.
+prompt, the text, and pools the text. Token statistics are a second channel, ours: the document frequencies of a sample
+of the corpus, read at the token embeddings and in pooling. A model has slots, statistics, or both.
 
 Axis letters, used everywhere: `B` texts, `K` hard negatives per query, `N` documents in a batch = B(1+K),
 `J` context documents, `L` tokens, `D` width, `S` steps in a plan, `G` plan batches per step; here also
-`P` = slots and soft prompt together, `H` heads of `d` features.
+`P` = slots and soft prompt together (0: neither), `H` heads of `d` features, `V` tokens of the vocabulary.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,33 +20,31 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from cde_jax.models.attention import Prefix
+from cde_jax.models.biencoder import Biencoder, BiencoderConfig
+from cde_jax.models.cache import ContextCache, check_cache
 from cde_jax.models.encoder import Encoder, EncoderConfig, Ids, Mask, as_tokens, linear
-from cde_jax.models.pooling import mean_pool, pool_pieces
+from cde_jax.models.pooling import mean_pool
 
 # Vectors of the first stage: shared by all texts, or one set a text.
 Context = Float[Array | np.ndarray, "J D"] | Float[Array | np.ndarray, "B J D"]
-
-
-@dataclasses.dataclass(frozen=True)
-class BiencoderConfig:
-    """An encoder, how its hidden states become one vector, and whether an MLP follows."""
-
-    encoder: EncoderConfig
-    pooling: Literal["mean", "cls"] = "mean"
-    head: bool = False  # Linear, GELU, Linear after pooling: the first stage has it
-    output_width: int | None = None  # of the head; None: the encoder's width
-    tokens_per_document: int = 1  # the reference can pool a context document into several slots
+# Of `batching.statistics.document_frequencies`; all zeros where nothing is known.
+Frequencies = Float[Array | np.ndarray, " V"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ContextualConfig:
-    """Shape and habits of a contextual encoder. The last block of fields exists for imported weights."""
+    """Shape and habits of a contextual encoder. The last block of fields exists for imported weights.
 
-    first_stage: BiencoderConfig
+    With context_size 0 there are no slots, and what is said of slots, soft prompt, null embedding and tied embeddings
+    means nothing: the statistics are the only context.
+    """
+
+    first_stage: BiencoderConfig | None  # None with context_size 0
     second_stage: EncoderConfig
     context_size: int  # J
     context_attention: Literal["joint", "isolated"] = "isolated"
-    soft_prompt: int = 8  # learned tokens between the slots and the text
+    soft_prompt: int = 8  # learned tokens between the slots and the text; 0: none
+    statistics_size: int = 0  # documents that the document frequencies are counted over; 0: the model reads none
     slot_bias: float | None = -5.0  # first value of the learned bias from text to slots; None: no such bias
     null_embedding: bool = True  # one learned vector that stands in for a missing context document
     tie_token_embeddings: bool = False  # both stages share one table of word embeddings
@@ -60,60 +59,33 @@ class ContextualConfig:
     fixed_context: Literal["no", "at most", "exactly"] = "no"  # the reference reads the first J documents only
 
     def __post_init__(self):
-        if self.first_stage.encoder.width != self.second_stage.width:
+        if self.context_size < 0 or self.statistics_size < 0 or not (self.context_size or self.statistics_size):
+            raise ValueError(
+                f"a contextual model reads context documents (context_size J ≥ 1), token statistics (statistics_size "
+                f"≥ 1) or both, got {self.context_size} and {self.statistics_size}; use a Biencoder to train without "
+                f"context"
+            )
+        if (self.first_stage is None) != (self.context_size == 0):
+            raise ValueError(
+                f"a first stage embeds the context documents: give one with context_size ≥ 1 and None with "
+                f"context_size 0, got context_size {self.context_size} and first_stage {self.first_stage}"
+            )
+        if self.first_stage and self.first_stage.encoder.width != self.second_stage.width:
             raise ValueError(
                 f"context vectors of the first stage stand beside the second stage's tokens, so both need one "
                 f"width; got {self.first_stage.encoder.width} and {self.second_stage.width}"
             )
-        if self.context_size < 1:
+        if self.statistics_size and (self.pool_slots or self.pool_after_token is not None):
             raise ValueError(
-                f"context_size is the number of context documents J ≥ 1, got {self.context_size}; "
-                f"use a Biencoder to train without context"
+                "pooled slots and skipped instructions belong to imported models, which read no statistics"
             )
         if self.context_attention == "isolated" and (self.absolute_positions or self.pool_slots):
             raise ValueError("absolute positions and pooled slots belong to imported joint models, not to isolated")
 
-
-class ContextCache(NamedTuple):
-    """The context as the second stage reads it; computed once per corpus, or once per batch in training."""
-
-    slots: Float[Array, "*B P D"]
-    prefix: Prefix | None  # isolated: keys and values, [layers, *B, P, H, d]
-
-
-class Biencoder(nnx.Module):
-    """Text to vector, without context; with `head` it is the first stage of a contextual encoder."""
-
-    def __init__(self, config: BiencoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        self.encoder = Encoder(config.encoder, rngs=rngs)
-        if config.head:
-            c = config.encoder
-            self.head_in = linear(c.width, c.width, c, rngs)
-            self.head_out = linear(c.width, config.output_width or c.width, c, rngs)
-
-    def embed(self, ids: Ids, mask: Mask, context: None = None) -> Float[Array, "BT D"]:
-        """Vectors of texts (T of each with `tokens_per_document`), float32, not normalised.
-
-        `context` must be None: a biencoder reads none.
-        """
-        if context is not None:
-            raise ValueError("a biencoder reads no context: call embed(ids, mask), or load a contextual encoder")
-        ids, mask = as_tokens(ids, mask)
-        vectors = self.pool(self.encoder(ids, mask), mask)
-        if self.config.head:
-            hidden = jax.nn.gelu(self.head_in(vectors), approximate=False)
-            vectors = self.head_out(hidden).astype(jnp.float32)
-        return vectors if vectors.ndim == 2 else vectors.reshape(-1, vectors.shape[-1])
-
-    def pool(self, hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B *T D"]:
-        """Mean over real tokens (or the first token) in float32; T vectors where several are asked for."""
-        c = self.config
-        if c.pooling == "cls":
-            return hidden[:, 0].astype(jnp.float32)
-        if c.tokens_per_document == 1:
-            return mean_pool(hidden, mask)
-        return pool_pieces(hidden, mask, c.tokens_per_document)
+    @property
+    def slots(self) -> int:
+        """How many context slots a whole context fills."""
+        return self.context_size * self.first_stage.tokens_per_document if self.first_stage else 0
 
 
 class ContextualEncoder(nnx.Module):
@@ -122,44 +94,52 @@ class ContextualEncoder(nnx.Module):
     def __init__(self, config: ContextualConfig, *, rngs: nnx.Rngs):
         c, second = config, config.second_stage
         self.config = c
-        self.first_stage = Biencoder(c.first_stage, rngs=rngs)
+        if c.slots:
+            self.first_stage = Biencoder(c.first_stage, rngs=rngs)
         self.encoder = Encoder(second, rngs=rngs)
-        if c.tie_token_embeddings:
+        if c.slots and c.tie_token_embeddings:
             self.encoder.word = self.first_stage.encoder.word
-        self.prompt_in = linear(second.width, second.width, second, rngs)
-        self.prompt_out = linear(second.width, second.width * c.soft_prompt, second, rngs)
+        if c.slots and c.soft_prompt:
+            self.prompt_in = linear(second.width, second.width, second, rngs)
+            self.prompt_out = linear(second.width, second.width * c.soft_prompt, second, rngs)
         self.project_in = linear(second.width, second.width, second, rngs)
         self.project_out = linear(second.width, second.width, second, rngs)
-        if c.null_embedding:
+        if c.slots and c.null_embedding:
             self.null = nnx.Param(0.01 * jax.random.normal(rngs.params(), (second.width,)))
-        if c.slot_bias is not None:
+        if c.slots and c.slot_bias is not None:
             self.slot_bias = nnx.Param(jnp.full((second.layers, second.heads), c.slot_bias, jnp.float32))
+        if c.statistics_size:  # zeros: training starts as without them
+            self.statistics = nnx.Param(jnp.zeros(second.width))
+            self.statistics_pooling = nnx.Param(jnp.zeros(()))
 
     def embed_context(
         self, ids: Integer[Array | np.ndarray, "J L"], mask: Shaped[Array | np.ndarray, "J L"]
     ) -> Float[Array, "JT D"]:
         """First stage: one float32 vector per context document (T of them for imported multi-token models)."""
+        if not self.config.slots:
+            raise ValueError("this model has no first stage: its context is token statistics alone")
         return self.first_stage.embed(ids, mask)
 
     def with_null(self, context: Float[Array, "*B J D"], present: Bool[Array, "*B J"]) -> Float[Array, "*B J D"]:
         """Put the null embedding where no document is present (missing context, sequence dropout)."""
         return jnp.where(present[..., None], context, self._null())
 
-    def prepare_context(self, context: Context | None) -> ContextCache:
+    def prepare_context(self, context: Context | None, frequencies: Frequencies | None = None) -> ContextCache:
         """What `embed` needs of a context: slots with the soft prompt and, if isolated, their keys and values.
 
         `context` is [J, D], shared by all texts, or [B, J, D], one a text; None is a context of null slots.
+        `frequencies` of a model with token statistics: those of the corpus; None: not known.
         """
-        slots = self._slots(context)
-        if self.config.context_attention == "joint":
-            return ContextCache(slots, None)
+        slots, frequencies = self._slots(context), self._frequencies(frequencies)
+        if self.config.context_attention == "joint" or not slots.shape[-2]:
+            return ContextCache(slots, None, frequencies)
         x = slots if slots.ndim == 3 else slots[None]
         mask = jnp.ones(x.shape[:2], bool)
         positions = jnp.full(x.shape[1], -1, jnp.int32)
         _, prefix = self.encoder.run(x, mask, self.encoder.angles(positions), collect="keys_values")
         if slots.ndim == 2:
             prefix = Prefix(*(y[:, 0] for y in prefix))
-        return ContextCache(slots, prefix)
+        return ContextCache(slots, prefix, frequencies)
 
     def embed(
         self,
@@ -171,27 +151,31 @@ class ContextualEncoder(nnx.Module):
 
         `context` as in `prepare_context`, or what it made; None is a context of null slots.
         """
-        ids, mask = as_tokens(ids, mask)
+        c, (ids, mask) = self.config, as_tokens(ids, mask)
         if isinstance(context, ContextCache):
-            self._check_cache(context)
+            self._frequencies(context.frequencies)
+            check_cache(context, c.second_stage, isolated=c.context_attention == "isolated", slots=c.slots)
         else:
             context = self.prepare_context(context)
         return self.output(*self.hidden(ids, mask, context))
 
     def hidden(
         self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache
-    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
-        """Last hidden states and which of them are pooled: S = L text tokens, or P + L with `pool_slots`."""
-        c = self.config
+    ) -> tuple[Float[Array, "B S D"], Shaped[Array, "B S"]]:
+        """Last hidden states and their weights in pooling: S = L text tokens, or P + L with `pool_slots`."""
+        c, count = self.config, cache.slots.shape[-2]
         text = self.encoder.embed_tokens(ids, mask, times_token_type=c.text_token_types)
-        bias = self.slot_bias[...] if c.slot_bias is not None else None
         pooled = mask & self._after_instruction(ids, mask)
-        if cache.prefix is not None:
+        if cache.frequencies is not None:
+            frequencies = cache.frequencies[ids][..., None]  # [B, L, 1]
+            text = (text.astype(jnp.float32) + frequencies * self.statistics[...]).astype(text.dtype)
+            pooled = pooled * jnp.exp(self.statistics_pooling[...] * frequencies[..., 0])
+        bias = self.slot_bias[...] if count and c.slot_bias is not None else None
+        if cache.prefix is not None or not count:
             angles = self.encoder.angles(self.encoder.positions(mask))
             return self.encoder.run(text, mask, angles, prefix=cache.prefix, bias=bias)[0], pooled
 
         x, seen, positions = self.joint_sequence(text, mask, cache.slots)
-        count = cache.slots.shape[-2]
         x, _ = self.encoder.run(x, seen, self.encoder.angles(positions), bias=bias, slots=count)
         if c.pool_slots:
             return x, seen.at[:, count:].set(pooled)
@@ -212,44 +196,27 @@ class ContextualEncoder(nnx.Module):
             positions = jnp.concatenate([jnp.full((batch, count), -1, jnp.int32), of_text], axis=1)
         return jnp.concatenate([slots, text], axis=1), seen, positions
 
-    def output(self, hidden: Float[Array, "B S D"], pooled: Bool[Array, "B S"]) -> Float[Array, "B D"]:
-        """Mean over the pooled tokens, then the output projection."""
+    def output(self, hidden: Float[Array, "B S D"], pooled: Shaped[Array, "B S"]) -> Float[Array, "B D"]:
+        """Weighted mean over the tokens, then the output projection."""
         vectors = mean_pool(hidden, pooled)
         projected = self.project_out(jax.nn.relu(self.project_in(vectors))).astype(jnp.float32)
         return vectors + projected if self.config.residual_output else projected
 
-    def _check_cache(self, cache: ContextCache) -> None:
-        """Shapes tell most other models; a `retrieval.Context` carries a fingerprint of the weights, and tells all."""
-        e, isolated = self.config.second_stage, self.config.context_attention == "isolated"
-        of_isolated = cache.prefix is not None
-        if of_isolated != isolated:
-            kinds = {True: "isolated", False: "joint"}
-            raise ValueError(
-                f"this context cache is of a model with {kinds[of_isolated]} attention, this one's is "
-                f"{kinds[isolated]}: call prepare_context of this model"
-            )
-        got, expected = cache.slots.shape[-1:], (e.width,)
-        if isolated:
-            layers, *_, heads, head_dim = cache.prefix.keys.shape
-            got, expected = (*got, layers, heads, head_dim), (e.width, e.layers, e.heads, e.head_dim)
-        if got != expected:
-            raise ValueError(
-                f"this context cache is of another model: expected a width (and layers, heads, features of a head) of "
-                f"{expected}, got {got}; call prepare_context of this model"
-            )
-
     def _slots(self, context):
         """Context slots and soft prompt, [*B, P, D], before the embedding norm."""
-        c = self.config
+        c, width = self.config, self.config.second_stage.width
+        if not c.slots:
+            if context is not None:
+                raise ValueError("this model reads no context documents: give it None and the corpus' frequencies")
+            return jnp.zeros((0, width))
         if context is None:
-            count = c.context_size * c.first_stage.tokens_per_document
-            context = jnp.broadcast_to(self._null(), (count, c.second_stage.width))
-        context = self._fixed(context).astype(jnp.float32)
-        ones = jnp.ones(c.second_stage.width)
-        prompt = self.prompt_out(jax.nn.relu(self.prompt_in(ones))).astype(jnp.float32)
-        prompt = prompt.reshape(c.soft_prompt, -1)
-        prompt = jnp.broadcast_to(prompt, (*context.shape[:-2], *prompt.shape))
-        slots = jnp.concatenate([context, prompt], axis=-2)
+            context = jnp.broadcast_to(self._null(), (c.slots, width))
+        slots = self._fixed(context).astype(jnp.float32)
+        if c.soft_prompt:
+            prompt = self.prompt_out(jax.nn.relu(self.prompt_in(jnp.ones(width)))).astype(jnp.float32)
+            prompt = prompt.reshape(c.soft_prompt, width)
+            prompt = jnp.broadcast_to(prompt, (*slots.shape[:-2], *prompt.shape))
+            slots = jnp.concatenate([slots, prompt], axis=-2)
         if c.slot_token_types:
             slots += c.slot_token_types * self.encoder.token_type(jnp.zeros((), jnp.int32)).astype(jnp.float32)
         return slots
@@ -257,18 +224,33 @@ class ContextualEncoder(nnx.Module):
     def _fixed(self, context):
         """The reference's rule for the number of slots; our own models read any number."""
         c = self.config
-        count = c.context_size * c.first_stage.tokens_per_document
         if c.fixed_context == "no":
             return context
-        if c.fixed_context == "exactly" and context.shape[-2] < count:
+        if c.fixed_context == "exactly" and context.shape[-2] < c.slots:
             raise ValueError(
-                f"this model was published for exactly {count} context vectors, got {context.shape[-2]}: embed more "
+                f"this model was published for exactly {c.slots} context vectors, got {context.shape[-2]}: embed more "
                 f"documents of the corpus, repeat some, or pass None for null slots"
             )
-        return context[..., :count, :]
+        return context[..., : c.slots, :]
+
+    def _frequencies(self, frequencies):
+        """The document frequencies [V], zeros where they are not known; None for a model that reads none."""
+        vocabulary = self.config.second_stage.vocab_size
+        if not self.config.statistics_size:
+            if frequencies is not None:
+                raise ValueError("this model reads no token statistics: leave `frequencies` out")
+            return None
+        if frequencies is None:
+            return jnp.zeros(vocabulary)
+        if frequencies.shape != (vocabulary,):
+            raise ValueError(
+                f"expected the document frequencies of {vocabulary} tokens, got {frequencies.shape}: count them with "
+                f"the model's own tokenizer and vocabulary size"
+            )
+        return jnp.asarray(frequencies, jnp.float32)
 
     def _null(self):
-        if not self.config.null_embedding:
+        if not (self.config.slots and self.config.null_embedding):
             raise ValueError("these weights have no null embedding: give the model a context of the corpus")
         return self.null[...]
 
