@@ -18,6 +18,7 @@ from cde_jax.training import sharding
 from cde_jax.training.losses import info_nce
 
 _STREAMS = ("params", "context", "dropout", "data")
+STATISTICS_STREAM = 1  # of a plan batch's dropout key: whether it knows its document frequencies
 
 
 def stream(seed: int, name: str) -> jax.Array:
@@ -35,6 +36,7 @@ class StepConfig:
     query_chunk: int = 0
     document_chunk: int = 0
     context_chunk: int = 0
+    first_stage_rate: float = 1.0  # 0: frozen, so nothing is computed for its gradient
 
 
 class TrainState(NamedTuple):
@@ -52,12 +54,14 @@ def make_optimizer(
     steps: int,
     weight_decay: float,
     clip_norm: float,
+    first_stage_rate: float = 1.0,
     b1: float = 0.9,
     b2: float = 0.999,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with linear warm-up and linear decay to zero (paper, appendix), and gradient clipping by global norm.
 
-    Weight decay touches matrices only: norms, biases, the null embedding and the slot bias are left alone.
+    Weight decay touches matrices only: norms, biases, the null embedding and the slot bias are left alone. The first
+    stage learns at `first_stage_rate` of the learning rate.
     """
     warmup_steps = min(warmup_steps, steps)
     schedule = optax.join_schedules(
@@ -67,11 +71,13 @@ def make_optimizer(
         ],
         [warmup_steps],
     )
-    optimizer = optax.chain(
+    parts = [
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_matrices),
-    )
-    return optimizer, schedule
+    ]
+    if first_stage_rate != 1:
+        parts.append(optax.masked(optax.scale(first_stage_rate), _of_first_stage))
+    return optax.chain(*parts), schedule
 
 
 def _matrices(params: nnx.State) -> nnx.State:
@@ -79,6 +85,10 @@ def _matrices(params: nnx.State) -> nnx.State:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(getattr(entry, "key", None) in names for entry in path), params
     )
+
+
+def _of_first_stage(params: nnx.State) -> nnx.State:
+    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[0], "key", None) == "first_stage", params)
 
 
 def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
@@ -97,19 +107,18 @@ def embed_plan_batch(
 
     A context document is null where there is none, or by sequence dropout. One draw serves the whole plan batch, so
     that the slots' keys and values are computed once; the reference draws per text, at a rate (0.005) where both
-    only make sure that the null embedding is trained.
+    only make sure that the null embedding is trained. The document frequencies are dropped at that rate too, all
+    together, so that the model knows texts without any.
     """
     context = None
     if isinstance(model, ContextualEncoder):
-        if "context" in batch:
-            vectors, present = map_ready_chunks(model.embed_context, **batch["context"])
-        else:
-            ids, mask = batch["context_ids"], batch["context_mask"]
-            vectors, present = map_chunks(model.embed_context, ids, mask, config.context_chunk), mask.any(axis=1)
-        if model.config.null_embedding:
-            present &= ~jax.random.bernoulli(key, config.sequence_dropout, present.shape)
-            vectors = model.with_null(vectors, present)
-        context = model.prepare_context(vectors)
+        vectors, frequencies = None, None
+        if model.config.slots:
+            vectors = _context_vectors(model, batch, key, config)
+        if model.config.statistics_size:
+            known = ~jax.random.bernoulli(jax.random.fold_in(key, STATISTICS_STREAM), config.sequence_dropout)
+            frequencies = batch["frequencies"] * known
+        context = model.prepare_context(vectors, frequencies)
     encode = partial(model.embed, context=context)
     if "texts" in batch:
         vectors, _ = map_ready_chunks(encode, **batch["texts"])
@@ -118,6 +127,26 @@ def embed_plan_batch(
     queries = map_chunks(encode, batch["query_ids"], batch["query_mask"], config.query_chunk)
     documents = map_chunks(encode, batch["document_ids"], batch["document_mask"], config.document_chunk)
     return queries, documents
+
+
+def _context_vectors(
+    model: ContextualEncoder, batch: dict[str, Any], key: jax.Array, config: StepConfig
+) -> Float[Array, "J D"]:
+    """The first stage's vectors of a plan batch's context documents, or null."""
+    if config.first_stage_rate:
+        embed = model.embed_context
+    else:  # no gradient reaches its parameters, so none is computed
+        graph, params = nnx.split(model.first_stage)
+        embed = nnx.merge(graph, jax.lax.stop_gradient(params)).embed
+    if "context" in batch:
+        vectors, present = map_ready_chunks(embed, **batch["context"])
+    else:
+        ids, mask = batch["context_ids"], batch["context_mask"]
+        vectors, present = map_chunks(embed, ids, mask, config.context_chunk), mask.any(axis=1)
+    if model.config.null_embedding:
+        present &= ~jax.random.bernoulli(key, config.sequence_dropout, present.shape)
+        vectors = model.with_null(vectors, present)
+    return vectors
 
 
 def map_ready_chunks(
