@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from tiny_pairs import tiny_pairs, tiny_plan, tiny_vectors
 
-from cde_jax.batching.loader import Loader
+from cde_jax.batching.loader import CONTEXT_STREAM, STATISTICS_STREAM, Loader
+from cde_jax.batching.sample import sample
 
+ROOT = Path(__file__).resolve().parents[1]
 B, K, LQ, LD = 4, 1, 5, 7
 OPTIONS = {
     "batches_per_step": 2,
@@ -107,6 +109,85 @@ def test_context_is_drawn_from_its_source_without_replacement(made, source):
         assert set(drawn) <= allowed and len(set(drawn)) == len(drawn) == min(5, len(allowed))
 
 
+@pytest.mark.parametrize("size", [1, 4, 5, 9, 40])
+def test_a_mixed_context_is_half_of_the_batch_and_half_of_its_domain_and_draws_nothing_twice(made, size):
+    plan, _ = made
+    mixed = Loader(*made, **(OPTIONS | {"context_size": size, "context_source": "mixed"}))
+    everywhere = Loader(*made, **(OPTIONS | {"context_size": 100, "context_source": "domain"}))
+    for place in range(len(plan)):
+        batch = set(plan.documents(place).tolist())
+        domain = {d for d in everywhere.context(place).tolist() if d >= 0}
+        drawn = [d for d in mixed.context(place).tolist() if d >= 0]
+        half = min(size // 2, len(batch))
+        assert set(drawn[:half]) <= batch and set(drawn[half:]) <= domain
+        assert len(set(drawn)) == len(drawn)
+        assert len(drawn) == half + min(size - half, len(domain - set(drawn[:half])))
+    if size == 4:
+        assert any(set(mixed.context(p)[2:].tolist()) - set(plan.documents(p).tolist()) for p in range(len(plan)))
+
+
+def test_every_document_of_the_domain_is_as_likely_in_a_mixed_context():
+    batch, domain, seen = np.array([1, 2, 3]), np.arange(8), np.zeros(8)
+    for seed in range(4000):
+        drawn = sample("mixed", 4, batch, domain, np.random.default_rng(seed))
+        assert set(drawn[:2].tolist()) <= {1, 2, 3} and len(set(drawn.tolist())) == 4
+        seen[drawn[2:]] += 1
+    # Two of the six left: a third for those outside of the batch, and a third of a third for each inside.
+    np.testing.assert_allclose(seen / 4000, [1 / 3, *[1 / 9] * 3, *[1 / 3] * 4], atol=0.03)
+
+
+STATISTICS = OPTIONS | {"statistics_size": 6, "vocab_size": 100}
+
+
+@pytest.mark.parametrize("source", ["batch", "domain", "mixed"])
+def test_frequencies_are_counted_over_documents_of_the_context_s_source(made, source):
+    """As many as there are, so that which ones is known; text by text."""
+    _, pairs = made
+    size = {"statistics_size": 100, "vocab_size": 100, "context_source": source}
+    batch = Loader(*made, **(OPTIONS | size)).batch(1)
+    everything = Loader(*made, **(OPTIONS | {"context_size": 100, "context_source": source}))
+    assert batch["frequencies"].dtype == np.float32 and batch["frequencies"].shape == (2, 100)
+    documents = pairs.ragged("document_tokens")
+    for g, place in enumerate(batch["plan_batch"].tolist()):
+        rows = [row for row in everything.context(place).tolist() if row >= 0]
+        held = [set(documents.row(row)[:LD].tolist()) for row in rows]
+        for token in range(100):
+            count = sum(token in one for one in held)
+            expected = np.log((len(rows) + 1) / (count + 0.5)) / np.log(2 * (len(rows) + 1))
+            np.testing.assert_allclose(batch["frequencies"][g, token], expected, rtol=1e-6)
+
+
+def test_frequencies_are_a_sample_of_their_own_by_seed_and_place(made):
+    options = STATISTICS | {"context_source": "domain"}
+    loader, again = Loader(*made, **options), Loader(*made, **options)
+    for step in (3, 0):
+        assert_equal(loader.batch(step), again.batch(step))
+    assert any(not np.array_equal(loader.frequencies(0), loader.frequencies(p)) for p in range(1, 4))
+    other = Loader(*made, **(options | {"seed": 2}))
+    assert any(not np.array_equal(loader.frequencies(p), other.frequencies(p)) for p in range(4))
+    context, counted = (loader._sample(0, 6, stream) for stream in (CONTEXT_STREAM, STATISTICS_STREAM))
+    assert sorted(context) != sorted(counted)
+
+
+def test_frequencies_change_nothing_else_of_a_batch(made):
+    with_them, without = Loader(*made, **STATISTICS).batch(2), Loader(*made, **OPTIONS).batch(2)
+    del with_them["frequencies"]
+    assert_equal(with_them, without)
+
+
+def test_a_vocabulary_that_is_too_small_is_an_error(made):
+    with pytest.raises(ValueError, match="below the vocabulary size 20, got"):
+        Loader(*made, **(STATISTICS | {"vocab_size": 20})).batch(0)
+
+
+def test_the_loader_is_imported_without_the_libraries_that_make_plans():
+    code = "import sys, cde_jax.batching.loader; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = {name.split(".")[0] for name in ran.stdout.split()}
+    assert "numpy" in loaded
+    assert not loaded & {"faiss", "sklearn", "threadpoolctl", "scipy", "grain", "jax", "tokenizers", "safetensors"}
+
+
 def test_context_depends_on_seed_and_place_alone(made):
     loader = Loader(*made, **OPTIONS)
     grouped = Loader(*made, **(OPTIONS | {"batches_per_step": 3}))
@@ -122,7 +203,7 @@ def _places(batch):
     return batch["plan_batch"], batch["context_ids"]
 
 
-@pytest.mark.parametrize("source", ["batch", "domain"])
+@pytest.mark.parametrize("source", ["batch", "domain", "mixed"])
 def test_missing_context_documents_are_all_false_rows(made, source):
     loader = Loader(*made, **(OPTIONS | {"context_size": 40, "context_source": source}))
     batch = loader.batch(0)
@@ -210,9 +291,9 @@ def test_iteration_gives_the_batches_in_order_from_any_start(made, threads, pref
         assert_equal(batch, loader.batch(step))
 
 
-@pytest.mark.parametrize(("workers", "source"), [(1, "batch"), (2, "domain")])
+@pytest.mark.parametrize(("workers", "source"), [(1, "batch"), (2, "mixed")])
 def test_processes_give_the_same_batches_in_order(made, workers, source):
-    loader = Loader(*made, **(OPTIONS | {"context_source": source}))
+    loader = Loader(*made, **(STATISTICS | {"context_source": source}))
     batches = list(loader.iterate(5, 13, threads=0, workers=workers, prefetch=4))
     assert len(batches) == 8
     for step, batch in zip(range(5, 13), batches, strict=True):
@@ -298,7 +379,9 @@ def test_an_error_in_a_thread_reaches_the_caller(made):
         ({"query_length": 0}, "query_length ≥ 1"),
         ({"text_lengths": 0}, "text_lengths ≥ 1"),
         ({"seed": -1}, "seed ≥ 0"),
-        ({"context_source": "corpus"}, "batch or domain, got 'corpus'"),
+        ({"statistics_size": -1}, "statistics_size ≥ 0"),
+        ({"statistics_size": 3}, "vocab_size ≥ 1, got 0"),
+        ({"context_source": "corpus"}, "batch or domain or mixed, got 'corpus'"),
     ],
 )
 def test_options_out_of_range_are_named(made, change, message):

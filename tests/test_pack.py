@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cde_jax.batching import pack
+from cde_jax.batching.groups import SMALL_DOMAINS, domain_groups
 from cde_jax.batching.pack import (
-    SMALL_DOMAINS,
     arrange,
     document_centroids,
-    domain_groups,
     epoch_batches,
     epoch_size,
     greedy_tour,

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from cde_jax.batching.cluster import cluster_domains
 from cde_jax.batching.difficulty import Difficulty
+from cde_jax.batching.groups import Group
 from cde_jax.batching.mine import mine_hard_negatives
 from cde_jax.batching.negatives import Positives, choose_hard_negatives, cosine, false_negative_mask, positives
-from cde_jax.batching.pack import Group, document_centroids, epoch_batches, epoch_size
+from cde_jax.batching.pack import document_centroids, epoch_batches, epoch_size
 from cde_jax.data.files import explained, write_all
 from cde_jax.data.store import Ragged, Store
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from cde_jax.batching.batches import Filter, Part, cluster_groups, plan_arrays
 from cde_jax.batching.difficulty import Difficulty, random_similarity, size_histogram
-from cde_jax.batching.pack import PACKINGS, Group, domain_groups, parse_weights
+from cde_jax.batching.groups import Group, domain_groups
+from cde_jax.batching.pack import PACKINGS, parse_weights
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.data.store import Store, StoreWriter, fingerprint
 

@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
+from cde_jax.batching.groups import domain_groups
 from cde_jax.batching.lengths import Layout, choose_layout, chunked
-from cde_jax.batching.pack import domain_groups
 from cde_jax.batching.plan import BatchPlan
+from cde_jax.batching.sample import SOURCES, sample
+from cde_jax.batching.statistics import document_frequencies
 from cde_jax.data.store import Ragged, Store
 
 log = logging.getLogger(__name__)
 
-CONTEXT_STREAM = 31  # keeps the context draw apart from the other random numbers of the same seed
-CONTEXT_SOURCES = ("batch", "domain")
+# Keep the draws of context and token statistics apart from the other random numbers of the same seed.
+CONTEXT_STREAM, STATISTICS_STREAM = 31, 32
 NO_DOCUMENT = -1  # a missing context document: all padding, mask all False
 
 
@@ -36,8 +38,10 @@ class Loader:
     """Training batches of a plan over its pairs' tokens, each plan batch with its context (paper, section 3.2).
 
     batches_per_step G: plan batches in a step. context_size J: context documents of a plan batch, drawn without
-    replacement from the batch's own documents (context_source "batch") or from the positives of its domain ("domain");
-    the small domains that share batches count as one. query_length, document_length: tokens kept of a text, Lq and Ld.
+    replacement from the batch's own documents (context_source "batch"), from the positives of its domain ("domain"), or
+    half from each ("mixed"); the small domains that share batches count as one. query_length, document_length: tokens
+    kept of a text, Lq and Ld. statistics_size: documents, drawn likewise, over which each plan batch's document
+    frequencies are counted, of vocab_size V tokens; 0: none.
 
     text_lengths: how many padded lengths texts run at; more than 1 gives batches in chunks (`lengths`), 1 as plain
     arrays. chunk_tokens, context_chunk_tokens: of a chunk of queries and documents, or context documents; 0: chosen.
@@ -54,6 +58,8 @@ class Loader:
         query_length: int,
         document_length: int,
         seed: int,
+        statistics_size: int = 0,
+        vocab_size: int = 0,
         text_lengths: int = 1,
         chunk_tokens: int = 0,
         context_chunk_tokens: int = 0,
@@ -64,12 +70,14 @@ class Loader:
             ("query_length", query_length, 1),
             ("document_length", document_length, 1),
             ("seed", seed, 0),
+            ("statistics_size", statistics_size, 0),
+            ("vocab_size", vocab_size, int(statistics_size > 0)),
             ("text_lengths", text_lengths, 1),
         ):
             if value < smallest:
                 raise ValueError(f"expected {name} ≥ {smallest}, got {value}; change it in the config")
-        if context_source not in CONTEXT_SOURCES:
-            raise ValueError(f"expected context_source {' or '.join(CONTEXT_SOURCES)}, got {context_source!r}")
+        if context_source not in SOURCES:
+            raise ValueError(f"expected context_source {' or '.join(SOURCES)}, got {context_source!r}")
         try:
             plan.verify(pairs.fingerprint, plan.manifest["settings"])
         except ValueError as error:
@@ -83,10 +91,12 @@ class Loader:
         self.query_length = query_length
         self.document_length = document_length
         self.seed = seed
+        self.statistics_size = statistics_size
+        self.vocab_size = vocab_size
         self._queries = pairs.ragged("query_tokens")
         self._documents = pairs.ragged("document_tokens")
         self._group_rows: list[np.ndarray] = []
-        if context_source == "domain":
+        if context_source != "batch":
             names = [domain["name"] for domain in pairs.manifest["domains"]]
             groups, _ = domain_groups(pairs.array("domain"), names, plan.rows.shape[1])  # as the plan numbered them
             self._group_rows = [group.rows for group in groups]
@@ -109,7 +119,8 @@ class Loader:
 
         query_ids int32 [G, B, Lq], query_mask bool [G, B, Lq]; document_ids int32 [G, N, Ld], document_mask bool
         [G, N, Ld]; context_ids int32 [G, J, Ld], context_mask bool [G, J, Ld], a missing context document being all
-        False; keep bool [G, B, N]; plan_batch int32 [G], the batches' places in the plan.
+        False; keep bool [G, B, N]; plan_batch int32 [G], the batches' places in the plan; with token statistics
+        frequencies float32 [G, V] (`statistics.document_frequencies`).
 
         With several text lengths, instead of ids and masks: "texts", the B queries and then the N documents as
         `lengths.chunked` has them, and "context", the J context documents. The shapes are the same at every step.
@@ -128,6 +139,8 @@ class Loader:
             "keep": np.stack([self.plan.keep(place) for place in places]),
             "plan_batch": np.array(places, np.int32),
         }
+        if self.statistics_size:
+            batch["frequencies"] = np.stack([self.frequencies(place) for place in places])
         if not self.layouts:
             return {
                 "query_ids": query_ids,
@@ -146,15 +159,20 @@ class Loader:
 
     def context(self, place: int) -> Int64[np.ndarray, " J"]:
         """The context documents of plan batch `place`, by the seed and the place alone; −1 where there are too few."""
-        if self.context_source == "batch":
-            documents = np.unique(self.plan.documents(place))
-        else:
-            documents = self._group_rows[self.plan.groups[place]]
-        random = np.random.default_rng([self.seed, CONTEXT_STREAM, place])
-        drawn = random.choice(documents, min(self.context_size, len(documents)), replace=False)
+        drawn = self._sample(place, self.context_size, CONTEXT_STREAM)
         context = np.full(self.context_size, NO_DOCUMENT, np.int64)
         context[: len(drawn)] = drawn
         return context
+
+    def frequencies(self, place: int) -> Float32[np.ndarray, " V"]:
+        """Document frequencies for plan batch `place`, by the seed and the place alone."""
+        drawn = self._sample(place, self.statistics_size, STATISTICS_STREAM)
+        return document_frequencies(self._documents, drawn, self.document_length, self.vocab_size)
+
+    def _sample(self, place: int, count: int, stream: int) -> Int64[np.ndarray, " drawn"]:
+        domain = self._group_rows[self.plan.groups[place]] if self._group_rows else None
+        random = np.random.default_rng([self.seed, stream, place])
+        return sample(self.context_source, count, np.unique(self.plan.documents(place)), domain, random)
 
     def _text_sizes(self) -> Iterator[Int64[np.ndarray, " texts"]]:
         """Tokens of each plan batch's queries and documents."""

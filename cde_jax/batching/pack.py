@@ -1,11 +1,9 @@
 """Clusters into equal batches, within one domain (paper, section 3.1: "packing").
 
-The rule, stated once. A domain of at least B rows is a group of its own; smaller domains are merged into one group
-named "(small domains)", which is left out if it has fewer than B rows itself. In each epoch the clusters of a group are
-put in a new order, the rows inside a cluster are shuffled, and the sequence is cut into ⌊rows / B⌋ batches. The
-remainder (rows mod B) is left out of that epoch: it is taken out as one run at a random batch boundary, because
-always taking the end would leave out the same outliers every time (a greedy tour visits them last). Batches of all
-groups are then shuffled.
+The rule, stated once. In each epoch the clusters of a group of domains (`groups`) are put in a new order, the rows
+inside a cluster are shuffled, and the sequence is cut into ⌊rows / B⌋ batches. The remainder (rows mod B) is left out
+of that epoch: it is taken out as one run at a random batch boundary, because always taking the end would leave out the
+same outliers every time (a greedy tour visits them last). Batches of all groups are then shuffled.
 
 So a large cluster is split into batches, at random, and small ones are merged: with whatever follows at random, or
 with the near ones, which follow each other in a tour ("tsp"): the two ways of the paper.
@@ -18,52 +16,15 @@ of 0 leaves the group out.
 import difflib
 import math
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Int64
 
+from cde_jax.batching.groups import SMALL_DOMAINS, Group
 from cde_jax.batching.tour import greedy_tour
 
-SMALL_DOMAINS = "(small domains)"
 PACKINGS = ("random", "tsp")
 CENTROID_ROWS = 65_536  # document vectors in memory at once, or a whole cluster if that is more
-
-
-class Group(NamedTuple):
-    """Rows that may share a batch: a domain, or the small domains together."""
-
-    name: str
-    domains: tuple[int, ...]  # indices of the domains it is made of
-    rows: Int64[np.ndarray, " rows"]  # ascending
-
-
-def domain_groups(
-    domain: Int[np.ndarray, " n"], names: Sequence[str], batch_size: int
-) -> tuple[list[Group], Group | None]:
-    """The groups of n pairs by the rule above, and the group of small domains if it had to be left out.
-
-    domain: the index into `names` of each pair. Raises ValueError if no batch of `batch_size` rows can be made.
-    """
-    order = np.argsort(domain, kind="stable").astype(np.int64)
-    bounds = np.searchsorted(domain[order], np.arange(len(names) + 1))
-    rows_of = [order[start:end] for start, end in pairwise(bounds)]
-    groups = [Group(names[i], (i,), rows) for i, rows in enumerate(rows_of) if len(rows) >= batch_size]
-    small = tuple(i for i, rows in enumerate(rows_of) if 0 < len(rows) < batch_size)
-    left_out = None
-    if small:
-        merged = Group(SMALL_DOMAINS, small, np.sort(np.concatenate([rows_of[i] for i in small])))
-        if len(merged.rows) >= batch_size:
-            groups.append(merged)
-        else:
-            left_out = merged
-    if not groups:
-        raise ValueError(
-            f"expected at least one batch of {batch_size} pairs, got {len(domain)} pairs in {len(names)} domains and "
-            "none can be made; use a smaller batch_size or more data"
-        )
-    return groups, left_out
 
 
 def parse_weights(texts: Sequence[str], groups: Sequence[Group], names: Sequence[str]) -> list[float]:
