@@ -10,6 +10,7 @@ from typing import Any, get_origin
 
 from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
+from cde_jax.training.memory import AUTO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ class Model:
     max_positions: int
     soft_prompt: int
     slot_bias: float | None
+    statistics_size: int
     tie_token_embeddings: bool
     dtype: str
     attention: str
@@ -103,6 +105,7 @@ class Train:
     devices: int
     batches_per_step: int
     learning_rate: float
+    first_stage_rate: float
     warmup_steps: int
     weight_decay: float
     clip_norm: float
@@ -113,6 +116,9 @@ class Train:
     query_chunk: int
     document_chunk: int
     context_chunk: int
+    memory_gib: float
+    peak_tflops: float
+    profile_steps: int
     log_every: int
     checkpoint_every: int
     evaluate_every: int
@@ -149,7 +155,7 @@ _CHOICES = {
     "data.packages": ("core", "installed"),
     "batching.method": ("clustered", "random"),
     "batching.packing": ("random", "tsp"),
-    "batching.context_source": ("batch", "domain"),
+    "batching.context_source": ("batch", "domain", "mixed"),
     "model.kind": ("contextual", "biencoder"),
     "model.context_attention": ("isolated", "joint"),
     "model.backbone": ("nomic", "bert"),
@@ -180,7 +186,7 @@ _RANGES = {
     "batching.threads": (1,),
     "batching.workers": (0,),
     "batching.prefetch": (1,),
-    "model.context_size": (1,),
+    "model.context_size": (0,),
     "model.vocab_size": (0,),
     "model.width": (1,),
     "model.layers": (1,),
@@ -188,33 +194,40 @@ _RANGES = {
     "model.heads": (1,),
     "model.mlp_width": (1,),
     "model.max_positions": (1,),
-    "model.soft_prompt": (1,),
+    "model.soft_prompt": (0,),
+    "model.statistics_size": (0,),
     "model.init.layers": (0,),
     "train.steps": (0,),
     "train.devices": (0,),
     "train.batches_per_step": (1,),
     "train.learning_rate": (0.0, 1.0),
+    "train.first_stage_rate": (0.0, 1000.0),
     "train.warmup_steps": (0,),
     "train.weight_decay": (0.0,),
     "train.clip_norm": (1e-9,),
     "train.temperature": (1e-4, 10.0),
     "train.sequence_dropout": (0.0, 1.0),
     "train.text_lengths": (1,),
-    "train.query_chunk": (0,),
-    "train.document_chunk": (0,),
-    "train.context_chunk": (0,),
+    "train.query_chunk": (AUTO,),
+    "train.document_chunk": (AUTO,),
+    "train.context_chunk": (AUTO,),
+    "train.memory_gib": (0.0,),
+    "train.peak_tflops": (0.0,),
+    "train.profile_steps": (0,),
     "train.log_every": (1,),
     "train.checkpoint_every": (0,),
     "train.evaluate_every": (0,),
     "evaluate.cutoff": (1,),
 }
 # Keys that may differ between two runs of one work directory: they do not change any number that training computes.
-_FREE = {
+FREE = {
     "data.evaluation",
     "evaluate.development",
     "batching.threads",
     "batching.workers",
     "batching.prefetch",
+    "train.peak_tflops",
+    "train.profile_steps",
     "train.log_every",
     "train.checkpoint_every",
     "train.evaluate_every",
@@ -314,6 +327,11 @@ def _problems(config: Config) -> list[str]:
         problems.append(f"texts of {longest} tokens do not fit `model.max_positions` = {model.max_positions}")
     if model.width % model.heads:
         problems.append(f"`model.width` {model.width} is not a multiple of `model.heads` {model.heads}")
+    if model.kind == "contextual" and not (model.context_size or model.statistics_size):
+        problems.append(
+            "`model.context_size` and `model.statistics_size` are both 0, so there is no context to read: raise one, "
+            "or choose `model.kind` 'biencoder'"
+        )
     if train.steps and train.warmup_steps >= train.steps:
         problems.append(f"`train.warmup_steps` {train.warmup_steps} must be fewer than `train.steps` {train.steps}")
     development, sets = config.evaluate.development, (*data.held_out, *map(_set_name, data.evaluation))
@@ -341,7 +359,7 @@ def check_same_run(now: Mapping[str, Any], before: Mapping[str, Any], where: str
     different = [
         f"- {name}: {before.get(name, '(not there)')!r} there, {listed(now.get(name, '(not there)'))!r} now"
         for name in sorted(now.keys() | before.keys())
-        if name not in _FREE and listed(now.get(name)) != listed(before.get(name))
+        if name not in FREE and listed(now.get(name)) != listed(before.get(name))
     ]
     if different:
         raise ValueError(
@@ -377,11 +395,12 @@ def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig |
         return BiencoderConfig(second)
     first = encoder_config(model, vocab_size, model.first_stage_layers or model.layers, dtype)
     return ContextualConfig(
-        first_stage=BiencoderConfig(first, head=True),
+        first_stage=BiencoderConfig(first, head=True) if model.context_size else None,
         second_stage=second,
         context_size=model.context_size,
         context_attention=model.context_attention,
         soft_prompt=model.soft_prompt,
         slot_bias=model.slot_bias,
+        statistics_size=model.statistics_size,
         tie_token_embeddings=model.tie_token_embeddings,
     )

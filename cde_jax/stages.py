@@ -14,25 +14,29 @@ import jax
 import numpy as np
 from flax import nnx
 
+from cde_jax.assemble import CHUNKS, Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
 from cde_jax.batching.loader import Loader
+from cde_jax.batching.plan import BatchPlan
 from cde_jax.batching.surrogate import Lsa, Texts
-from cde_jax.config import Config, check_same_run, from_config_dict, model_config
+from cde_jax.config import FREE, Config, check_same_run, from_config_dict
 from cde_jax.data.files import fingerprint, read_json, write_json
+from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings, load_encoder
-from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualEncoder
-from cde_jax.models.encoder import Encoder
+from cde_jax.models.attention import pick
+from cde_jax.models.contextual import Biencoder, ContextualEncoder
+from cde_jax.models.encoder import Encoder, pick_remat
 from cde_jax.prepare import LSA, TOKENIZER, Encoders, evaluation_sets, load_plan, prepare
 from cde_jax.retrieval import evaluate as measure
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.training import loop, sharding
 from cde_jax.training.checkpoint import Checkpoints
-from cde_jax.training.step import StepConfig, TrainState, init_state, make_optimizer, make_train_step, stream
+from cde_jax.training.step import TrainState, stream
 
 log = logging.getLogger(__name__)
 
 STAGES = ("prepare", "train", "evaluate", "export")
-EXPORT = "export"
+EXPORT, TRAINING = "export", "training.json"
 _VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "faiss-cpu", "scikit-learn", "tokenizers")
 
 
@@ -75,42 +79,48 @@ def claim(config: Config, workdir: Path, rebuild: bool = False) -> None:
 
 def train(config: Config, workdir: Path) -> bool:
     """Train to the end, from the newest checkpoint if there is one; False if asked to stop before the end."""
-    run = _run(config, workdir)
-    state = run.state
+    config, run = _run(config, workdir, choose_chunks=True)
+    mesh, graph, state, step, steps = run.training
     newest = run.checkpoints.newest()
     if newest is not None:
-        if newest >= run.steps:
-            log.info("all %d steps are done: training is skipped", run.steps)
+        if newest >= steps:
+            log.info("all %d steps are done: training is skipped", steps)
             run.checkpoints.close()
             return True
         state = run.checkpoints.restore(newest, state)
-        log.info("going on from checkpoint %d of %d", newest, run.steps)
+        log.info("going on from checkpoint %d of %d", newest, steps)
     t, b = config.train, config.batching
+    loader = make_loader(config, run.plan, run.pairs, _vocab_size(nnx.merge(graph, state.params)))
+    chosen = _describe(config, run, loader)
+    write_json(workdir / TRAINING, chosen)
+    log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "belongs"))
 
     def batches(start: int, stop: int) -> Iterator[dict[str, Any]]:
-        read = run.loader.iterate(start, stop, threads=b.threads, workers=b.workers, prefetch=b.prefetch)
+        read = loader.iterate(start, stop, threads=b.threads, workers=b.workers, prefetch=b.prefetch)
         with closing(read):
-            yield from sharding.shard_ahead(run.mesh, read)
+            yield from sharding.shard_ahead(mesh, read)
 
     development = [one for one in evaluation_sets(config, workdir) if one.name == config.evaluate.development]
 
     def score(state: TrainState) -> float:
-        embedder = _embedder(config, workdir, nnx.merge(run.graph, state.params))
+        embedder = _embedder(config, workdir, nnx.merge(graph, state.params))
         kind = measure.SAME_CORPUS if embedder.contextual else measure.NO_CONTEXT
         scores = measure.evaluate_embedder(embedder, development, [], config.seed, config.evaluate.cutoff)
         return scores[development[0].name][kind]
 
     try:
         outcome = loop.run(
-            run.step,
+            step,
             state,
             batches,
-            sharding.replicate(run.mesh, stream(config.seed, "dropout")),
-            steps=run.steps,
+            sharding.replicate(mesh, stream(config.seed, "dropout")),
+            steps=steps,
             cadence=loop.Cadence(t.log_every, t.checkpoint_every, t.evaluate_every),
             checkpoints=run.checkpoints,
             workdir=workdir,
             evaluate=score if development else None,
+            peak_tflops=t.peak_tflops,
+            profile_steps=t.profile_steps,
         )
     finally:
         run.checkpoints.close()
@@ -167,22 +177,14 @@ def export(config: Config, workdir: Path) -> Path:
 
 def trained(config: Config, workdir: Path) -> Embedder:
     """The trained model of a work directory: its best checkpoint, or its newest, as the config says."""
-    run = _run(config, workdir)
-    checkpoints = run.checkpoints
+    _, (training, _, _, checkpoints) = _run(config, workdir)
     step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.newest()
     if step is None:
         raise ValueError(f"{workdir} has no checkpoint yet: run --stage=train first")
-    state = checkpoints.restore(step, run.state)
+    state = checkpoints.restore(step, training.state)
     checkpoints.close()
-    log.info("checkpoint %d of %d", step, run.steps)
-    return _embedder(config, workdir, nnx.merge(run.graph, state.params))
-
-
-def build_model(config: Config, vocab_size: int, dtype: str) -> Biencoder | ContextualEncoder:
-    """The model with random parameters from the run's seed; jitted, so that a large one is made in seconds."""
-    shape = model_config(config.model, vocab_size, dtype)
-    kind = Biencoder if isinstance(shape, BiencoderConfig) else ContextualEncoder
-    return nnx.jit(lambda key: kind(shape, rngs=nnx.Rngs(params=key)))(stream(config.seed, "params"))
+    log.info("checkpoint %d of %d", step, training.steps)
+    return _embedder(config, workdir, nnx.merge(training.graph, state.params))
 
 
 def model_card(config: Config, workdir: Path) -> str:
@@ -220,75 +222,63 @@ embedder = Embedder.from_pretrained("this directory")
 class _Run(NamedTuple):
     """What training and its readers share."""
 
-    loader: Loader
-    mesh: jax.sharding.Mesh
-    graph: nnx.GraphDef
-    state: TrainState
-    step: Any
-    steps: int
+    training: Training
+    plan: BatchPlan
+    pairs: Store
     checkpoints: Checkpoints
 
 
-def _run(config: Config, workdir: Path) -> _Run:
+def _run(config: Config, workdir: Path, choose_chunks: bool = False) -> tuple[Config, _Run]:
+    """The parts of a run, and its config, with numbers for chunk sizes of −1 where they are to be chosen."""
     pairs, plan = load_plan(config, workdir)
-    t, contextual = config.train, config.model.kind == "contextual"
-    mesh = sharding.make_mesh(t.devices)
-    sharding.check_divides(mesh, t.batches_per_step)
-    steps = t.steps or len(plan) // t.batches_per_step
-    if steps < 1:
-        raise ValueError(
-            f"the plan has {len(plan)} batches, fewer than the {t.batches_per_step} of one step: lower "
-            f"train.batches_per_step or batching.batch_size, raise batching.epochs, or give more data"
-        )
-    loader = Loader(
-        plan,
-        pairs,
-        batches_per_step=t.batches_per_step,
-        context_size=config.model.context_size if contextual else 0,
-        context_source=config.batching.context_source,
-        query_length=config.data.query_length,
-        document_length=config.data.document_length,
-        seed=config.seed,
-        text_lengths=t.text_lengths,
-        chunk_tokens=t.document_chunk * config.data.document_length or _chunk_tokens(),
-        context_chunk_tokens=t.context_chunk * config.data.document_length or _chunk_tokens(),
-    )
-    optimizer, schedule = make_optimizer(
-        learning_rate=t.learning_rate,
-        warmup_steps=t.warmup_steps,
-        steps=steps,
-        weight_decay=t.weight_decay,
-        clip_norm=t.clip_norm,
-    )
-    graph, state = init_state(_initial_model(config, workdir), optimizer)
-    names = ("temperature", "sequence_dropout", "share_negatives", "query_chunk", "document_chunk", "context_chunk")
-    step = make_train_step(graph, optimizer, schedule, StepConfig(**{name: getattr(t, name) for name in names}), mesh)
     belongs = {"plan": plan.fingerprint, "config": _training_fingerprint(config)}
+    model = _initial_model(config, workdir)
+    if choose_chunks:
+        config = _with_chunks(config, workdir, belongs, model, plan, pairs)
     checkpoints = Checkpoints(workdir / "checkpoints", belongs)
-    return _Run(loader, mesh, graph, sharding.replicate(mesh, state), step, steps, checkpoints)
+    return config, _Run(make_training(config, model, plan), plan, pairs, checkpoints)
 
 
-def _chunk_tokens() -> int:
-    """Tokens of a chunk where the config gives none: what keeps an accelerator busy; on a CPU the loader's choice."""
-    return 0 if jax.default_backend() == "cpu" else 8192
+def _with_chunks(config: Config, workdir: Path, belongs: dict[str, str], model, plan, pairs) -> Config:
+    """Chunk sizes are found once: a run that goes on keeps them, so that it computes the same numbers."""
+    file = workdir / TRAINING
+    if file.exists() and (before := read_json(file))["belongs"] == belongs:
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, **before["chunks"]))
+    return fit_chunks(config, model, plan, pairs, _vocab_size(model))
+
+
+def _describe(config: Config, run: _Run, loader: Loader) -> dict[str, Any]:
+    """What was chosen for this run where the config leaves it open: the content of training.json."""
+    encoder, device = nnx.merge(run.training.graph, run.training.state.params).encoder.config, jax.devices()[0]
+    return {
+        "belongs": run.checkpoints.belongs,
+        "steps": run.training.steps,
+        "devices": f"{run.training.mesh.size} x {device.platform} {device.device_kind}",
+        "dtype": encoder.dtype,
+        "attention": pick(encoder.attention, encoder.dtype, encoder.head_dim),
+        "remat": pick_remat(encoder.remat),
+        "chunks": {name: getattr(config.train, name) for name in CHUNKS},
+        "layouts": {name: layout._asdict() for name, layout in loader.layouts.items()},
+    }
+
+
+def _vocab_size(model: Biencoder | ContextualEncoder) -> int:
+    return model.encoder.config.vocab_size
 
 
 def _training_fingerprint(config: Config) -> str:
     """Of the settings that shape parameters or optimiser: how often things are logged or saved is not among them."""
-    train = {k: v for k, v in config.as_dict()["train"].items() if not k.endswith("_every")}
+    train = {k: v for k, v in config.as_dict()["train"].items() if f"train.{k}" not in FREE}
     return fingerprint({"seed": config.seed, "model": config.as_dict()["model"], "train": train})
 
 
 def _initial_model(config: Config, workdir: Path) -> Biencoder | ContextualEncoder:
     """Random parameters, then the pretrained encoders that `model.init` names."""
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model = build_model(config, Tokenizer.load(workdir / TOKENIZER).vocab_size, dtype)
+    model = build_model(config, Tokenizer.load(workdir / TOKENIZER).vocab_size, compute_dtype(config))
     init = config.model.init
     second = model.encoder
     _start_from(second, init.second_stage, init.layers, "second_stage")
-    if isinstance(model, ContextualEncoder):
+    if isinstance(model, ContextualEncoder) and config.model.context_size:
         _start_from(model.first_stage.encoder, init.first_stage, init.layers, "first_stage")
     return model
 

@@ -52,7 +52,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # ε of the false-negative filter (paper eq. 4) on the surrogate's cosine: documents at least this much closer to
     # the query than its own document are no negatives. None: only equal texts are masked.
     c.batching.filter_margin = 0.0
-    c.batching.context_source = "batch"  # context documents are drawn from the "batch" (paper) or from its "domain"
+    c.batching.context_source = (
+        "batch"  # of context documents: the "batch" (paper), its "domain", "mixed": half of each
+    )
     c.batching.threads = 4  # that read batches
     c.batching.workers = 0  # processes that read batches instead of threads; 0: none
     c.batching.prefetch = 8  # batches ready ahead
@@ -60,7 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model = ConfigDict()
     c.model.kind = "contextual"  # "contextual" (two stages), or a plain "biencoder"
     c.model.context_attention = "isolated"  # "isolated": slots are computed once per context; "joint": as the paper
-    c.model.context_size = 512  # J context documents
+    c.model.context_size = 512  # J context documents; 0: no slots and no first stage, token statistics only
     c.model.backbone = "nomic"  # "nomic": rotary positions, SwiGLU, no biases; "bert"
     c.model.vocab_size = 0  # rows of the token embeddings; 0: as many as the tokenizer has
     c.model.width = 768  # D
@@ -69,10 +71,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.heads = 12
     c.model.mlp_width = 3072  # hidden width of the MLP
     c.model.max_positions = 2048  # longest text
-    c.model.soft_prompt = 8  # learned tokens between slots and text
+    c.model.soft_prompt = 8  # learned tokens between slots and text; 0: none
     # First value of a learned bias per layer and head from text to slots: training starts as a biencoder and opens
     # to context as it earns something. None: no such bias (the paper).
     c.model.slot_bias = -5.0
+    # How many documents the corpus' token statistics are counted over: how rare each token is in them, read at the
+    # token embeddings and in pooling. 0: none.
+    c.model.statistics_size = 0
     c.model.tie_token_embeddings = False  # both stages share one table
     c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators and float32 on CPU, or either by name
     # What runs attention: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16;
@@ -91,6 +96,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.devices = 0  # how many share a step; 0: all there are
     c.train.batches_per_step = 1  # G plan batches per step, shared by the devices
     c.train.learning_rate = 2e-5  # peak, of AdamW
+    c.train.first_stage_rate = 1.0  # the first stage's learning rate as a share of it; 0: the first stage is frozen
     c.train.warmup_steps = 1000  # linear, then linear decay to zero
     c.train.weight_decay = 0.01  # of matrices
     c.train.clip_norm = 1.0  # global norm of the gradient
@@ -101,9 +107,14 @@ def get_config(variant: str = "") -> ConfigDict:
     # are sorted by length into common chunks, as many tokens each as `document_chunk` texts of the longest length
     # (0: a fitting number, 8192 on accelerators), recomputed in the backward pass. Each length takes time to compile.
     c.train.text_lengths = 12
-    c.train.query_chunk = 0  # texts encoded at once, recomputed in the backward pass; 0: all, nothing recomputed
+    # Texts encoded at once, recomputed in the backward pass; 0: all, nothing recomputed; -1: as many as the device's
+    # memory holds, by the compiler's count (`memory_gib`, or 0.9 of what the device says it has; a CPU does not say).
+    c.train.query_chunk = 0
     c.train.document_chunk = 0
     c.train.context_chunk = 0
+    c.train.memory_gib = 0.0  # that a step may need, for chunks of -1; 0: what the device has
+    c.train.peak_tflops = 0.0  # of a device, for the utilisation in metrics.jsonl; 0: its maker's number, if known
+    c.train.profile_steps = 0  # so many steps are traced by jax.profiler, from the 4th of a run on, into profile/
     c.train.log_every = 10  # steps between lines of metrics.jsonl
     c.train.checkpoint_every = 500  # steps; 0: only at the end
     c.train.evaluate_every = 0  # steps between scores on the development set; 0: only at the end

@@ -112,7 +112,8 @@ def test_whole_numbers_lists_and_none_are_taken_where_they_fit():
         ("batching__hard_negatives", -1),
         ("batching__filter_margin", 2.5),
         ("batching__filter_margin", math.nan),
-        ("model__context_size", 0),
+        ("model__context_size", -1),
+        ("train__document_chunk", -2),
         ("train__batches_per_step", 0),
         ("train__learning_rate", -1.0),
         ("train__temperature", 0.0),
@@ -151,6 +152,7 @@ def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(key):
     ("changes", "words"),
     [
         ({"data__source": "jsonl"}, "`data.paths` is empty: name the jsonl files"),
+        ({"model__context_size": 0}, "`model.context_size` and `model.statistics_size` are both 0"),
         ({"model__max_positions": 100}, "texts of 512 tokens do not fit `model.max_positions` = 100"),
         ({"model__heads": 7}, "`model.width` 768 is not a multiple of `model.heads` 7"),
         ({"train__steps": 10}, "`train.warmup_steps` 1000 must be fewer than `train.steps` 10"),

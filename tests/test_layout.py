@@ -61,7 +61,7 @@ BARE = {"jax", "flax", "optax", "numpy", "jaxtyping", "cde_jax"}
     "file",
     [
         *sorted((PACKAGE / "models").glob("*.py")),
-        *(PACKAGE / f"training/{n}.py" for n in ("losses", "sharding", "step")),
+        *(PACKAGE / f"training/{n}.py" for n in ("accounting", "losses", "sharding", "step")),
     ],
 )
 def test_models_and_steps_run_on_a_bare_image(file):

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from tiny_models import VOCABULARY, biencoder
 
 from cde_jax.training import loop, sharding
+from cde_jax.training.accounting import step_flops
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import StepConfig, init_state, make_train_step, stream
 
@@ -43,7 +45,9 @@ def batches(start, stop):
         yield batch | {"keep": jnp.ones((1, 4, 4), bool), "plan_batch": np.array([100 + step])}
 
 
-def go(trainer, workdir, steps=6, *, checkpoint=2, every=1, evaluate=None, source=batches, wrap=lambda step: step):
+def go(
+    trainer, workdir, steps=6, *, checkpoint=2, every=1, evaluate=None, source=batches, wrap=lambda step: step, **more
+):
     """Run or resume as `stages.train` does; returns the outcome."""
     step, state = trainer
     checkpoints = Checkpoints(workdir / "checkpoints", BELONGS)
@@ -60,6 +64,7 @@ def go(trainer, workdir, steps=6, *, checkpoint=2, every=1, evaluate=None, sourc
             checkpoints=checkpoints,
             workdir=workdir,
             evaluate=evaluate,
+            **more,
         )
     finally:
         checkpoints.close()
@@ -91,12 +96,39 @@ def test_a_run_leaves_metrics_tensorboard_and_its_newest_checkpoints(trainer, tm
     assert outcome.finished and int(outcome.state.step) == 6
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     names = {"step", "loss", "accuracy", "positive", "negative", "masked", "gradient_norm", "learning_rate"}
-    assert set(lines(tmp_path)[0]) == names | {"pairs_per_second", "padding", "compilations"}
+    assert set(lines(tmp_path)[0]) == names | {"pairs_per_second", "tflops", "padding", "compilations"}
     assert lines(tmp_path)[-1]["loss"] < lines(tmp_path)[0]["loss"] * 1.5
     (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     assert b"accuracy" in events.read_bytes()
     assert kept(tmp_path) == [4, 6]
     assert same(opened(tmp_path).restore(6, outcome.state), outcome.state)
+
+
+def test_lines_tell_model_flops_by_the_texts_own_lengths(trainer, tmp_path):
+    def half_empty(start, stop):
+        for step, batch in enumerate(batches(start, stop), start):
+            yield batch | {"query_mask": batch["query_mask"].at[:, 2:].set(step < 2)}
+
+    go(trainer, tmp_path, steps=4, source=half_empty, peak_tflops=1e-3)
+    rows = lines(tmp_path)
+    flops = [row["tflops"] / row["pairs_per_second"] for row in rows]  # of a pair, up to what is rounded
+    config = nnx.merge(init_state(biencoder(layers=1), optax.adam(1e-3))[0], trainer[1].params).config
+    for row, texts in ((rows[1], 8), (rows[3], 6)):
+        step = step_flops(config, np.array([3] * texts), scores=16)
+        np.testing.assert_allclose(row["tflops"] / row["pairs_per_second"] * 4e12, step, rtol=0.1)
+        np.testing.assert_allclose(row["utilisation"], row["tflops"] * 1e3, rtol=0.1)
+    assert flops[3] < flops[1]
+
+
+def test_steps_are_traced_where_it_is_asked_for(trainer, tmp_path, caplog):
+    go(trainer, tmp_path / "none", steps=6)
+    assert not (tmp_path / "none" / "profile").exists()
+    with caplog.at_level("INFO"):
+        go(trainer, tmp_path / "two", steps=7, profile_steps=2)
+        go(trainer, tmp_path / "short", steps=4, profile_steps=5)
+    for run in ("two", "short"):
+        assert [file.stat().st_size > 0 for file in (tmp_path / run / "profile").rglob("*.xplane.pb")] == [True]
+    assert caplog.text.count("holds the profiler's trace") == 2
 
 
 def test_lines_tell_the_padding_since_the_line_before_and_the_compilations(trainer, tmp_path):
@@ -111,7 +143,8 @@ def test_lines_tell_the_padding_since_the_line_before_and_the_compilations(train
 
     go(trainer, tmp_path, 5, every=2, source=wider_in_the_end)
     found = [(line["step"], line["padding"], line["compilations"]) for line in lines(tmp_path)]
-    assert found == [(2, round(4 / 72, 6), 1), (4, round(4 / 72, 6), 1), (5, 0.25, 2)]
+    padding = float(f"{4 / 72:.6g}")
+    assert found == [(2, padding, 1), (4, padding, 1), (5, 0.25, 2)]
 
 
 def test_lines_are_written_every_few_steps_and_at_the_end(trainer, tmp_path):
@@ -127,7 +160,7 @@ def test_resuming_repeats_no_line_and_ends_in_the_same_state(trainer, tmp_path):
     outcome = go(trainer, tmp_path / "cut", 6)
     assert [line["step"] for line in lines(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
     without_speed = [
-        [{k: v for k, v in x.items() if "pairs" not in k} for x in lines(tmp_path / d)] for d in ("whole", "cut")
+        [{k: v for k, v in x.items() if k not in ("pairs_per_second", "tflops")} for x in lines(tmp_path / d)] for d in ("whole", "cut")
     ]
     assert without_speed[0] == without_speed[1]
     assert same(outcome.state, whole.state)

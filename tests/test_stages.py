@@ -12,6 +12,7 @@ import pytest
 from tiny_run import SIZES, get_config, texts, write_data, write_lines
 
 from cde_jax import Embedder, stages
+from cde_jax.assemble import build_model
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import fingerprint, read_json, write_json
@@ -108,7 +109,7 @@ def test_the_export_gives_the_trained_model_s_vectors(data, done):
             np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
     assert isinstance(exported.model, ContextualEncoder)
     # Training moved the weights that are exported.
-    start = stages.build_model(from_config_dict(config_of(data)), 150, "float32")
+    start = build_model(from_config_dict(config_of(data)), 150, "float32")
     moved = np.abs(start.encoder.blocks.qkv.kernel[...] - exported.model.encoder.blocks.qkv.kernel[...])
     assert moved.max() > 1e-3
 

@@ -10,7 +10,16 @@ from tiny_models import VOCABULARY, biencoder
 
 from cde_jax.batching.lengths import choose_layout, chunked
 from cde_jax.training import sharding
-from cde_jax.training.step import StepConfig, count_tokens, embed_plan_batch, init_state, make_train_step
+from cde_jax.training.accounting import encoding_flops, step_flops
+from cde_jax.training.step import (
+    StepConfig,
+    count_flops,
+    count_tokens,
+    embed_plan_batch,
+    init_state,
+    make_train_step,
+    text_sizes,
+)
 
 LONGEST = 24
 DROPOUT = StepConfig(temperature=0.1, sequence_dropout=0.3)
@@ -106,6 +115,21 @@ def test_devices_talk_once_where_texts_are_in_chunks():
     inside, outside = collectives(hlo)
     assert not inside and outside
     assert hlo.count(" conditional(") >= 2 * 5  # chunks without a text are skipped, forward and backward
+
+
+def test_model_flops_follow_the_texts_not_how_they_are_held(plain):
+    batches, (_, metrics, _) = plain
+    for batch, held, values in zip(batches, in_chunks(batches), metrics, strict=True):
+        queries, documents, context = (batch[f"{name}_mask"].sum(axis=2) for name in ("query", "document", "context"))
+        sizes = np.concatenate([queries, documents], axis=1)
+        np.testing.assert_array_equal(text_sizes(held, "texts"), sizes)
+        np.testing.assert_array_equal(text_sizes(held, "context"), context)
+        np.testing.assert_array_equal(text_sizes(batch, "texts"), sizes)
+        expected = step_flops(model().config, sizes, context, scores=batch["keep"].size)
+        np.testing.assert_allclose(values["flops"], expected, rtol=1e-5)
+        frozen = count_flops(model(), held, StepConfig(first_stage_rate=0.0))
+        first_stage = encoding_flops(model().config.first_stage, context)
+        np.testing.assert_allclose(frozen, expected - 2 * first_stage, rtol=1e-5)
 
 
 def test_padding_is_counted_as_it_is_computed(plain):

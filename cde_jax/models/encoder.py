@@ -104,11 +104,17 @@ def norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
+def pick_remat(remat: bool | str) -> str:
+    """What `EncoderConfig.remat` means on this platform: "none", "dots" or "full"."""
+    if remat == "auto":
+        return "dots" if jax.default_backend() == "cpu" else "none"
+    return {True: "full", False: "none"}.get(remat, remat)
+
+
 def _recomputed(layer: Callable, remat: bool | str) -> Callable:
     """`layer` of a scan, with what `EncoderConfig.remat` says computed again in the backward pass."""
-    if remat == "auto":
-        remat = "dots" if jax.default_backend() == "cpu" else "none"
-    if remat in (False, "none"):
+    remat = pick_remat(remat)
+    if remat == "none":
         return layer
     policy, policies = None, jax.checkpoint_policies
     if remat == "dots":
@@ -199,7 +205,15 @@ class Encoder(nnx.Module):
         type_ids: Int[Array, "B L"] | None = None,
         times_token_type: int = 1,
     ) -> Float[Array, "B L D"]:
-        """Word, learned position and token type embeddings, before the embedding norm."""
+        """Word, learned position and token type embeddings, before the embedding norm.
+
+        Raises ValueError for texts longer than the table of learned positions; rotary positions have no end.
+        """
+        if self.config.positions == "learned" and ids.shape[1] > self.config.max_positions:
+            raise ValueError(
+                f"texts of {ids.shape[1]} tokens need as many learned positions, the model has "
+                f"{self.config.max_positions}: cut the texts"
+            )
         x = self.word(ids)
         if self.config.token_types:
             types = jnp.zeros_like(ids) if type_ids is None else type_ids

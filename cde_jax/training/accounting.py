@@ -45,17 +45,25 @@ def utilisation(
 
 
 def step_flops(
-    config: BiencoderConfig | ContextualConfig, texts: Sizes, context: Sizes | None = None, *, scores: int
+    config: BiencoderConfig | ContextualConfig,
+    texts: Sizes,
+    context: Sizes | None = None,
+    *,
+    scores: int,
+    first_stage_frozen: bool = False,
 ) -> Any:
     """Of training on G plan batches: sizes of their queries and documents [G, m], of their context [G, J].
 
-    `scores` is how many pairs of a query and a document are compared: G · B · N.
+    `scores` is how many pairs of a query and a document are compared: G · B · N. A frozen first stage has no backward
+    pass.
     """
-    forward, slots = 2.0 * scores * _width(config), 0
-    if isinstance(config, ContextualConfig):
+    forward, frozen, slots = 2.0 * scores * _width(config), 0.0, 0
+    if isinstance(config, ContextualConfig) and config.first_stage:
         forward += context_flops(config, context)
         slots = _slots(config, context.shape[-1])
-    return 3 * (forward + encoding_flops(config, texts, slots=slots))
+        if first_stage_frozen:
+            frozen = encoding_flops(config.first_stage, context)
+    return 3 * (forward + encoding_flops(config, texts, slots=slots)) - 2 * frozen
 
 
 def context_flops(config: ContextualConfig, sizes: Sizes) -> Any:
@@ -91,6 +99,8 @@ def _layers(encoder: EncoderConfig, tokens, keys):
 
 
 def _slots(config: ContextualConfig, documents: int) -> int:
+    if config.first_stage is None:
+        return 0
     return documents * config.first_stage.tokens_per_document + config.soft_prompt
 
 

@@ -23,7 +23,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, belongs: dict[str, str]):
         self.directory = Path(directory).absolute()
-        self._belongs = belongs
+        self.belongs = belongs
         keep = [
             policies.LatestN(2),
             policies.BestN(get_metric_fn=lambda m: m[_SCORE], n=1, keep_checkpoints_without_metrics=False),
@@ -43,7 +43,7 @@ class Checkpoints:
 
         Raises OSError, here or in `wait` or `close`, when one could not be written, e.g. on a full disk.
         """
-        about = {**self._belongs, "digest": _digest(state)}
+        about = {**self.belongs, "digest": _digest(state)}
         with self._writing():
             self._manager.save(
                 step,
@@ -73,7 +73,7 @@ class Checkpoints:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-            for name, expected in self._belongs.items():
+            for name, expected in self.belongs.items():
                 if about[name] != expected:
                     raise _Mismatch(
                         f"checkpoint {path} belongs to another {name}: expected fingerprint {expected}, got "

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from cde_jax.models.contextual import Biencoder, ContextualEncoder, map_chunks
 from cde_jax.training import sharding
+from cde_jax.training.accounting import step_flops
 from cde_jax.training.losses import info_nce
 
 _STREAMS = ("params", "context", "dropout", "data")
@@ -186,6 +187,26 @@ def count_tokens(batch: dict[str, Any], config: StepConfig) -> dict[str, Int[Arr
     return {"tokens": jnp.asarray(tokens, jnp.int32), "computed_tokens": jnp.asarray(computed, jnp.int32)}
 
 
+def count_flops(model: Biencoder | ContextualEncoder, batch: dict[str, Any], config: StepConfig) -> Float[Array, ""]:
+    """Model FLOPs of a step (`accounting.step_flops`): they follow the texts' own lengths, so they differ by batch."""
+    batches, queries, documents = batch["keep"].shape
+    first_stage = getattr(model.config, "first_stage", None)
+    context = text_sizes(batch, "context") if first_stage else None
+    scores = batches * queries * documents * (batches if config.share_negatives else 1)
+    frozen = config.first_stage_rate == 0
+    flops = step_flops(model.config, text_sizes(batch, "texts"), context, scores=scores, first_stage_frozen=frozen)
+    return jnp.asarray(flops, jnp.float32)
+
+
+def text_sizes(batch: dict[str, Any], name: str) -> Int[Array, "G m"]:
+    """Tokens of each of "texts" (queries, then documents) or "context", however the batch holds them; 0: none."""
+    if name in batch:
+        sizes = [x.sum(axis=3, dtype=jnp.int32).reshape(x.shape[0], -1) for x in batch[name]["mask"]]
+        return jnp.take_along_axis(jnp.concatenate(sizes, axis=1), batch[name]["place"], axis=1)
+    parts = ("query", "document") if name == "texts" else (name,)
+    return jnp.concatenate([batch[f"{part}_mask"].sum(axis=2, dtype=jnp.int32) for part in parts], axis=1)
+
+
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -195,8 +216,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, Any], jax.Array], tuple[TrainState, dict[str, Array]]]:
     """Build the step for `[G, …]` batches (`batching.loader`) on a mesh; `key` is the run's dropout stream.
 
-    The state is donated. Metrics are float32 scalars, `losses`, one per plan batch [G], and the int32 scalars of
-    `count_tokens`.
+    The state is donated. Metrics are float32 scalars, `losses`, one per plan batch [G], the int32 scalars of
+    `count_tokens`, and `flops`.
     """
     device_loss = partial(_device_loss, graph=graph, config=config)
 
@@ -214,6 +235,7 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= count_tokens(batch, config) | {
+            "flops": count_flops(nnx.merge(graph, params), batch, config),
             "loss": losses.mean(),
             "losses": losses,
             "gradient_norm": optax.tree.norm(gradients),
