@@ -17,7 +17,7 @@ from cde_jax.interop.read import TextSettings
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 from cde_jax.retrieval import embedder as embedder_file
-from cde_jax.retrieval import padding
+from cde_jax.retrieval import encode, padding
 from cde_jax.retrieval.checks import check_texts
 from cde_jax.retrieval.embedder import Context, Embedder
 from cde_jax.retrieval.padding import batches, padded_lengths
@@ -48,6 +48,7 @@ def build_model(kind, seed=0, **changes):
     if kind == "biencoder":
         return fill(lambda: Biencoder(BiencoderConfig(encoder), rngs=nnx.Rngs(0)), seed)
     changes = {"context_size": J, "soft_prompt": 2} | changes
+    first = first if changes["context_size"] else None
     config = ContextualConfig(first_stage=first, second_stage=encoder, context_attention=kind, **changes)
     return fill(lambda: ContextualEncoder(config, rngs=nnx.Rngs(0)), seed)
 
@@ -121,7 +122,7 @@ def test_vectors_do_not_depend_on_batch_or_padded_length(embedder, monkeypatch):
     vectors = embedder.encode_documents(CORPUS, context)
     monkeypatch.setattr(padding, "SHORTEST", 64)  # every text padded to the document length
     monkeypatch.setitem(padding.TOKENS_PER_BATCH, "cpu", 1)  # and batches of the smallest size
-    monkeypatch.setattr(embedder_file, "BLOCK", 7)
+    monkeypatch.setattr(encode, "BLOCK", 7)
     np.testing.assert_allclose(embedder.encode_documents(CORPUS, context), vectors, atol=1e-5)
 
 
@@ -314,6 +315,110 @@ def test_a_context_file_without_a_cache_is_still_read(contextual, tmp_path):
         Context.load(path)
 
 
+# --- token statistics
+
+WITH_STATISTICS = {
+    "joint": ("joint", {"statistics_size": 12}),
+    "isolated": ("isolated", {"statistics_size": 12, "soft_prompt": 0}),
+    "no slots": ("isolated", {"statistics_size": 12, "context_size": 0}),
+}
+
+
+@pytest.fixture(scope="module", params=WITH_STATISTICS)
+def counting(request, tokenizer):
+    """An embedder whose model reads token statistics."""
+    kind, changes = WITH_STATISTICS[request.param]
+    return build(kind, tokenizer, build_model(kind, **changes))
+
+
+def test_a_context_carries_the_frequencies_of_a_sample_of_the_corpus(counting):
+    context = counting.embed_context(CORPUS, seed=3)
+    drawn = np.random.default_rng([3, embedder_file.STATISTICS_STREAM]).choice(20, 12, replace=False)
+    held = [set(ids.tolist()) for ids in counting.tokenizer.encode(["document: " + CORPUS[i] for i in drawn], 24)]
+    df = np.array([sum(token in one for one in held) for token in range(120)])
+    assert df.max() == 12 and df.min() == 0
+    np.testing.assert_allclose(context.frequencies, np.log(13 / (df + 0.5)) / np.log(26), rtol=1e-6)
+    few = counting.embed_context(CORPUS[:3])  # no more documents than there are
+    np.testing.assert_allclose(few.frequencies.max(), 1.0)
+    assert few.frequencies[counting.tokenizer.encode(["document: "], 24)[0]].max() < 0.1
+    assert context.documents != counting.embed_context(CORPUS, seed=4).documents
+    np.testing.assert_array_equal(context.frequencies, counting.embed_context(CORPUS, seed=3).frequencies)
+
+
+def test_frequencies_move_the_vectors_and_none_are_known_without_a_context(counting):
+    context = counting.embed_context(CORPUS)
+    here = counting.encode_queries(CORPUS, context)
+    np.testing.assert_allclose(np.linalg.norm(here, axis=1), 1.0, atol=1e-5)
+    other = dataclasses.replace(context, frequencies=counting.embed_context(texts(20, seed=9)).frequencies)
+    unknown = dataclasses.replace(context, frequencies=None)
+    zeros = dataclasses.replace(context, frequencies=np.zeros(120, np.float32))
+    for one in (other, unknown):
+        assert np.abs(here - counting.encode_queries(CORPUS, one)).max() > 1e-3
+    nothing = counting.encode_queries(CORPUS, unknown)
+    np.testing.assert_allclose(nothing, counting.encode_queries(CORPUS, zeros), atol=1e-6)
+    if not counting.context_size:
+        assert counting.works_without_context and context.vectors.shape == (0, 32)
+        np.testing.assert_allclose(counting.encode_queries(CORPUS), nothing, atol=1e-6)
+
+
+def test_vectors_with_frequencies_are_those_of_the_model_called_text_by_text(counting):
+    context = counting.embed_context(CORPUS)
+    vectors = jnp.asarray(context.vectors) if counting.context_size else None
+    cache = jax.jit(counting.model.prepare_context)(vectors, context.frequencies)
+    expected = one_by_one(counting, counting.model, "query: ", 16, FEW, cache)
+    np.testing.assert_allclose(counting.encode_queries(FEW, context), expected, atol=1e-5)
+
+
+def test_a_saved_context_keeps_its_frequencies_and_a_mixed_one_is_refused(counting, tmp_path):
+    context, path = counting.embed_context(CORPUS, seed=4), tmp_path / "ctx.safetensors"
+    context.save(path)
+    loaded = Context.load(path)
+    np.testing.assert_array_equal(loaded.frequencies, context.frequencies)
+    assert loaded.vectors.shape == context.vectors.shape and loaded.documents == context.documents
+    np.testing.assert_array_equal(counting.encode_queries(FEW, loaded), counting.encode_queries(FEW, context))
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | {"frequencies": context.frequencies[::-1].copy()}, tmp_path / "mixed", metadata)
+    with pytest.raises(ValueError, match="altered"):
+        Context.load(tmp_path / "mixed")
+
+
+def test_a_context_file_of_the_version_before_is_still_read(contextual, tmp_path, monkeypatch):
+    context, path = contextual.embed_context(CORPUS), tmp_path / "ctx.safetensors"
+    monkeypatch.setattr("cde_jax.retrieval.context.FORMAT", "cde_jax context 2")
+    context.save(path)
+    monkeypatch.undo()
+    loaded = Context.load(path)
+    assert loaded.frequencies is None
+    np.testing.assert_array_equal(contextual.encode_queries(FEW, loaded), contextual.encode_queries(FEW, context))
+
+
+def test_a_context_of_another_vocabulary_is_an_error(counting):
+    context = counting.embed_context(CORPUS)
+    short = dataclasses.replace(context, frequencies=context.frequencies[:100].copy())
+    with pytest.raises(ValueError, match=r"frequencies of 120 tokens, got \(100,\)"):
+        counting.encode_queries(FEW, short)
+
+
+def test_frequencies_for_a_model_that_reads_none_are_an_error(contextual):
+    context = dataclasses.replace(contextual.embed_context(CORPUS), frequencies=np.zeros(120, np.float32))
+    with pytest.raises(ValueError, match="reads no token statistics"):
+        contextual.encode_queries(FEW, context)
+
+
+def test_a_model_with_statistics_is_exported_for_jax_and_baking_it_in_is_refused_by_name(counting, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    embedder = Embedder(counting.model, tokenizer, SETTINGS, tmp_path / "tokenizer", progress=False)
+    context = embedder.embed_context(CORPUS)
+    embedder.save_pretrained(tmp_path / "export")
+    loaded = Embedder.from_pretrained(tmp_path / "export", progress=False)
+    assert loaded.weights == embedder.weights and loaded.config == embedder.config
+    np.testing.assert_array_equal(loaded.encode_queries(FEW, context), embedder.encode_queries(FEW, context))
+    with pytest.raises(ValueError, match=r"run in JAX only.*statistics_size"):
+        embedder.export_corpus(context, tmp_path / "baked", onnx=False)
+    assert not (tmp_path / "baked").exists()
+
+
 def test_a_context_of_other_weights_is_an_error_that_names_both(contextual, tokenizer):
     kind = contextual.config.context_attention
     other = build(kind, tokenizer, build_model(kind, seed=1))
@@ -403,7 +508,7 @@ def test_a_bar_shows_on_long_work_only(tokenizer, monkeypatch, capsys):
     embedder = Embedder(cached_model("biencoder"), tokenizer, SETTINGS, "unused")
     embedder.encode_queries(CORPUS)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(embedder_file, "BAR_AFTER", 0)
+    monkeypatch.setattr(encode, "BAR_AFTER", 0)
     embedder.encode_queries(CORPUS)
     assert "queries" in capsys.readouterr().err
 

@@ -87,12 +87,22 @@ def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# What the PyTorch module does not run.
+NO_SLOTS = ContextualConfig(None, ROTARY, context_size=0, statistics_size=9, tie_token_embeddings=True)
+JAX_ONLY = {
+    "statistics beside slots": contextual(ROTARY, statistics_size=9),
+    "statistics without slots": NO_SLOTS,
+    "no soft prompt": contextual(LEARNED, soft_prompt=0),
+}
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *JAX_ONLY])
 def test_a_saved_model_comes_back_byte_equal_with_its_config_and_settings(tmp_path, tokenizer, name):
-    model = random_model(CONFIGS[name])
+    config = (CONFIGS | JAX_ONLY)[name]
+    model = random_model(config)
     save_pretrained(model, tmp_path / "export", tokenizer=tokenizer, settings=SETTINGS, card="# A card")
     back = load_pretrained(tmp_path / "export")
-    assert back.model.config == CONFIGS[name]
+    assert back.model.config == config
     assert back.settings == SETTINGS
     assert equal(back.model, model)
     assert Tokenizer.load(back.directory).fingerprint == Tokenizer.load(tokenizer).fingerprint

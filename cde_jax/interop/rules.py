@@ -93,7 +93,10 @@ SECOND_STAGE = (
     *_dense("project_in", "second_stage_model.output_projection.0"),
     *_dense("project_out", "second_stage_model.output_projection.2"),
     Rule("null", ("second_stage_model.sequence_dropout_null_embedding",)),
-    Rule("slot_bias", ("second_stage_model.slot_bias",)),  # ours; the reference has none
+    # Ours; the reference has none of these.
+    Rule("slot_bias", ("second_stage_model.slot_bias",)),
+    Rule("statistics", ("second_stage_model.statistics",)),
+    Rule("statistics_pooling", ("second_stage_model.statistics_pooling",)),  # a number: [1] in a file
 )
 
 # Both names of one table where both stages share their word embeddings.
@@ -120,8 +123,9 @@ def biencoder_rules(config: EncoderConfig, naming: str = "reference", prefix: st
 
 def contextual_rules(config: ContextualConfig) -> tuple[Rule, ...]:
     """The table of a `ContextualEncoder`: the reference's key names."""
+    first = biencoder_rules(config.first_stage.encoder, prefix="embedder.") if config.first_stage else ()
     rules = (
-        *_under("first_stage.", "first_stage_model.", biencoder_rules(config.first_stage.encoder, prefix="embedder.")),
+        *_under("first_stage.", "first_stage_model.", first),
         *_under("encoder.", "second_stage_model.backbone.", encoder_rules(config.second_stage)),
         *SECOND_STAGE,
     )
@@ -142,7 +146,7 @@ def torch_shapes(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> dict[str
     for path, shape in shapes.items():
         rule = by_path[path]
         layers, shape = (shape[0], shape[1:]) if rule.stacked else (1, shape)
-        shape = shape[::-1] if rule.transpose else shape
+        shape = shape[::-1] if rule.transpose else shape or (1,)
         part = (shape[0] // len(rule.names), *shape[1:])
         expected |= {name.format(i): part for i in range(layers) for name in rule.names}
     return expected
@@ -173,7 +177,7 @@ def to_ours(rule: Rule, shape: Shape, read) -> np.ndarray:
     """Our array, filled from `read(name)` tensor by tensor."""
     array = _aligned(shape)
     for i, layer in enumerate(array if rule.stacked else [array]):
-        rows = layer.T if rule.transpose else layer  # a view: torch's order of axes
+        rows = np.atleast_1d(layer.T if rule.transpose else layer)  # a view: torch's order of axes
         size = rows.shape[0] // len(rule.names)
         for part, name in enumerate(rule.names):
             rows[part * size : (part + 1) * size] = read(name.format(i))
@@ -195,7 +199,7 @@ def to_torch(rules: Iterable[Rule], state: Mapping[str, np.ndarray]) -> dict[str
             continue
         array = np.asarray(state[rule.path], np.float32)
         for i, layer in enumerate(array if rule.stacked else [array]):
-            rows = layer.T if rule.transpose else layer
+            rows = np.atleast_1d(layer.T if rule.transpose else layer)
             for name, part in zip(rule.names, np.split(rows, len(rule.names)), strict=True):
                 tensors[name.format(i)] = np.ascontiguousarray(part)
     missing = state.keys() - {rule.path for rule in rules}

@@ -38,7 +38,9 @@ def check_tokens(sizes: Int[np.ndarray, " n"], start: int) -> None:
 def check_fit(model: ContextualEncoder | Biencoder, tokenizer: Tokenizer, settings: TextSettings) -> None:
     """A wrong tokenizer or length would give wrong vectors without a word: look-ups outside a table are clipped."""
     c = model.config
-    encoders = [c.encoder] if isinstance(model, Biencoder) else [c.first_stage.encoder, c.second_stage]
+    encoders = [c.encoder] if isinstance(model, Biencoder) else [c.second_stage]
+    if isinstance(model, ContextualEncoder) and c.first_stage:
+        encoders.append(c.first_stage.encoder)
     for encoder in encoders:
         if tokenizer.vocab_size > encoder.vocab_size:
             raise ValueError(

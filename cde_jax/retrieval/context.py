@@ -4,8 +4,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from flax import nnx
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -14,7 +16,8 @@ from cde_jax.data.files import write_file
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import ContextCache
 
-FORMAT = "cde_jax context 2"
+FORMAT = "cde_jax context 3"
+_WITHOUT_FREQUENCIES = "cde_jax context 2"
 _WITHOUT_CACHE = "cde_jax context 1"  # vectors only, and their digest
 
 
@@ -25,7 +28,8 @@ class Context:
     Queries and documents must be encoded with the same context for their vectors to be comparable.
     """
 
-    vectors: Float[np.ndarray, "m D"]  # float32, read-only, m ≤ J (times the vectors a document, for imported models)
+    # Float32, read-only, m ≤ J (times the vectors a document, for imported models); m = 0 for a model without slots.
+    vectors: Float[np.ndarray, "m D"]
     seed: int  # of the sample
     corpus_size: int  # how many documents it was drawn from
     weights: str  # fingerprint of the model's weights
@@ -33,9 +37,13 @@ class Context:
     # What isolated attention reads, in the embedder's compute type: 19 MB in bfloat16 for 512 slots of the base model.
     # None for joint attention; without it, it is computed where the context is first used.
     cache: ContextCache | None = None
+    # Of a model with token statistics: float32, read-only (`batching.statistics.document_frequencies`).
+    frequencies: Float[np.ndarray, " V"] | None = None
 
     def __post_init__(self):
-        self.vectors.flags.writeable = False  # what was prepared from them would not follow a change
+        for array in (self.vectors, self.frequencies):
+            if array is not None:
+                array.flags.writeable = False  # what was prepared from them would not follow a change
         if self.cache is not None and self.cache.prefix is None:
             raise ValueError("expected a cache with keys and values; joint attention has none, leave `cache` out")
 
@@ -44,6 +52,8 @@ class Context:
         tensors = {"vectors": np.asarray(self.vectors, np.float32)}
         if self.cache is not None:
             tensors |= {"slots": self.cache.slots, "keys": self.cache.prefix.keys, "values": self.cache.prefix.values}
+        if self.frequencies is not None:
+            tensors["frequencies"] = np.asarray(self.frequencies, np.float32)
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         metadata = {
             "format": FORMAT,
@@ -66,7 +76,7 @@ class Context:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                ours = metadata.get("format") in (FORMAT, _WITHOUT_CACHE)
+                ours = metadata.get("format") in (FORMAT, _WITHOUT_FREQUENCIES, _WITHOUT_CACHE)
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())} if ours else {}
         except SafetensorError as error:
             raise ValueError(
@@ -92,6 +102,7 @@ class Context:
             metadata["weights"],
             metadata["documents"],
             cache,
+            tensors.get("frequencies"),
         )
 
 
@@ -103,4 +114,15 @@ def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
     for name, tensor in sorted(tensors.items()):
         hashed.update(f"{name} {tensor.dtype.name} {tensor.shape}\n".encode())
         hashed.update(np.ascontiguousarray(tensor).view(np.uint8).data)
+    return hashed.hexdigest()
+
+
+def weights_fingerprint(state: Any) -> str:
+    """sha256 (hex) over the parameters of a module or state, sorted by path: path, dtype, shape and bytes."""
+    hashed = hashlib.sha256()
+    parameters = nnx.to_flat_state(nnx.state(state, nnx.Param))
+    for path, parameter in sorted((".".join(map(str, path)), leaf) for path, leaf in parameters):
+        array = np.ascontiguousarray(parameter[...])
+        hashed.update(f"{path} {array.dtype.str} {array.shape}\n".encode())
+        hashed.update(array.view(np.uint8).data)
     return hashed.hexdigest()

@@ -6,12 +6,9 @@ shape, so that few programs are compiled; parameters and context are arguments o
 """
 
 import dataclasses
-import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
@@ -19,24 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
-from tqdm import tqdm
 
+from cde_jax.batching.statistics import document_frequencies
 from cde_jax.data.files import fingerprint
+from cde_jax.data.store import Ragged
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.baked import export_corpus
 from cde_jax.interop.read import TextSettings, load_pretrained
 from cde_jax.interop.write import save_pretrained
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
-from cde_jax.retrieval.checks import check_fit, check_texts, check_tokens
-from cde_jax.retrieval.context import Context
-from cde_jax.retrieval.padding import batches, full_batch, padded, padded_lengths
+from cde_jax.retrieval.checks import check_fit, check_texts
+from cde_jax.retrieval.context import Context, weights_fingerprint
+from cde_jax.retrieval.encode import encode
+from cde_jax.retrieval.padding import padded_lengths
 
 __all__ = ["Context", "Embedder"]
 
-BLOCK = 16_384  # texts tokenised at a time
-IN_FLIGHT = 2  # batches that the device works on while the next is filled
-BAR_AFTER = 3.0  # seconds of work before a progress bar shows
+STATISTICS_STREAM = 51  # keeps the sample that tokens are counted in apart from the sample of context documents
 
 
 class Embedder:
@@ -114,13 +111,13 @@ class Embedder:
 
     @property
     def context_size(self) -> int:
-        """J, how many documents of a corpus `embed_context` samples; 0 for a biencoder."""
+        """J, how many documents of a corpus `embed_context` embeds; 0 for a biencoder and a model without slots."""
         return self.config.context_size if self.contextual else 0
 
     @property
     def works_without_context(self) -> bool:
         """Whether texts can be encoded with `context=None`: false for weights without a null embedding."""
-        return not self.contextual or self.config.null_embedding
+        return not self.context_size or self.config.null_embedding
 
     @property
     def width(self) -> int:
@@ -138,8 +135,9 @@ class Embedder:
         """Embed a sample of the corpus, to be read beside its queries and documents.
 
         Draws min(J, len(corpus)) documents without replacement (`seed`), each encoded with the document prefix at
-        the document length. With fewer than J documents the other slots are null slots. Raises ValueError for an
-        empty corpus, a biencoder, and too few documents for weights without a null embedding.
+        the document length. With fewer than J documents the other slots are null slots. A model with token statistics
+        gets those of a second sample, of min(statistics_size, len(corpus)) documents. Raises ValueError for an empty
+        corpus, a biencoder, and too few documents for weights without a null embedding.
         """
         if not self.contextual:
             raise ValueError(
@@ -160,20 +158,38 @@ class Embedder:
         count = min(self.context_size, len(corpus))
         drawn = np.random.default_rng(seed).choice(len(corpus), count, replace=False)
         documents = [corpus[i] for i in drawn]
+        counted, frequencies = self._frequencies(corpus, seed)
+        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + counted)))
+        context = Context(self._context_vectors(documents), *about, frequencies=frequencies)
+        prepared = self._prepare(context)
+        if prepared.prefix is not None:
+            context = dataclasses.replace(context, cache=jax.device_get(prepared._replace(frequencies=None)))
+            self._prepared[context] = prepared
+        return context
+
+    def _context_vectors(self, documents: list[str]) -> Float[np.ndarray, "m D"]:
+        """The first stage's vectors."""
+        if not documents:
+            return np.zeros((0, self.width), np.float32)
         s, pieces = self.settings, self.config.first_stage.tokens_per_document
         # Several vectors a document are pooled from equal stretches of the padded text: its length then matters.
         lengths = padded_lengths(s.document_length) if pieces == 1 else (s.document_length,)
         run = partial(_first_stage, self._graph, self._state)
-        vectors = self._encode(
-            documents, s.document_prefix, lengths, run, slots=0, width=pieces * self.width, what="context"
-        )
-        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents)))
-        context = Context(vectors.reshape(-1, self.width), *about)
-        prepared = self._prepare(context)
-        if prepared.prefix is not None:
-            context = dataclasses.replace(context, cache=jax.device_get(prepared))
-            self._prepared[context] = prepared
-        return context
+        about = {"slots": 0, "width": pieces * self.width, "what": "context", "progress": self.progress}
+        vectors = encode(documents, s.document_prefix, lengths, run, self.tokenizer, **about)
+        return vectors.reshape(-1, self.width)
+
+    def _frequencies(self, corpus: list[str], seed: int) -> tuple[list[str], Float[np.ndarray, " V"] | None]:
+        """A sample of the corpus, and the document frequencies in it; for a model with token statistics."""
+        size, s = min(self.config.statistics_size, len(corpus)), self.settings
+        if not size:
+            return [], None
+        drawn = np.random.default_rng([seed, STATISTICS_STREAM]).choice(len(corpus), size, replace=False)
+        documents = [corpus[i] for i in drawn]
+        tokens = self.tokenizer.encode([s.document_prefix + text for text in documents], s.document_length)
+        ragged = Ragged(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]))
+        vocab_size = self.config.second_stage.vocab_size
+        return documents, document_frequencies(ragged, np.arange(size), s.document_length, vocab_size)
 
     def encode_queries(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
         """Query vectors, float32, unit norm, in the order of `texts`; `context=None` means null slots.
@@ -196,7 +212,8 @@ class Embedder:
         # Only joint attention carries the slots along with every text.
         slots = cache.slots.shape[0] if cache is not None and cache.prefix is None else 0
         lengths = padded_lengths(length)
-        return self._encode(texts, prefix, lengths, run, slots=slots, width=self.width, what=what)
+        about = {"slots": slots, "width": self.width, "what": what, "progress": self.progress}
+        return encode(texts, prefix, lengths, run, self.tokenizer, **about)
 
     def _prepare(self, context: Context | None) -> ContextCache | None:
         """What the second stage reads of a context, computed at its first use."""
@@ -220,73 +237,20 @@ class Embedder:
         if context.cache is None:
             return None
         dtype = jnp.dtype(self.config.second_stage.dtype)
-        slots, prefix = context.cache
-        cache = ContextCache(slots, Prefix(*(x.astype(dtype) for x in prefix)))
+        prefix = Prefix(*(x.astype(dtype) for x in context.cache.prefix))
+        cache = ContextCache(context.cache.slots, prefix, context.frequencies)
         return jax.device_put(cache, jax.local_devices()[0])
 
     def _computed(self, context: Context) -> ContextCache:
-        slots = self.context_size * self.config.first_stage.tokens_per_document
-        missing = max(0, slots - len(context.vectors))
-        vectors = np.pad(context.vectors, ((0, missing), (0, 0)))
-        present = np.arange(len(vectors)) < len(context.vectors) if missing else None
-        return _prepare(self._graph, self._state, vectors, present)
+        vectors, present = context.vectors, None
+        if missing := max(0, self.config.slots - len(vectors)):
+            vectors = np.pad(vectors, ((0, missing), (0, 0)))
+            present = np.arange(len(vectors)) < len(vectors) - missing
+        return _prepare(self._graph, self._state, vectors if self.context_size else None, present, context.frequencies)
 
     @cached_property
     def _null_context(self) -> ContextCache:
-        return _prepare(self._graph, self._state, None, None)
-
-    def _encode(
-        self,
-        texts: list[str],
-        prefix: str,
-        lengths: tuple[int, ...],
-        run: Callable,
-        *,
-        slots: int,
-        width: int,
-        what: str,
-    ) -> Float[np.ndarray, "n W"]:
-        """Tokenise, batch by length, `run(ids, mask)`, and put the rows back in the order of the texts."""
-        vectors = np.empty((len(texts), width), np.float32)
-        running: deque = deque()
-
-        def collect() -> int:
-            rows, result = running.popleft()
-            vectors[rows] = np.asarray(result)[: len(rows)]
-            return len(rows)
-
-        bar = tqdm(total=len(texts), desc=what, delay=BAR_AFTER, leave=False, disable=not self.progress)
-        with bar:
-            for start in range(0, len(texts), BLOCK):
-                block = [prefix + text for text in texts[start : start + BLOCK]]
-                tokens = self.tokenizer.encode(block, lengths[-1])
-                sizes = np.array([len(ids) for ids in tokens])
-                check_tokens(sizes, start)
-                for rows, size, length in batches(sizes, lengths, partial(full_batch, slots=slots)):
-                    ids, mask = padded([tokens[i] for i in rows], size, length, self.tokenizer.pad_id)
-                    running.append((start + rows, run(ids, mask)))
-                    if len(running) > IN_FLIGHT:
-                        bar.update(collect())
-            while running:
-                bar.update(collect())
-        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if len(broken):
-            raise ValueError(
-                f"the model gave NaN or infinity for {len(broken)} of {len(texts)} {what} (first: number "
-                f"{broken[0]}): the weights are broken, load a good checkpoint"
-            )
-        return vectors
-
-
-def weights_fingerprint(state: Any) -> str:
-    """sha256 (hex) over the parameters of a module or state, sorted by path: path, dtype, shape and bytes."""
-    hashed = hashlib.sha256()
-    parameters = nnx.to_flat_state(nnx.state(state, nnx.Param))
-    for path, parameter in sorted((".".join(map(str, path)), leaf) for path, leaf in parameters):
-        array = np.ascontiguousarray(parameter[...])
-        hashed.update(f"{path} {array.dtype.str} {array.shape}\n".encode())
-        hashed.update(array.view(np.uint8).data)
-    return hashed.hexdigest()
+        return _prepare(self._graph, self._state, None, None, None)
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -296,10 +260,10 @@ def _first_stage(graph, state, ids, mask):
 
 
 @partial(jax.jit, static_argnames="graph")
-def _prepare(graph, state, vectors, present):
+def _prepare(graph, state, vectors, present, frequencies):
     """What the second stage reads of a context; null slots where `present` is False, or everywhere without one."""
     model = nnx.merge(graph, state)
-    return model.prepare_context(vectors if present is None else model.with_null(vectors, present))
+    return model.prepare_context(vectors if present is None else model.with_null(vectors, present), frequencies)
 
 
 @partial(jax.jit, static_argnames="graph")
