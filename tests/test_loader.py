@@ -169,10 +169,13 @@ def test_frequencies_are_a_sample_of_their_own_by_seed_and_place(made):
     assert sorted(context) != sorted(counted)
 
 
-def test_frequencies_change_nothing_else_of_a_batch(made):
+def test_frequencies_change_nothing_else_of_a_batch_and_do_not_depend_on_its_form(made):
     with_them, without = Loader(*made, **STATISTICS).batch(2), Loader(*made, **OPTIONS).batch(2)
-    del with_them["frequencies"]
+    frequencies = with_them.pop("frequencies")
     assert_equal(with_them, without)
+    in_chunks = Loader(*made, **(STATISTICS | {"text_lengths": 2, "context_size": 0})).batch(2)
+    np.testing.assert_array_equal(in_chunks["frequencies"], frequencies)
+    assert "context" not in in_chunks
 
 
 def test_a_vocabulary_that_is_too_small_is_an_error(made):

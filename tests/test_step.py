@@ -178,10 +178,11 @@ def test_devices_talk_once_a_step_outside_of_every_loop(on_eight):
     assert inside == []
     reduced = [shape for line in outside if "all-reduce" in line for shape in reduced_shapes(line)]
     assert reduced, "nothing is reduced across devices: this program cannot be the one of eight devices"
-    # Every gradient is an operand of an all-reduce exactly once, beside the four metrics, which are scalars.
+    # Every gradient is an operand of an all-reduce exactly once, beside scalars: the four metrics, and the FLOPs of texts
+    # and of context documents.
     parameters = sorted(leaf.shape for leaf in jax.tree.leaves(state.params))
     assert sorted(shape for shape in reduced if shape) == parameters
-    assert len(reduced) - len(parameters) == 4
+    assert len(reduced) - len(parameters) == 6
     gathered = [shape for line in outside if "all-gather" in line for shape in reduced_shapes(line)]
     assert gathered in ([(G,)], [])  # the losses, which XLA may also write as an all-reduce of [G]
 
@@ -317,16 +318,20 @@ def test_dropping_the_whole_context_equals_no_context():
 # --- the first stage's rate, and token statistics
 
 
-def one_step(rate: float, **changes):
-    """Parameters before and after a step of AdamW with weight decay, on one device."""
+def one_step(rate: float, devices: int = 1, **changes):
+    """Parameters before and after a step of AdamW with weight decay."""
     optimizer = make_optimizer(
         learning_rate=1e-2, warmup_steps=0, steps=10, weight_decay=0.1, clip_norm=1e9, first_stage_rate=rate
     )
     graph, state = init_state(contextual("isolated", encoder={"layers": 1}, **changes), optimizer[0])
     before = jax.device_get(state.params)
     config = StepConfig(temperature=0.1, sequence_dropout=0.0, first_stage_rate=rate)
-    step = make_train_step(graph, *optimizer, config, sharding.make_mesh(1))
-    state, metrics = step(state, jax.tree.map(jnp.asarray, step_batch(0, 2)), KEY)
+    mesh, batch = sharding.make_mesh(devices), step_batch(0, 2)
+    if "statistics_size" in changes:
+        batch["frequencies"] = np.random.default_rng(6).random((2, VOCABULARY), np.float32)
+    state, key = sharding.replicate(mesh, (state, KEY))
+    step = make_train_step(graph, *optimizer, config, mesh)
+    state, metrics = step(state, sharding.shard_batch(mesh, batch), key)
     assert np.isfinite(metrics["loss"])
     flat = [dict(nnx.to_flat_state(params)) for params in (before, jax.device_get(state.params))]
     return [{path: leaf[...] for path, leaf in params.items()} for params in flat]
@@ -351,6 +356,13 @@ def test_a_frozen_first_stage_leaves_a_shared_token_table_to_the_second():
     before, after = one_step(0.0, tie_token_embeddings=True)
     table = ("encoder", "word", "embedding")
     assert np.abs(after[table] - before[table]).max() > 1e-4
+
+
+def test_a_model_of_statistics_alone_trains_alike_on_one_device_and_on_two():
+    (before, one), (_, two) = one_step(1.0, **SLOTLESS), one_step(1.0, devices=2, **SLOTLESS)
+    for path, value in before.items():
+        assert np.abs(one[path] - value).max() > 1e-4, path
+        np.testing.assert_allclose(two[path], one[path], atol=1e-5, err_msg=str(path))
 
 
 def statistics_batch() -> dict[str, jax.Array]:
