@@ -178,8 +178,8 @@ def test_devices_talk_once_a_step_outside_of_every_loop(on_eight):
     assert inside == []
     reduced = [shape for line in outside if "all-reduce" in line for shape in reduced_shapes(line)]
     assert reduced, "nothing is reduced across devices: this program cannot be the one of eight devices"
-    # Every gradient is an operand of an all-reduce exactly once, beside scalars: the four metrics, and the FLOPs of texts
-    # and of context documents.
+    # Every gradient is an operand of an all-reduce exactly once, beside scalars: the four metrics, and the FLOPs of
+    # texts and of context documents.
     parameters = sorted(leaf.shape for leaf in jax.tree.leaves(state.params))
     assert sorted(shape for shape in reduced if shape) == parameters
     assert len(reduced) - len(parameters) == 6
