@@ -77,9 +77,7 @@ def trained(lab, tmp_path_factory):
 def test_the_file_says_what_is_in_it_and_names_no_path(lab):
     with zipfile.ZipFile(lab) as file:
         about, config = (json.loads(file.read(name)) for name in (arrays.ABOUT, arrays.CONFIG))
-        assert str(lab.parent) not in "".join(
-            file.read(name).decode("latin1") for name in file.namelist() if name.endswith(".json")
-        )
+        assert not [name for name in file.namelist() if str(lab.parent).encode() in file.read(name)]
     assert about["sets"]["one"]["queries"] == 6 and about["sets"]["one"]["documents"] == 14
     assert about["sets"]["one"]["idf_shift"] > 0
     assert set(about["plans"]) == {"random", "clustered"}
@@ -103,7 +101,10 @@ def test_a_second_call_trains_nothing_and_summarises(lab, trained, capsys):
     before = (trained / results.LINES).read_bytes()
     train.run(train_arguments(lab, trained))
     assert (trained / results.LINES).read_bytes() == before
-    assert "recipe: same above other corpus on" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "recipe: same above other corpus on" in printed and "random-biencoder  none" in printed
+    train.main([str(lab), "--out", str(trained), "--summary"])
+    assert {"random-biencoder", "recipe"} == set(json.loads((trained / "summary.json").read_text())["gains"])
 
 
 def test_a_killed_run_goes_on_to_the_same_result(lab, trained, tmp_path, monkeypatch):

@@ -55,6 +55,10 @@ def summarise(runs: Mapping[str, Mapping[int, Queries]], shifts: Mapping[str, fl
             row["sd"] = round(float(np.std(scores, ddof=1)), 5) if len(scores) > 1 else None
             compared = None if name == first else difference(by_seed, kind, runs[first], _kind_of(runs[first], kind))
             row["difference"] = compared and [round(value, 5) for value in compared]
+            row["sets"] = {
+                one: round(float(np.mean([queries[one][kind].mean() for queries in by_seed.values()])), 5)
+                for one in shifts
+            }
             rows.append(row)
         gains[name] = {one: _gains(by_seed, runs[first], one, kinds) for one in shifts}
     return {"first": first, "rows": rows, "idf_shift": dict(shifts), "gains": gains}
@@ -106,6 +110,7 @@ def text(content: Mapping[str, Any]) -> str:
             f"{row['variant']:<{width}}  {row['context']:<12}  {row['seeds']:>5}  {row['mean']:.4f}  {sd:>6}  "
             f"{compared}"
         )
+    lines += ["", *_by_set(content["rows"], width)]
     for name, by_set in content["gains"].items():
         if not any(by_set.values()):
             continue
@@ -121,6 +126,16 @@ def text(content: Mapping[str, Any]) -> str:
             )
             lines.append(f"  {one:<16}  {shifts[one]:>9.3f}  {cells}")
     return "\n".join(lines)
+
+
+def _by_set(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    """NDCG@10 of each variant and kind of context, a column a set."""
+    names = list(rows[0]["sets"])
+    lines = [f"{'NDCG@10':<{width}}  {'context':<12}" + "".join(f"  {name[:10]:>10}" for name in names)]
+    for row in rows:
+        cells = "".join(f"  {row['sets'][name]:>10.4f}" for name in names)
+        lines.append(f"{row['variant']:<{width}}  {row['context']:<12}{cells}")
+    return lines
 
 
 def _gains(by_seed: Mapping[int, Queries], first: Mapping[int, Queries], one: str, kinds: Sequence[str]) -> dict:

@@ -1,7 +1,7 @@
 """Train variants from an array file under the same budget, and say what each gains.
 
 python benchmarks/quality/train.py lab.zip --out DIR [--variants table1 …] [--seeds 0 1 2] [--steps 300]
-    [--set key=value …] [--no-start] [--save-every 100] [--summary]
+    [--set key=value …] [--no-start] [--save-every 250] [--summary]
 
 Needs only jax, flax, optax, numpy, safetensors and jaxtyping. One JSON line a (variant, seed) goes to
 DIR/results.jsonl, NDCG@10 of each query to DIR/VARIANT-SEED.npz; the same command goes on where it was stopped and
@@ -28,6 +28,7 @@ from quality import arrays, results, scoring, summary, training  # noqa: E402
 from quality import variants as grid  # noqa: E402
 from quality.settings import override, parse  # noqa: E402
 
+SEEDS = [0, 1, 2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Settings that change memory and not results, so that what ran out of it can go on in the same directory.
 MEMORY = {"train.query_chunk", "train.document_chunk", "train.context_chunk", "train.memory_gib", "model.remat"}
@@ -46,7 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """As `main`, with errors raised."""
-    chosen = grid.expand(args.variants)
+    if args.summary:
+        print(summarised(args))
+        return
+    chosen = grid.expand(args.variants or ["table1"])
     lab = arrays.unpack(args.file, args.out / "arrays")
     configs = {name: configuration(lab, variant, args) for name, variant in chosen.items()}
     plans = {name: checked_plan(lab, variant, configs[name]) for name, variant in chosen.items()}
@@ -60,16 +64,25 @@ def run(args: argparse.Namespace) -> None:
     said = {"arrays": lab.fingerprint, "steps": args.steps, "no_start": args.no_start}
     results.claim(args.out, said | {name: value for name, value in parse(args.set).items() if name not in MEMORY})
     done = results.read(args.out)
-    if not args.summary:
-        for seed in args.seeds:
-            for name in chosen:
-                config = with_seed(configs[name], seed)
-                identity = run_identity(lab, config, plans[name], starts[name])
-                if results.finished(done, name, seed, identity, args.out):
-                    continue
-                results.append(args.out, one(args, lab, name, config, plans[name], starts[name], identity))
-        done = results.read(args.out)
-    print(summary.write(args.out, done, list(chosen), args.seeds, lab.sets))
+    todo = []
+    for seed in args.seeds or SEEDS:
+        for name in chosen:
+            config = with_seed(configs[name], seed)
+            identity = run_identity(lab, config, plans[name], starts[name])
+            if not results.finished(done, name, seed, identity, args.out):
+                todo.append((name, config, plans[name], starts[name], identity))
+    for parts in todo:
+        results.append(args.out, one(args, lab, *parts))
+    args.variants, args.seeds = list(chosen), args.seeds or SEEDS
+    print(summarised(args))
+
+
+def summarised(args: argparse.Namespace) -> str:
+    """The summary of what is there: of the variants and seeds named, or of all."""
+    lab, done = arrays.unpack(args.file, args.out / "arrays"), results.read(args.out)
+    names = list(grid.expand(args.variants)) if args.variants else [line["variant"] for line in done]
+    seeds = args.seeds or sorted({line["seed"] for line in done})
+    return summary.write(args.out, done, list(dict.fromkeys(names)), seeds, lab.sets)
 
 
 def one(
@@ -164,13 +177,13 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("file", type=Path, help="the array file of prepare.py")
     parser.add_argument("--out", type=Path, required=True, help="where results go, and are looked for")
     parser.add_argument(
-        "--variants", nargs="+", default=["table1"], help=f"variants or groups: {', '.join(grid.GROUPS)}"
+        "--variants", nargs="+", help=f"table1 if not said; variants or groups: {', '.join(grid.GROUPS)}"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, help="0 1 2 if not said")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--no-start", action="store_true", help="every variant from random weights")
-    parser.add_argument("--save-every", type=int, default=100, help="steps; 0: at the end only")
+    parser.add_argument("--save-every", type=int, default=250, help="steps; 0: at the end only")
     parser.add_argument("--summary", action="store_true", help="of what is there; nothing is trained")
     return parser.parse_args(arguments)
 

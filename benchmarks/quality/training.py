@@ -69,7 +69,7 @@ def train(
         state, losses, seconds = restore(file, training.state, identity)
         say(f"going on from step {int(state.step)} of {training.steps}")
     key = sharding.replicate(training.mesh, stream(config.seed, "dropout"))
-    first, began, timed, done = int(state.step), time.monotonic(), 0.0, list(losses)
+    first, began, timed, storing, done = int(state.step), time.monotonic(), 0.0, 0.0, list(losses)
     for number, batch in enumerate(_batches(training, loader.batch, first), first + 1):
         state, metrics = training.step(state, batch, key)
         done.append(metrics["loss"])
@@ -78,12 +78,12 @@ def train(
             timed = timed or time.monotonic()
             say(f"step {number} of {training.steps}, loss {done[-1]:.4f}")
         if number == training.steps or (save_every and number % save_every == 0):
-            done = _checked(done)
-            elapsed = seconds + time.monotonic() - began
-            store(file, state, np.array(done, np.float32), elapsed, identity)
+            done, before = _checked(done), time.monotonic()
+            store(file, state, np.array(done, np.float32), seconds + before - began, identity)
+            storing += time.monotonic() - before
     now = time.monotonic()
     pairs = (training.steps - first - 1) * config.train.batches_per_step * plan.rows.shape[1]
-    rate = pairs / (now - timed) if timed and pairs > 0 else None
+    rate = pairs / (now - timed - storing) if timed and pairs > 0 else None
     return Trained(nnx.merge(training.graph, state.params), np.array(_checked(done), np.float32),
                    seconds + now - began, rate)  # fmt: skip
 
