@@ -82,6 +82,7 @@ def make_training(config: Config, model: Biencoder | ContextualEncoder, plan: Ba
         weight_decay=t.weight_decay,
         clip_norm=t.clip_norm,
         first_stage_rate=t.first_stage_rate,
+        gate_rate=t.gate_rate,
     )
     graph, state = init_state(model, optimizer)
     of_step = {field.name: getattr(t, field.name) for field in dataclasses.fields(StepConfig)}

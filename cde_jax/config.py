@@ -106,6 +106,7 @@ class Train:
     batches_per_step: int
     learning_rate: float
     first_stage_rate: float
+    gate_rate: float
     warmup_steps: int
     weight_decay: float
     clip_norm: float
@@ -202,6 +203,7 @@ _RANGES = {
     "train.batches_per_step": (1,),
     "train.learning_rate": (0.0, 1.0),
     "train.first_stage_rate": (0.0, 1000.0),
+    "train.gate_rate": (0.0, 1e4),
     "train.warmup_steps": (0,),
     "train.weight_decay": (0.0,),
     "train.clip_norm": (1e-9,),

@@ -97,6 +97,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.batches_per_step = 1  # G plan batches per step, shared by the devices
     c.train.learning_rate = 2e-5  # peak, of AdamW
     c.train.first_stage_rate = 1.0  # the first stage's learning rate as a share of it; 0: the first stage is frozen
+    # … of the slots' bias and of the statistics' weight in pooling. Adam moves a parameter by about its rate a step: at
+    # 1 and a learning rate of 1e-4 a bias of -5 needs ten thousand steps to get to -4.
+    c.train.gate_rate = 1.0
     c.train.warmup_steps = 1000  # linear, then linear decay to zero
     c.train.weight_decay = 0.01  # of matrices
     c.train.clip_norm = 1.0  # global norm of the gradient

@@ -318,11 +318,10 @@ def test_dropping_the_whole_context_equals_no_context():
 # --- the first stage's rate, and token statistics
 
 
-def one_step(rate: float, devices: int = 1, **changes):
+def one_step(rate: float, devices: int = 1, gate_rate: float = 1.0, **changes):
     """Parameters before and after a step of AdamW with weight decay."""
-    optimizer = make_optimizer(
-        learning_rate=1e-2, warmup_steps=0, steps=10, weight_decay=0.1, clip_norm=1e9, first_stage_rate=rate
-    )
+    rates = {"first_stage_rate": rate, "gate_rate": gate_rate}
+    optimizer = make_optimizer(learning_rate=1e-2, warmup_steps=0, steps=10, weight_decay=0.1, clip_norm=1e9, **rates)
     graph, state = init_state(contextual("isolated", encoder={"layers": 1}, **changes), optimizer[0])
     before = jax.device_get(state.params)
     config = StepConfig(temperature=0.1, sequence_dropout=0.0, first_stage_rate=rate)
@@ -350,6 +349,14 @@ def test_a_first_stage_at_a_tenth_moves_a_tenth_and_the_rest_as_before():
         rate = 0.1 if path[0] == "first_stage" else 1.0
         assert np.abs(whole[path] - value).max() > 1e-4, path
         np.testing.assert_allclose(tenth[path] - value, rate * (whole[path] - value), atol=2e-7, err_msg=str(path))
+
+
+def test_gates_move_at_their_own_rate():
+    (before, plain), (_, fast) = (one_step(1.0, gate_rate=rate, statistics_size=9) for rate in (1.0, 30.0))
+    for path, value in before.items():
+        rate = 30.0 if path[0] in ("slot_bias", "statistics_pooling") else 1.0
+        np.testing.assert_allclose(fast[path] - value, rate * (plain[path] - value), atol=2e-6, err_msg=str(path))
+    assert np.abs(fast[("slot_bias",)] - before[("slot_bias",)]).min() > 0.1
 
 
 def test_a_frozen_first_stage_leaves_a_shared_token_table_to_the_second():

@@ -29,11 +29,14 @@ MODELS: dict[str, dict[str, Any]] = {
 BIENCODER, ISOLATED = MODELS["biencoder"], MODELS["isolated"]
 NO_SLOTS = {"model.context_size": 0, "model.soft_prompt": 0}
 
+# Gates that can open within some hundred steps.
+OPEN = {"model.slot_bias": -2.0, "train.gate_rate": 100.0}
+
 # The best that was found; its ablations each take one thing away.
 RECIPE: dict[str, Any] = {
     **ISOLATED,
+    **OPEN,
     "plan": "clustered",
-    "model.slot_bias": -5.0,
     "model.statistics_size": 512,
     "batching.context_source": "domain",
 }
@@ -61,6 +64,7 @@ def _statistics() -> dict[str, Variant]:
     return {
         **alone,
         "statistics-512-domain": {**ISOLATED, **NO_SLOTS, **domain},
+        "statistics-512-domain-fast": {**ISOLATED, **NO_SLOTS, **domain, "train.gate_rate": 100.0},
         "statistics-512-slots": {**ISOLATED, "model.statistics_size": 512},
         "statistics-512-slots-domain": {**ISOLATED, **domain},
     }
@@ -80,6 +84,7 @@ def _recipe() -> dict[str, Variant]:
         "statistics": {"model.statistics_size": 0},
         "slots": NO_SLOTS,
         "bias": {"model.slot_bias": None},
+        "rate": {"train.gate_rate": 1.0},
         "domain": {"batching.context_source": "batch"},
         "clusters": {"plan": "random"},
         "isolation": MODELS["joint"],
@@ -92,7 +97,13 @@ _BASE = {"clustered-biencoder": BIENCODER, "clustered-isolated": ISOLATED}  # st
 _BY_GROUP: dict[str, dict[str, Variant]] = {
     "table1": _table1(),
     "source": {**_BASE, **_isolated("source", "batching.context_source", ("batch", "domain", "mixed"))},
-    "bias": {**_BASE, **_isolated("bias", "model.slot_bias", (None, -5.0, -2.0, 0.0))},
+    "bias": {
+        **_BASE,
+        **_isolated("bias", "model.slot_bias", (None, -5.0, -2.0, 0.0)),
+        "bias-open": {**ISOLATED, **OPEN},
+        "bias-open-domain": {**ISOLATED, **OPEN, "batching.context_source": "domain"},
+        "bias-open-frozen": {**ISOLATED, **OPEN, "train.first_stage_rate": 0.0},
+    },
     "statistics": {**_BASE, **_statistics()},
     "first": {
         **_BASE,
