@@ -453,3 +453,11 @@ def test_a_model_without_slots_refuses_a_context_of_documents(texts, context):
     for other in PATTERNS:
         with pytest.raises(ValueError, match="this cache has 7 slots and this model reads none"):
             model.embed(*texts, contextual(other).prepare_context(context))
+
+
+def test_texts_longer_than_the_learned_positions_are_an_error():
+    model = biencoder(positions="learned", max_positions=5)
+    ids = jnp.ones((2, 6), jnp.int32)
+    with pytest.raises(ValueError, match="texts of 6 tokens need as many learned positions, the model has 5"):
+        model.embed(ids, ids)
+    assert model.embed(ids[:, :5], ids[:, :5]).shape == (2, model.config.encoder.width)
