@@ -91,10 +91,9 @@ def take_turns(cases: Mapping[str, Callable[[], None]], rounds: int) -> dict[str
     return seconds
 
 
-def ratio(seconds: Mapping[str, list[float]], case: str, base: str = "biencoder") -> dict[str, Any]:
-    """How many times as fast as `base` a case is: the median over rounds, and the range."""
-    if base not in seconds:
-        return {}
+def ratio(seconds: Mapping[str, list[float]], case: str) -> dict[str, Any]:
+    """How many times as fast as the first case a case is: the median over rounds, and the range."""
+    base = next(iter(seconds))
     ratios = [b / s for b, s in zip(seconds[base], seconds[case], strict=True)]
     spread = [round(min(ratios), 3), round(max(ratios), 3)]
     return {f"ratio_to_{base}": round(statistics.median(ratios), 3), "ratio_range": spread}

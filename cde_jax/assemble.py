@@ -1,7 +1,6 @@
 """The parts of a run from its configuration: model, loader, step. They run where only JAX is installed."""
 
 import dataclasses
-import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,6 @@ from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualEnco
 from cde_jax.training import sharding
 from cde_jax.training.memory import AUTO, device_limit, largest_chunk, program_bytes
 from cde_jax.training.step import StepConfig, TrainState, init_state, make_optimizer, make_train_step, stream
-
-log = logging.getLogger(__name__)
 
 CHUNKS = ("query_chunk", "document_chunk", "context_chunk")
 
@@ -90,7 +87,9 @@ def make_training(config: Config, model: Biencoder | ContextualEncoder, plan: Ba
     return Training(mesh, graph, sharding.replicate(mesh, state), step, steps)
 
 
-def fit_chunks(config: Config, model: Biencoder | ContextualEncoder, plan: BatchPlan, pairs: Store, vocab_size: int):
+def fit_chunks(
+    config: Config, model: Biencoder | ContextualEncoder, plan: BatchPlan, pairs: Store, vocab_size: int
+) -> Config:
     """`config` with a number for each chunk size of −1: the largest whose step fits the device's memory.
 
     All of them become one number of texts. Compiles the step for ever smaller chunks until one fits. Raises
@@ -114,7 +113,8 @@ def fit_chunks(config: Config, model: Biencoder | ContextualEncoder, plan: Batch
         return program_bytes(training.step.lower(training.state, batch, key).compile())
 
     _, queries, hard = plan.hard_negatives.shape
-    return with_chunks(largest_chunk(needs, limit, queries * (2 + hard)))
+    together = config.train.text_lengths > 1  # queries and documents in the same chunks
+    return with_chunks(largest_chunk(needs, limit, queries * (1 + hard + together)))
 
 
 def _chunk_tokens() -> int:

@@ -50,15 +50,15 @@ def with_chunks(config, texts: int):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **dict.fromkeys(assemble.CHUNKS, texts)))
 
 
-@pytest.mark.parametrize("lengths", [1, 3])
-def test_a_chunk_of_auto_is_the_largest_that_fits(data, prepared, lengths):
+@pytest.mark.parametrize(("lengths", "texts"), [(1, 16), (3, 32)])  # queries apart from documents, and together
+def test_a_chunk_of_auto_is_the_largest_that_fits(data, prepared, lengths, texts):
     config = from_config_dict(config_of(data, train__text_lengths=lengths, train__memory_gib=1.0, **AUTO))
     everything = fitted(config, prepared)
-    assert {getattr(everything.train, name) for name in assemble.CHUNKS} == {32}
-    less = step_bytes(with_chunks(config, 16), prepared)
+    assert {getattr(everything.train, name) for name in assemble.CHUNKS} == {texts}
+    less = step_bytes(with_chunks(config, texts // 2), prepared)
     assert less < step_bytes(everything, prepared)
     tight = dataclasses.replace(config, train=dataclasses.replace(config.train, memory_gib=less / GIB))
-    assert {getattr(fitted(tight, prepared).train, name) for name in assemble.CHUNKS} == {16}
+    assert {getattr(fitted(tight, prepared).train, name) for name in assemble.CHUNKS} == {texts // 2}
 
 
 def test_only_what_is_auto_is_found(data, prepared):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from quality import arrays, evaluation, prepare, results, scoring, settings, train, training, variants  # noqa: E402
 
-from cde_jax.config import from_config_dict  # noqa: E402
+from cde_jax.config import flatten, from_config_dict  # noqa: E402
 from configs import minilm  # noqa: E402
 
 TINY = [
@@ -135,7 +135,8 @@ def test_every_variant_is_a_configuration():
     base = minilm.get_config().to_dict()
     for variant in variants.VARIANTS.values():
         changes = {key: value for key, value in variant.items() if key not in ("plan", "start")}
-        from_config_dict(settings.override(base, variants.PLANS[variant["plan"]], changes))
+        config = from_config_dict(settings.override(base, variants.PLANS[variant["plan"]], changes))
+        assert changes.items() <= flatten(config.as_dict()).items()
 
 
 # Pretrained weights.

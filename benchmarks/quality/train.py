@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import jax  # noqa: E402
 from about import about  # noqa: E402
 
+from cde_jax.assemble import CHUNKS  # noqa: E402
 from cde_jax.batching.plan import BatchPlan  # noqa: E402
 from cde_jax.config import FREE, Config, flatten, from_config_dict  # noqa: E402
 from cde_jax.data.files import fingerprint  # noqa: E402
@@ -31,7 +32,7 @@ from quality.settings import override, parse  # noqa: E402
 SEEDS = [0, 1, 2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Settings that change memory and not results, so that what ran out of it can go on in the same directory.
-MEMORY = {"train.query_chunk", "train.document_chunk", "train.context_chunk", "train.memory_gib", "model.remat"}
+MEMORY = {*(f"train.{name}" for name in CHUNKS), "train.memory_gib", "model.remat"}
 # Of a plan's settings, the configuration's key; the others have the same name. A plan's seed is its own.
 PLAN_KEYS = {"margin": "filter_margin"}
 

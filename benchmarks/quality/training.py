@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from cde_jax.assemble import Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
+from cde_jax.assemble import CHUNKS, Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import Config
 from cde_jax.data.files import write_file
@@ -27,7 +27,6 @@ from cde_jax.training.step import TrainState, stream
 from quality.arrays import Lab
 
 Model = Biencoder | ContextualEncoder
-CHUNKS = ("query_chunk", "document_chunk", "context_chunk")
 
 
 class Trained(NamedTuple):

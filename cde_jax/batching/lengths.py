@@ -33,8 +33,9 @@ def choose_layout(batches: Callable[[], Iterable[Int[np.ndarray, " m"]]], length
     batches: gives the token counts of each plan batch's texts, of which there are some; called twice. tokens: of a
     chunk, or 0 to leave it to this function.
     """
-    counts, number = np.zeros(1, np.int64), 0
+    counts, number, largest = np.zeros(1, np.int64), 0, 1
     for sizes in batches():
+        largest = max(largest, len(sizes))
         found = np.bincount(sizes)
         counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
         counts[: len(found)] += found
@@ -42,7 +43,7 @@ def choose_layout(batches: Callable[[], Iterable[Int[np.ndarray, " m"]]], length
     chosen = choose_lengths(counts, lengths)
     average = int(counts @ np.arange(len(counts))) // max(number, 1)
     tokens = tokens or max(average // SHARE, min(average // FEWEST_CHUNKS, FEWEST_TOKENS))
-    texts = tuple(max(1, tokens // length) for length in chosen)
+    texts = tuple(min(max(1, tokens // length), largest) for length in chosen)
     most = np.zeros(len(chosen), np.int64)
     for sizes in batches():
         most = np.maximum(most, np.bincount([k for k, _ in cut(sizes, chosen, texts)], minlength=len(chosen)))

@@ -171,8 +171,8 @@ class Loader:
 
     def _sample(self, place: int, count: int, stream: int) -> Int64[np.ndarray, " drawn"]:
         domain = self._group_rows[self.plan.groups[place]] if self._group_rows else None
-        random = np.random.default_rng([self.seed, stream, place])
-        return sample(self.context_source, count, np.unique(self.plan.documents(place)), domain, random)
+        batch = np.unique(self.plan.documents(place)) if self.context_source != "domain" else None
+        return sample(self.context_source, count, batch, domain, np.random.default_rng([self.seed, stream, place]))
 
     def _text_sizes(self) -> Iterator[Int64[np.ndarray, " texts"]]:
         """Tokens of each plan batch's queries and documents."""

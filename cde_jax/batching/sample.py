@@ -9,13 +9,13 @@ SOURCES = ("batch", "domain", "mixed")
 def sample(
     source: str,
     count: int,
-    batch: Int64[np.ndarray, " m"],
+    batch: Int64[np.ndarray, " m"] | None,
     domain: Int64[np.ndarray, " n"] | None,
     random: np.random.Generator,
 ) -> Int64[np.ndarray, " drawn"]:
     """Up to `count` documents without replacement, from those of the batch, of its domain, or from both.
 
-    batch, domain: documents, none twice; the domain's are not needed for the source "batch". "mixed" draws the first
+    batch, domain: documents, none twice; None where the source does not need them. "mixed" draws the first
     ⌊count / 2⌋ from the batch, and the rest from what else the domain has. Time does not grow with the domain.
     """
     if source == "domain":

@@ -279,6 +279,7 @@ def map_chunks(
     texts = ids.shape[0]
     if not chunk:
         return function(ids, mask)
+    chunk = min(chunk, texts)
     short = -texts % chunk
     ids, mask = (jnp.pad(x, ((0, short), (0, 0))).reshape(-1, chunk, x.shape[1]) for x in (ids, mask))
     vectors = jax.lax.map(jax.checkpoint(lambda xs: function(*xs)), (ids, mask))  # [chunks, c, D]

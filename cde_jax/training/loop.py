@@ -221,13 +221,9 @@ class _Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of JSON, and the same to TensorBoard."""
+        rounded = {name: v if isinstance(v, int) else float(f"{v:.6g}") for name, v in values.items()}
         with self._file.open("a") as file:
-            file.write(
-                json.dumps(
-                    {"step": step} | {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in values.items()}
-                )
-                + "\n"
-            )
+            file.write(json.dumps({"step": step} | rounded) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if not self._bar.console.is_terminal:

@@ -65,7 +65,7 @@ def make_optimizer(
 
     Weight decay touches matrices only: norms, biases, the null embedding and the slot bias are left alone. The first
     stage learns at `first_stage_rate` of the learning rate, the gates (`_GATES`) at `gate_rate` of it: Adam moves a
-    parameter by about the learning rate a step, so that at 1 a bias of −5 stays there for ten thousands of steps.
+    parameter by about the learning rate a step, so that at 1 and 1e-4 a bias of −5 needs ten thousand steps to −4.
     """
     warmup_steps = min(warmup_steps, steps)
     schedule = optax.join_schedules(
@@ -190,9 +190,11 @@ def count_tokens(batch: dict[str, Any], config: StepConfig) -> dict[str, Int[Arr
             computed += mask.any(axis=(2, 3)).sum(dtype=jnp.int32) * math.prod(mask.shape[2:])
     for name in ("query", "document", "context"):
         if f"{name}_mask" in batch:
-            mask, chunk = batch[f"{name}_mask"], getattr(config, f"{name}_chunk")  # [G, rows, L]
+            mask = batch[f"{name}_mask"]  # [G, rows, L]
+            batches, rows, length = mask.shape
+            chunk = min(getattr(config, f"{name}_chunk"), rows) or 1
             tokens += mask.sum(dtype=jnp.int32)
-            computed += mask.shape[0] * (mask.shape[1] + -mask.shape[1] % (chunk or 1)) * mask.shape[2]
+            computed += batches * (rows + -rows % chunk) * length
     return {"tokens": jnp.asarray(tokens, jnp.int32), "computed_tokens": jnp.asarray(computed, jnp.int32)}
 
 
