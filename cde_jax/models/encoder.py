@@ -124,7 +124,11 @@ def _recomputed(layer: Callable, remat: bool | str) -> Callable:
 
 
 class Block(nnx.Module):
-    """Attention and MLP with post-norm residuals (pre-norm by config)."""
+    """Attention and MLP with post-norm residuals (pre-norm by config), over the tokens of all texts as rows [N, D].
+
+    N = B·S; `mask` [B, S] says which rows are a text. With texts on an axis of their own, XLA would transpose the
+    activations for each weight's gradient (measured on CPU: a training step takes 1.25 times as long).
+    """
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         c, (bias_in, bias_out) = config, config.mlp_bias
@@ -137,9 +141,9 @@ class Block(nnx.Module):
         self.norm2 = norm(c, rngs)
 
     def attention(self, x, mask, angles: Rotary | None, **context) -> tuple[Array, Prefix]:
-        """Attention output [B, S, D] and the keys and values [B, S, H, d] that it used."""
+        """Attention output [N, D] and the keys and values [B, S, H, d] that it used."""
         c = self.config
-        qkv = self.qkv(x).reshape(*x.shape[:-1], 3, c.heads, c.head_dim)  # [B, S, 3, H, d]
+        qkv = self.qkv(x).reshape(*mask.shape, 3, c.heads, c.head_dim)  # [B, S, 3, H, d]
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
         if angles is not None:
             q, k = (rotate(y, angles, interleaved=c.rotary_interleaved) for y in (q, k))
@@ -147,7 +151,7 @@ class Block(nnx.Module):
         read = checkpoint_name(read.reshape(x.shape), "attention")
         return self.out(read), Prefix(k, v)
 
-    def mlp(self, x: Float[Array, "*B S D"]) -> Float[Array, "*B S D"]:
+    def mlp(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
         """(Gated) two-layer perceptron."""
         hidden = self.mlp_in(x)
         if self.config.gated:
@@ -156,7 +160,7 @@ class Block(nnx.Module):
         return self.mlp_out(jax.nn.gelu(hidden, approximate=False))
 
     def __call__(self, x, mask, angles: Rotary | None, **context) -> tuple[Array, Prefix]:
-        """One layer: [B, S, D] → [B, S, D], with the layer's keys and values."""
+        """One layer: [N, D] → [N, D], with the layer's keys and values."""
         dtype = x.dtype
         read, keys_values = self.attention(x, mask, angles, **context)
         x = self.norm1(x + read).astype(dtype)
@@ -253,20 +257,20 @@ class Encoder(nnx.Module):
         Returns the hidden states and, stacked over layers, what `collect` names.
         """
         c = self.config
-        x = self.norm(x).astype(c.dtype)
-        graph, blocks = nnx.split(self.blocks)
+        x = self.norm(x).astype(c.dtype).reshape(-1, c.width)
         if c.prenorm:
             return self._run_prenorm(x, mask, angles, collect)
+        graph, blocks = nnx.split(self.blocks)
 
         def layer(x, scanned):
             params, prefix_i, bias_i = scanned
             block = nnx.merge(graph, params)
             x, keys_values = block(x, mask, angles, prefix=prefix_i, bias=bias_i, slots=slots)
-            kept = {"nothing": None, "hidden": x, "keys_values": keys_values}[collect]
+            kept = {"nothing": None, "hidden": x.reshape(*mask.shape, -1), "keys_values": keys_values}[collect]
             return x, kept
 
         x, kept = jax.lax.scan(_recomputed(layer, c.remat), x, (blocks, prefix, bias))
-        return self._zero_padding(x, mask), kept
+        return self._texts(x, mask), kept
 
     def _run_prenorm(self, x, mask, angles, collect):
         if collect != "nothing":
@@ -277,9 +281,11 @@ class Encoder(nnx.Module):
             return nnx.merge(graph, params).prenorm(*carry, mask, angles), None
 
         (x, _), _ = jax.lax.scan(layer, (x, jnp.zeros_like(x)), blocks)
-        return self._zero_padding(x, mask), None
+        return self._texts(x, mask), None
 
-    def _zero_padding(self, x, mask):
+    def _texts(self, x, mask):
+        """[N, D] as [B, S, D]."""
+        x = x.reshape(*mask.shape, -1)
         return jnp.where(mask[..., None], x, 0) if self.config.zero_padding else x
 
     def __call__(
