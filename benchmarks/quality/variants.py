@@ -101,6 +101,7 @@ _BY_GROUP: dict[str, dict[str, Variant]] = {
         **_BASE,
         **_isolated("bias", "model.slot_bias", (None, -5.0, -2.0, 0.0)),
         "bias-open": {**ISOLATED, **OPEN},
+        "bias-open-joint": {**MODELS["joint"], **OPEN},
         "bias-open-domain": {**ISOLATED, **OPEN, "batching.context_source": "domain"},
         "bias-open-frozen": {**ISOLATED, **OPEN, "train.first_stage_rate": 0.0},
     },
