@@ -74,7 +74,7 @@ def _centre() -> dict[str, Variant]:
     """The corpus' centre alone, by its share and by the documents it is the mean of, and beside slots."""
     centred = {**ISOLATED, "model.centre_size": 512}
     return {
-        "centre": {**centred, **NO_SLOTS},
+        "centre-alone": {**centred, **NO_SLOTS},
         "centre-random": {**centred, **NO_SLOTS, "plan": "random"},
         **{f"centre-{share}": {**centred, **NO_SLOTS, "model.centring": share} for share in (0.25, 0.5, 1.0)},
         **{f"centre-of-{size}": {**centred, **NO_SLOTS, "model.centre_size": size} for size in (32, 128)},

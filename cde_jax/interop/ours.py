@@ -29,7 +29,6 @@ def jax_only(model: BiencoderConfig | ContextualConfig) -> list[str]:
         "prenorm": (first and first.encoder.prenorm) or (contextual and model.second_stage.prenorm),
         "tokens_per_document": first and first.tokens_per_document > 1,
         "statistics_size": contextual and model.statistics_size > 0,
-        "centre_size": contextual and model.centre_size > 0,
         "soft_prompt": contextual and model.slots and not model.soft_prompt,
         "pool_slots": contextual and model.pool_slots,
         "pool_after_token": contextual and model.pool_after_token is not None,
