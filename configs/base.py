@@ -78,8 +78,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # How many documents the corpus' token statistics are counted over: how rare each token is in them, read at the
     # token embeddings and in pooling. 0: none.
     c.model.statistics_size = 0
-    # How many documents of the corpus the centre is the mean unit vector of (in training: the plan batch's documents),
-    # and the share of it that is taken from every unit vector. 0: vectors are not centred.
+    # How many documents of the corpus the centre is the mean unit vector of, and the share of it that is taken from
+    # every unit vector when a corpus is embedded; training does not centre. 0: vectors are not centred.
     c.model.centre_size = 0
     c.model.centring = 0.75
     c.model.tie_token_embeddings = False  # both stages share one table

@@ -315,25 +315,13 @@ def test_dropping_the_whole_context_equals_no_context():
     assert float(jnp.abs(dropped - read).max()) > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{}, {"context_size": 0}], ids=["slots", "alone"])
-def test_a_plan_batch_is_centred_by_its_own_documents(changes):
-    """And the gradient goes through the centre: with all of it taken, the documents' vectors add up to nothing."""
+def test_training_does_not_centre():
     batch = jax.tree.map(lambda x: jnp.asarray(x[0]), step_batch(0))
-    vectors = nnx.jit(lambda model, config: embed_plan_batch(model, batch, KEY, config), static_argnums=1)
-    centred, plain = (contextual("isolated", encoder={"layers": 1}, centre_size=n, centring=1.0, **changes, **rest)
-                      for n, rest in ((1, {}), (0, {"statistics_size": 9} if changes else {})))  # fmt: skip
-    if changes:  # a model must read something
-        batch["frequencies"] = jnp.zeros(VOCABULARY)
-    (queries, documents), before = vectors(centred, CHUNKED), vectors(plain, CHUNKED)
-    unit = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in before]
-    for found, one in zip((queries, documents), unit, strict=True):
-        np.testing.assert_allclose(found, one - unit[1].mean(axis=0), atol=1e-5)
-
-    def total(model):
-        return (embed_plan_batch(model, batch, KEY, StepConfig())[1].sum(axis=0) ** 2).sum()
-
-    gradient = nnx.jit(nnx.grad(total))(centred)
-    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) <= 1e-4
+    vectors = nnx.jit(lambda model: embed_plan_batch(model, batch, KEY, CHUNKED))
+    for found, expected in zip(
+        vectors(contextual("isolated", centre_size=9)), vectors(contextual("isolated")), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
 
 
 # --- the first stage's rate, and token statistics

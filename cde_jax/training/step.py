@@ -118,7 +118,7 @@ def embed_plan_batch(
     A context document is null where there is none, or by sequence dropout. One draw serves the whole plan batch, so
     that the slots' keys and values are computed once; the reference draws per text, at a rate (0.005) where both
     only make sure that the null embedding is trained. The document frequencies are dropped at that rate too, all
-    together, so that the model knows texts without any. The centre is that of the plan batch's own documents.
+    together, so that the model knows texts without any. Nothing is centred: vectors are for retrieval.
     """
     context = None
     if isinstance(model, ContextualEncoder):
@@ -136,9 +136,6 @@ def embed_plan_batch(
     else:
         queries = map_chunks(encode, batch["query_ids"], batch["query_mask"], config.query_chunk)
         documents = map_chunks(encode, batch["document_ids"], batch["document_mask"], config.document_chunk)
-    if getattr(model.config, "centre_size", 0):
-        centre = model.centre(documents)
-        queries, documents = model.centred(queries, centre), model.centred(documents, centre)
     return queries, documents
 
 
