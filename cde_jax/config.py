@@ -90,8 +90,6 @@ class Model:
     soft_prompt: int
     slot_bias: float | None
     statistics_size: int
-    centre_size: int
-    centring: float
     tie_token_embeddings: bool
     dtype: str
     attention: str
@@ -199,8 +197,6 @@ _RANGES = {
     "model.max_positions": (1,),
     "model.soft_prompt": (0,),
     "model.statistics_size": (0,),
-    "model.centre_size": (0,),
-    "model.centring": (0.0, 1.0),
     "model.init.layers": (0,),
     "train.steps": (0,),
     "train.devices": (0,),
@@ -333,10 +329,10 @@ def _problems(config: Config) -> list[str]:
         problems.append(f"texts of {longest} tokens do not fit `model.max_positions` = {model.max_positions}")
     if model.width % model.heads:
         problems.append(f"`model.width` {model.width} is not a multiple of `model.heads` {model.heads}")
-    if model.kind == "contextual" and not (model.context_size or model.statistics_size or model.centre_size):
+    if model.kind == "contextual" and not (model.context_size or model.statistics_size):
         problems.append(
-            "`model.context_size`, `model.statistics_size` and `model.centre_size` are all 0, so there is no context "
-            "to read: raise one, or choose `model.kind` 'biencoder'"
+            "`model.context_size` and `model.statistics_size` are both 0, so there is no context to read: raise one, "
+            "or choose `model.kind` 'biencoder'"
         )
     if train.steps and train.warmup_steps >= train.steps:
         problems.append(f"`train.warmup_steps` {train.warmup_steps} must be fewer than `train.steps` {train.steps}")
@@ -408,7 +404,5 @@ def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig |
         soft_prompt=model.soft_prompt,
         slot_bias=model.slot_bias,
         statistics_size=model.statistics_size,
-        centre_size=model.centre_size,
-        centring=model.centring,
         tie_token_embeddings=model.tie_token_embeddings,
     )

@@ -62,7 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model = ConfigDict()
     c.model.kind = "contextual"  # "contextual" (two stages), or a plain "biencoder"
     c.model.context_attention = "isolated"  # "isolated": slots are computed once per context; "joint": as the paper
-    c.model.context_size = 512  # J context documents; 0: no slots and no first stage
+    c.model.context_size = 512  # J context documents; 0: no slots and no first stage, token statistics only
     c.model.backbone = "nomic"  # "nomic": rotary positions, SwiGLU, no biases; "bert"
     c.model.vocab_size = 0  # rows of the token embeddings; 0: as many as the tokenizer has
     c.model.width = 768  # D
@@ -78,10 +78,6 @@ def get_config(variant: str = "") -> ConfigDict:
     # How many documents the corpus' token statistics are counted over: how rare each token is in them, read at the
     # token embeddings and in pooling. 0: none.
     c.model.statistics_size = 0
-    # How many documents of the corpus the centre is the mean unit vector of, and the share of it that is taken from
-    # every unit vector when a corpus is embedded; training does not centre. 0: vectors are not centred.
-    c.model.centre_size = 0
-    c.model.centring = 0.75
     c.model.tie_token_embeddings = False  # both stages share one table
     c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators and float32 on CPU, or either by name
     # What runs attention: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16;

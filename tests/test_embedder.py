@@ -383,14 +383,13 @@ def test_a_saved_context_keeps_its_frequencies_and_a_mixed_one_is_refused(counti
         Context.load(tmp_path / "mixed")
 
 
-@pytest.mark.parametrize("version", [2, 3])
-def test_a_context_file_of_a_version_before_is_still_read(contextual, tmp_path, monkeypatch, version):
+def test_a_context_file_of_the_version_before_is_still_read(contextual, tmp_path, monkeypatch):
     context, path = contextual.embed_context(CORPUS), tmp_path / "ctx.safetensors"
-    monkeypatch.setattr("cde_jax.retrieval.context.FORMAT", f"cde_jax context {version}")
+    monkeypatch.setattr("cde_jax.retrieval.context.FORMAT", "cde_jax context 2")
     context.save(path)
     monkeypatch.undo()
     loaded = Context.load(path)
-    assert loaded.frequencies is None and loaded.centre is None
+    assert loaded.frequencies is None
     np.testing.assert_array_equal(contextual.encode_queries(FEW, loaded), contextual.encode_queries(FEW, context))
 
 
@@ -418,54 +417,6 @@ def test_a_model_with_statistics_is_exported_for_jax_and_baking_it_in_is_refused
     with pytest.raises(ValueError, match=r"run in JAX only.*statistics_size"):
         embedder.export_corpus(context, tmp_path / "baked", onnx=False)
     assert not (tmp_path / "baked").exists()
-
-
-# --- the centre
-
-WITH_CENTRE = {"joint": {}, "isolated": {"statistics_size": 12}, "alone": {"context_size": 0}}
-
-
-@pytest.fixture(scope="module", params=WITH_CENTRE)
-def centring(request, tokenizer):
-    """An embedder whose model takes the centre of the corpus from its vectors."""
-    kind = "joint" if request.param == "joint" else "isolated"
-    return build(kind, tokenizer, build_model(kind, centre_size=12, centring=0.6, **WITH_CENTRE[request.param]))
-
-
-def test_a_context_carries_the_centre_of_a_sample_and_vectors_are_centred(centring):
-    context = centring.embed_context(CORPUS, seed=3)
-    drawn = np.random.default_rng([3, embedder_file.CENTRE_STREAM]).choice(20, 12, replace=False)
-    uncentred = dataclasses.replace(context, centre=None)
-    sample = centring.encode_documents([CORPUS[i] for i in drawn], uncentred)
-    np.testing.assert_allclose(context.centre, sample.mean(axis=0), atol=1e-5)
-    plain, found = (centring.encode_queries(CORPUS, one) for one in (uncentred, context))
-    expected = plain - 0.6 * context.centre
-    np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
-    assert np.abs(found - plain).max() > 1e-2
-    if not centring.context_size:
-        np.testing.assert_allclose(centring.encode_queries(CORPUS), plain, atol=1e-5)  # no corpus, no centre
-    few = centring.embed_context(CORPUS[:2])  # no more documents than there are
-    sample = centring.encode_documents(CORPUS[:2], dataclasses.replace(few, centre=None))
-    np.testing.assert_allclose(few.centre, sample.mean(axis=0), atol=1e-5)
-
-
-def test_a_saved_context_keeps_its_centre_and_an_altered_one_is_refused(centring, tmp_path):
-    context, path = centring.embed_context(CORPUS, seed=4), tmp_path / "ctx.safetensors"
-    context.save(path)
-    loaded = Context.load(path)
-    np.testing.assert_array_equal(loaded.centre, context.centre)
-    np.testing.assert_array_equal(centring.encode_queries(FEW, loaded), centring.encode_queries(FEW, context))
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata()
-    save_file(load_file(path) | {"centre": -context.centre}, tmp_path / "mixed", metadata)
-    with pytest.raises(ValueError, match="altered"):
-        Context.load(tmp_path / "mixed")
-
-
-def test_a_centre_for_a_model_without_centring_is_an_error(contextual):
-    context = dataclasses.replace(contextual.embed_context(CORPUS), centre=np.zeros(32, np.float32))
-    with pytest.raises(ValueError, match="without centring"):
-        contextual.encode_queries(FEW, context)
 
 
 def test_a_context_of_other_weights_is_an_error_that_names_both(contextual, tokenizer):

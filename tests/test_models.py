@@ -292,31 +292,6 @@ def test_frequencies_are_carried_by_the_prepared_context(texts, context):
     assert prepare_context(contextual("isolated"), context).frequencies is None
 
 
-def unit(x):
-    x = np.asarray(x, np.float64)
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-@pytest.mark.parametrize("changes", [{}, {"context_size": 0}, SLOTLESS], ids=["slots", "alone", "statistics"])
-def test_a_share_of_the_centre_is_taken_from_every_unit_vector(changes, texts, context):
-    model = contextual("isolated", centre_size=4, centring=0.6, **changes)
-    cache = prepare_context(model, None if "context_size" in changes else context)
-    plain = embed(model, *texts, cache)
-    centre = model.centre(plain[2:])
-    np.testing.assert_allclose(centre, unit(plain[2:]).mean(axis=0), atol=EXACT)
-    vectors = embed(model, *texts, cache._replace(centre=centre))
-    np.testing.assert_allclose(vectors, unit(plain) - 0.6 * np.asarray(centre), atol=EXACT)
-    np.testing.assert_array_equal(model.centred(plain, jnp.zeros(16)), model.centred(plain * 2, jnp.zeros(16)))
-
-
-def test_a_centre_for_a_model_without_centring_is_an_error(texts, context):
-    model = contextual("isolated")
-    cache = model.prepare_context(context)
-    assert cache.centre is None
-    with pytest.raises(ValueError, match="without centring"):
-        model.embed(*texts, cache._replace(centre=jnp.ones(16)))
-
-
 # --- chunks, precision, depth
 
 

@@ -315,15 +315,6 @@ def test_dropping_the_whole_context_equals_no_context():
     assert float(jnp.abs(dropped - read).max()) > 1e-3
 
 
-def test_training_does_not_centre():
-    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), step_batch(0))
-    vectors = nnx.jit(lambda model: embed_plan_batch(model, batch, KEY, CHUNKED))
-    for found, expected in zip(
-        vectors(contextual("isolated", centre_size=9)), vectors(contextual("isolated")), strict=True
-    ):
-        np.testing.assert_array_equal(found, expected)
-
-
 # --- the first stage's rate, and token statistics
 
 

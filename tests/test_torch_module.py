@@ -109,7 +109,6 @@ CONTEXTUAL = {
     "shipped": numerics("shipped"),
     "shipped-sequence": numerics("shipped-sequence"),
     "training": numerics("training"),
-    "isolated, centred": contextual(ROTARY, centre_size=3),
     "isolated, geglu, interleaved": contextual(
         EncoderConfig(200, 16, 2, 2, 24, activation="geglu", rotary_fraction=0.5, rotary_interleaved=True)
     ),
@@ -171,34 +170,9 @@ def baked(folder, tokenizer, name, *, onnx=False):
     """Exports a random model with a context to `folder`/x; the query tokens and what the model makes of them."""
     model = random_model(CONTEXTUAL[name])
     context = embed_context(model, *padded(tokenizer, DOCUMENTS))
-    if model.config.centre_size:
-        context = centred(model, model.prepare_context(context), tokenizer)
     export_corpus(model, context, folder / "x", tokenizer=tokenizer, settings=SETTINGS, onnx=onnx)
     tokens = padded(tokenizer, TEXTS, "query: ")
     return tokens, unit(embed(model, *tokens, context))
-
-
-def centred(model, cache, tokenizer):
-    """The context with the centre of DOCUMENTS."""
-    return cache._replace(centre=model.centre(embed(model, *padded(tokenizer, DOCUMENTS, "document: "), cache)))
-
-
-def test_a_model_of_a_centre_alone_runs_in_pytorch(tmp_path, tokenizer):
-    """With the centre given, without one, and with it baked in."""
-    config = dataclasses.replace(contextual(ROTARY), context_size=0, first_stage=None, centre_size=3, centring=0.5)
-    model = random_model(config)
-    save_pretrained(model, tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
-    loaded, tokens = sentence_transformer(tmp_path / "x"), padded(tokenizer, TEXTS, "query: ")
-    assert equal(load_model(tmp_path / "x"), model)
-    centre = unit(loaded.encode(list(DOCUMENTS), prompt_name="document")).mean(axis=0)
-    cache = centred(model, model.prepare_context(None), tokenizer)
-    assert np.abs(centre - cache.centre).max() <= 1e-5
-    for given, context in ((centre, cache), (None, None)):
-        vectors = loaded.encode(list(TEXTS), prompt_name="query", centre=given)
-        assert np.abs(vectors - embed(model, *tokens, context)).max() <= 1e-5
-    export_corpus(model, cache, tmp_path / "y", tokenizer=tokenizer, settings=SETTINGS, onnx=False)
-    vectors = sentence_transformer(tmp_path / "y").encode(list(TEXTS), prompt_name="query")
-    assert np.abs(vectors - unit(embed(model, *tokens, cache))).max() <= 1e-5
 
 
 def test_an_export_runs_without_jax_and_without_network(tmp_path, tokenizer):
@@ -235,7 +209,7 @@ def test_settings_that_run_in_jax_only_are_named(tmp_path, tokenizer):
     ("changes", "name"),
     [
         ({"statistics_size": 9}, "statistics_size"),
-        ({"statistics_size": 9, "context_size": 0, "first_stage": None, "centre_size": 3}, "statistics_size"),
+        ({"statistics_size": 9, "context_size": 0, "first_stage": None}, "statistics_size"),
         ({"soft_prompt": 0}, "soft_prompt"),
     ],
 )

@@ -18,8 +18,7 @@ from cde_jax.retrieval.padding import full_batch, padded, padded_lengths
 from quality.arrays import TokenSet
 
 SAME, OTHER, NONE = "same corpus", "other corpus", "none"
-# Keep these draws apart from other random numbers of the same seed.
-CONTEXT_STREAM, STATISTICS_STREAM, CENTRE_STREAM = 62, 63, 64
+CONTEXT_STREAM, STATISTICS_STREAM = 62, 63  # keep these draws apart from other random numbers of the same seed
 CUTOFF = 10
 SCORES_HELD = 1 << 24  # similarities in memory at once
 
@@ -29,8 +28,8 @@ PerQuery = dict[str, dict[str, np.ndarray]]  # {set: {kind: NDCG@10 of each quer
 def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config: Config, pad_id: int) -> PerQuery:
     """NDCG@10 of each query by set and kind of context; a biencoder has the kind "none" only.
 
-    "same corpus" samples context, token statistics and centre from the set's own documents, "other corpus" from those
-    of the set half the list away, "none" is null slots, unknown statistics and no centre.
+    "same corpus" samples context and token statistics from the set's own documents, "other corpus" from those of the
+    set half the list away, "none" is null slots and unknown statistics.
     """
     graph, state = nnx.split(model)
     contextual = isinstance(model, ContextualEncoder)
@@ -95,7 +94,7 @@ def _ranked(scores: Float[np.ndarray, " n"], k: int) -> Int[np.ndarray, " k"]:
 
 
 def _cache(graph: Any, state: Any, corpus: TokenSet | None, config: Config, pad_id: int) -> Any:
-    """What the second stage reads of a sample of the corpus; without one null slots, the rest unknown."""
+    """What the second stage reads of a sample of the corpus; null slots and unknown statistics without one."""
     m, frequencies, vectors, present = config.model, None, None, None
     vocab_size = state["encoder"]["word"]["embedding"].shape[0]
     if m.statistics_size:
@@ -110,13 +109,7 @@ def _cache(graph: Any, state: Any, corpus: TokenSet | None, config: Config, pad_
         vectors = np.zeros((m.context_size, drawn.shape[1]), np.float32)
         vectors[: len(drawn)] = drawn
         present = np.arange(m.context_size) < len(drawn)
-    cache = _prepare(graph, state, vectors, present, frequencies)
-    if corpus is not None and m.centre_size:
-        rows = _sample(corpus.documents, m.centre_size, config.seed, CENTRE_STREAM)
-        run = partial(_embed, graph, state, cache=cache)
-        of_sample = _encode(run, corpus.documents, config.data.document_length, pad_id, rows)
-        cache = cache._replace(centre=nnx.merge(graph, state).centre(of_sample))
-    return cache
+    return _prepare(graph, state, vectors, present, frequencies)
 
 
 def _sample(documents: Ragged, size: int, seed: int, stream: int) -> Int[np.ndarray, " m"]:

@@ -70,19 +70,6 @@ def _statistics() -> dict[str, Variant]:
     }
 
 
-def _centre() -> dict[str, Variant]:
-    """The corpus' centre alone, by its share and by the documents it is the mean of, and beside slots."""
-    centred = {**ISOLATED, "model.centre_size": 512}
-    return {
-        "centre-alone": {**centred, **NO_SLOTS},
-        "centre-random": {**centred, **NO_SLOTS, "plan": "random"},
-        **{f"centre-{share}": {**centred, **NO_SLOTS, "model.centring": share} for share in (0.25, 0.5, 1.0)},
-        **{f"centre-of-{size}": {**centred, **NO_SLOTS, "model.centre_size": size} for size in (32, 128)},
-        "centre-slots": {**centred, **OPEN},
-        "centre-statistics": {**centred, **NO_SLOTS, "model.statistics_size": 512, "train.gate_rate": 100.0},
-    }
-
-
 def _batches() -> dict[str, Variant]:
     """Each plan other than the two of table 1, for a biencoder and with context."""
     others = [name for name in PLANS if name not in ("random", "clustered")]
@@ -119,7 +106,6 @@ _BY_GROUP: dict[str, dict[str, Variant]] = {
         "bias-open-frozen": {**ISOLATED, **OPEN, "train.first_stage_rate": 0.0},
     },
     "statistics": {**_BASE, **_statistics()},
-    "centre": {**_BASE, **_centre()},
     "first": {
         **_BASE,
         "first-frozen": {**ISOLATED, "train.first_stage_rate": 0.0},

@@ -1,7 +1,7 @@
 """A contextual encoder with the context of one corpus baked in: a plain one-input model, for PyTorch and ONNX.
 
 A server that knows nothing of context can run it: token ids and a mask go in, a unit vector comes out. Isolated
-models keep the slots' keys and values, joint ones the slots themselves, all the centre; the first stage stays at home.
+models keep the slots' keys and values, joint ones the slots themselves; the first stage stays at home.
 """
 
 from pathlib import Path
@@ -63,14 +63,10 @@ def export_corpus(
         baked = np.asarray(cache.slots, np.float32)
     else:  # [layers, 2, H, P, d]
         baked = np.stack([np.asarray(x, np.float32).transpose(0, 2, 1, 3) for x in cache.prefix], axis=1)
-    if config.slots:
-        tensors["second_stage_model.context"] = np.ascontiguousarray(baked)
-    if cache.centre is not None:
-        tensors["second_stage_model.centre"] = np.asarray(cache.centre, np.float32)
+    tensors["second_stage_model.context"] = np.ascontiguousarray(baked)
     with NewFolder(directory, marker="config.json") as new:
         copy_tokenizer(Path(tokenizer), new.path, config.second_stage.vocab_size)
-        fixed = {"baked": cache.slots.shape[-2], "centred": cache.centre is not None}
-        reference_directory(new.path, config, settings, **fixed)
+        reference_directory(new.path, config, settings, baked=cache.slots.shape[-2])
         save_tensors(new.path / "model.safetensors", tensors)
         module = {"path": "", "type": f"{MODULE.removesuffix('.py')}.Transformer"}
         normalize = {"path": "1_Normalize", "type": "sentence_transformers.models.Normalize"}

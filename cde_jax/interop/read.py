@@ -155,7 +155,7 @@ def describe(directory: Path, numerics: str | None = None) -> Described:
     weights = _plain_names(tensors(home))
     naming = _naming(weights)
     own = config.get("cde_jax", {})
-    if "baked" in own:
+    if own.get("baked"):
         raise ValueError(
             f"{directory}: an export with its context baked in has no first stage; load the export it was made from, "
             f"or run this one with sentence-transformers or ONNX"

@@ -140,18 +140,14 @@ class FirstStage(nn.Module):
 
 
 class SecondStage(nn.Module):
-    """Texts that read context vectors, by joint or isolated attention; `baked`: P slots and centre are fixed."""
+    """Texts that read context vectors, by joint or isolated attention; with `baked`, P slots that are fixed."""
 
-    def __init__(self, c, baked=None, centred=False):
+    def __init__(self, c, baked=0):
         super().__init__()
         self.c, self.baked, e = c, baked, c["second_stage"]
         self.isolated, width = c["context_attention"] == "isolated", e["width"]
         self.backbone = Encoder(e)
         self.output_projection = mlp(width, width, width, nn.ReLU())
-        if centred:
-            self.centre = nn.Parameter(torch.zeros(width))
-        if not c["context_size"]:
-            return
         if c["slot_bias"] is not None:
             self.slot_bias = nn.Parameter(torch.zeros(e["layers"], e["heads"]))
         if baked and self.isolated:  # keys and values, layer by layer
@@ -175,8 +171,6 @@ class SecondStage(nn.Module):
 
     def prepare(self, context):
         """Slots [1|B, P, D], and for isolated attention their keys and values, layer by layer."""
-        if not self.c["context_size"]:
-            return None, None
         if self.baked:
             return (None, self.context) if self.isolated else (self.context[None], None)
         if context is None:
@@ -187,17 +181,13 @@ class SecondStage(nn.Module):
         seen = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)
         return None, self.backbone.run(slots, seen, -1 * seen.long())[1]
 
-    def forward(
-        self, input_ids, attention_mask, dataset_embeddings=None, null_dataset_embedding=False, centre=None, **_
-    ):
+    def forward(self, input_ids, attention_mask, dataset_embeddings=None, null_dataset_embedding=False, **_):
         c, mask = self.c, attention_mask.bool()
         slots, prefix = self.prepare(None if null_dataset_embedding else dataset_embeddings)
-        (batch, length), count = mask.shape, 0
-        if slots is not None or prefix is not None:
-            count = prefix[0][0].shape[-2] if slots is None else slots.shape[1]
+        (batch, length), count = mask.shape, prefix[0][0].shape[-2] if slots is None else slots.shape[1]
         x, positions = self.backbone.embed(input_ids, mask, c["text_token_types"]), self.backbone.positions(mask)
         seen, bias = torch.cat([mask.new_ones(batch, count), mask], dim=1), None
-        if count and c["slot_bias"] is not None:  # from text to slots
+        if c["slot_bias"] is not None:  # from text to slots
             bias = F.pad(self.slot_bias[..., None, None].expand(-1, -1, length, count), (0, length))
         if slots is not None:  # joint: one sequence
             first = torch.arange(count, device=mask.device).expand(batch, -1)
@@ -210,11 +200,7 @@ class SecondStage(nn.Module):
             x = torch.cat([slots.expand(batch, -1, -1), x], dim=1)
         hidden = self.backbone.run(x, seen, positions, prefix, bias)[0][:, -length:]
         pooled = mean_pool(hidden, mask)
-        vectors = self.output_projection(pooled) + (pooled if c["residual_output"] else 0)
-        centre = getattr(self, "centre", None) if centre is None else centre
-        if centre is None:
-            return vectors
-        return F.normalize(vectors, dim=-1) - c["centring"] * torch.as_tensor(centre).to(vectors)
+        return self.output_projection(pooled) + (pooled if c["residual_output"] else 0)
 
 
 class CdeModel(PreTrainedModel):
@@ -233,9 +219,9 @@ class CdeModel(PreTrainedModel):
             stage = FirstStage(c)
             self.embedder, self.mlp, self.pooling = stage.embedder, stage.mlp, stage.pooling
         else:
-            baked = config.cde_jax.get("baked")
-            self.second_stage_model = SecondStage(c, baked, config.cde_jax.get("centred", False))
-            if baked is None and c["first_stage"]:
+            baked = config.cde_jax.get("baked", 0)
+            self.second_stage_model = SecondStage(c, baked)
+            if not baked:
                 self.first_stage_model = FirstStage(c["first_stage"])
         self.post_init()
 
@@ -243,10 +229,7 @@ class CdeModel(PreTrainedModel):
         """Nothing: the weights come from the directory."""
 
     def forward(self, input_ids, attention_mask, dataset_input_ids=None, dataset_attention_mask=None, **context):
-        """Vectors [B, D], not normalised; context as tokens or as `dataset_embeddings`, null slots without any.
-
-        Models with centring take `centre` too, the mean of a sample's unit vectors without one.
-        """
+        """Vectors [B, D], not normalised; context as tokens or as `dataset_embeddings`, null slots without any."""
         if not hasattr(self, "second_stage_model"):
             return FirstStage.forward(self, input_ids, attention_mask)
         if dataset_input_ids is not None:
@@ -280,8 +263,8 @@ class Transformer(nn.Module):
 
     tokenize = preprocess
 
-    def forward(self, features, dataset_embeddings=None, centre=None, **_):
-        model, context = self.auto_model, {"dataset_embeddings": dataset_embeddings, "centre": centre}
+    def forward(self, features, dataset_embeddings=None, **_):
+        model, context = self.auto_model, {"dataset_embeddings": dataset_embeddings}
         if dataset_embeddings is None and hasattr(model, "first_stage_model"):
             model = model.first_stage_model
         vectors = model(features["input_ids"], features["attention_mask"], **context)

@@ -181,13 +181,7 @@ def _write_reference(model: ContextualEncoder | Biencoder, folder: Path, setting
         tensors = to_torch(biencoder_rules(config.encoder, prefix="embedder."), parameters(model))
     save_tensors(folder / "model.safetensors", tensors)
     reference_directory(folder, config, settings)
-    module = {
-        "idx": 0,
-        "name": "0",
-        "path": "",
-        "type": f"{_STEM}.Transformer",
-        "kwargs": ["dataset_embeddings", "centre"],
-    }
+    module = {"idx": 0, "name": "0", "path": "", "type": f"{_STEM}.Transformer", "kwargs": ["dataset_embeddings"]}
     write_json(folder / "modules.json", [module])
 
 

@@ -14,7 +14,6 @@ class ContextCache(NamedTuple):
     slots: Float[Array, "*B P D"]
     prefix: Prefix | None  # isolated, and P > 0: keys and values, [layers, *B, P, H, d]
     frequencies: Float[Array, " V"] | None = None  # of the corpus' tokens; None as zeros: not known
-    centre: Float[Array, " D"] | None = None  # of the corpus' vectors; None: not known, vectors are not centred
 
 
 def check_cache(cache: ContextCache, encoder: EncoderConfig, *, isolated: bool, slots: int) -> None:

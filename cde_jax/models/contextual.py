@@ -1,9 +1,8 @@
 """The two-stage contextual encoder (paper, section 4), which may read token statistics of the corpus too.
 
 `M1` embeds J context documents, once; `M2` reads `[c_1 … c_J | s_1 … s_8 | t_1 … t_L]`: J context slots, a soft
-prompt, the text, and pools the text. Two more channels are ours. Token statistics: the document frequencies of a sample
-of the corpus, read at the token embeddings and in pooling. The centre: the mean vector of a sample of the corpus, by
-the second stage itself, of which a share is taken from every vector. A model has one of the three or more.
+prompt, the text, and pools the text. Token statistics are a second channel, ours: the document frequencies of a sample
+of the corpus, read at the token embeddings and in pooling. A model has slots, statistics, or both.
 
 Axis letters, used everywhere: `B` texts, `K` hard negatives per query, `N` documents in a batch = B(1+K),
 `J` context documents, `L` tokens, `D` width, `S` steps in a plan, `G` plan batches per step; here also
@@ -24,7 +23,7 @@ from cde_jax.models.attention import Prefix
 from cde_jax.models.biencoder import Biencoder, BiencoderConfig
 from cde_jax.models.cache import ContextCache, check_cache
 from cde_jax.models.encoder import Encoder, EncoderConfig, Ids, Mask, as_tokens, linear
-from cde_jax.models.pooling import mean_pool, normalise
+from cde_jax.models.pooling import mean_pool
 
 # Vectors of the first stage: shared by all texts, or one set a text.
 Context = Float[Array | np.ndarray, "J D"] | Float[Array | np.ndarray, "B J D"]
@@ -37,7 +36,7 @@ class ContextualConfig:
     """Shape and habits of a contextual encoder. The last block of fields exists for imported weights.
 
     With context_size 0 there are no slots, and what is said of slots, soft prompt, null embedding and tied embeddings
-    means nothing: statistics and centre are the only context.
+    means nothing: the statistics are the only context.
     """
 
     first_stage: BiencoderConfig | None  # None with context_size 0
@@ -46,8 +45,6 @@ class ContextualConfig:
     context_attention: Literal["joint", "isolated"] = "isolated"
     soft_prompt: int = 8  # learned tokens between the slots and the text; 0: none
     statistics_size: int = 0  # documents that the document frequencies are counted over; 0: the model reads none
-    centre_size: int = 0  # documents whose mean unit vector is the corpus' centre; 0: vectors are not centred
-    centring: float = 0.75  # the share of the centre that is subtracted from every unit vector
     slot_bias: float | None = -5.0  # first value of the learned bias from text to slots; None: no such bias
     null_embedding: bool = True  # one learned vector that stands in for a missing context document
     tie_token_embeddings: bool = False  # both stages share one table of word embeddings
@@ -62,11 +59,11 @@ class ContextualConfig:
     fixed_context: Literal["no", "at most", "exactly"] = "no"  # the reference reads the first J documents only
 
     def __post_init__(self):
-        sizes = (self.context_size, self.statistics_size, self.centre_size)
-        if min(sizes) < 0 or not any(sizes):
+        if self.context_size < 0 or self.statistics_size < 0 or not (self.context_size or self.statistics_size):
             raise ValueError(
                 f"a contextual model reads context documents (context_size J ≥ 1), token statistics (statistics_size "
-                f"≥ 1) or the corpus' centre (centre_size ≥ 1), got {sizes}; use a Biencoder to train without context"
+                f"≥ 1) or both, got {self.context_size} and {self.statistics_size}; use a Biencoder to train without "
+                f"context"
             )
         if (self.first_stage is None) != (self.context_size == 0):
             raise ValueError(
@@ -160,18 +157,7 @@ class ContextualEncoder(nnx.Module):
             check_cache(context, c.second_stage, isolated=c.context_attention == "isolated", slots=c.slots)
         else:
             context = self.prepare_context(context)
-        vectors = self.output(*self.hidden(ids, mask, context))
-        return vectors if context.centre is None else self.centred(vectors, context.centre)
-
-    def centre(self, documents: Float[Array, "N D"]) -> Float[Array, " D"]:
-        """The centre of a corpus: the mean unit vector of N of its documents, as `embed` gives them without centre."""
-        return normalise(documents).mean(axis=0)
-
-    def centred(self, vectors: Float[Array, "B D"], centre: Float[Array, " D"]) -> Float[Array, "B D"]:
-        """Unit vectors less a share of the corpus' centre: what all its texts have in common tells none apart."""
-        if not self.config.centre_size:
-            raise ValueError("this model was made without centring (centre_size 0): leave the centre out")
-        return normalise(vectors) - self.config.centring * centre
+        return self.output(*self.hidden(ids, mask, context))
 
     def hidden(
         self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache

@@ -1,8 +1,6 @@
-"""Hidden states of a text to one vector, or to several; vectors to unit vectors."""
+"""Hidden states of a text to one vector, or to several."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 
@@ -28,11 +26,3 @@ def pool_pieces(hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"], pieces:
     count = weights.sum(axis=-1)[..., None]
     pooled = jnp.einsum("btld,btl->btd", hidden, weights) / jnp.maximum(count, 1e-9)
     return jnp.where(count > 0, pooled, everything)
-
-
-def normalise(vectors: Float[Array | np.ndarray, "*B D"]) -> Float[Array, "*B D"]:
-    """Unit vectors in float32; a zero vector (shorter than 1e-12) becomes zero, with no gradient."""
-    vectors = vectors.astype(jnp.float32)
-    square = jnp.sum(vectors**2, axis=-1, keepdims=True)
-    zero = square <= 1e-24  # where the derivative of rsqrt leaves float32; not true of NaN, which must be seen
-    return jnp.where(zero, 0.0, vectors * jax.lax.rsqrt(jnp.where(zero, 1.0, square)))

@@ -33,8 +33,7 @@ from cde_jax.retrieval.padding import padded_lengths
 
 __all__ = ["Context", "Embedder"]
 
-# Keep the samples that tokens are counted in, and that the centre is of, apart from that of the context documents.
-STATISTICS_STREAM, CENTRE_STREAM = 51, 52
+STATISTICS_STREAM = 51  # keeps the sample that tokens are counted in apart from the sample of context documents
 
 
 class Embedder:
@@ -137,9 +136,8 @@ class Embedder:
 
         Draws min(J, len(corpus)) documents without replacement (`seed`), each encoded with the document prefix at
         the document length. With fewer than J documents the other slots are null slots. A model with token statistics
-        gets those of a second sample, of min(statistics_size, len(corpus)) documents, and one with centring the
-        centre of a third, of min(centre_size, len(corpus)). Raises ValueError for an empty corpus, a biencoder, and
-        too few documents for weights without a null embedding.
+        gets those of a second sample, of min(statistics_size, len(corpus)) documents. Raises ValueError for an empty
+        corpus, a biencoder, and too few documents for weights without a null embedding.
         """
         if not self.contextual:
             raise ValueError(
@@ -157,22 +155,16 @@ class Embedder:
                 f"these weights read {self.context_size} context documents and have no null embedding to stand in "
                 f"for missing ones, got a corpus of {len(corpus)}: add documents, or repeat some"
             )
-        documents = _sample(corpus, self.context_size, [seed])
-        counted = _sample(corpus, self.config.statistics_size, [seed, STATISTICS_STREAM])
-        averaged = _sample(corpus, self.config.centre_size, [seed, CENTRE_STREAM])
-        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + counted + averaged)))
-        vectors, frequencies = self._context_vectors(documents), self._frequencies(counted)
-        context = Context(vectors, *about, frequencies=frequencies)
-        prepared = self._computed(context)
-        if averaged:
-            s = self.settings
-            vectors = self._encode_with(prepared, averaged, s.document_prefix, s.document_length, "centre")
-            prepared = prepared._replace(centre=self.model.centre(jnp.asarray(vectors)))
-            context = dataclasses.replace(context, centre=np.array(prepared.centre))
+        count = min(self.context_size, len(corpus))
+        drawn = np.random.default_rng(seed).choice(len(corpus), count, replace=False)
+        documents = [corpus[i] for i in drawn]
+        counted, frequencies = self._frequencies(corpus, seed)
+        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + counted)))
+        context = Context(self._context_vectors(documents), *about, frequencies=frequencies)
+        prepared = self._prepare(context)
         if prepared.prefix is not None:
-            cache = jax.device_get(prepared._replace(frequencies=None, centre=None))
-            context = dataclasses.replace(context, cache=cache)
-        self._prepared[context] = prepared
+            context = dataclasses.replace(context, cache=jax.device_get(prepared._replace(frequencies=None)))
+            self._prepared[context] = prepared
         return context
 
     def _context_vectors(self, documents: list[str]) -> Float[np.ndarray, "m D"]:
@@ -187,15 +179,17 @@ class Embedder:
         vectors = encode(documents, s.document_prefix, lengths, run, self.tokenizer, **about)
         return vectors.reshape(-1, self.width)
 
-    def _frequencies(self, documents: list[str]) -> Float[np.ndarray, " V"] | None:
-        """The document frequencies of a sample; None for a model without token statistics."""
-        if not documents:
-            return None
-        s = self.settings
+    def _frequencies(self, corpus: list[str], seed: int) -> tuple[list[str], Float[np.ndarray, " V"] | None]:
+        """A sample of the corpus, and the document frequencies in it; for a model with token statistics."""
+        size, s = min(self.config.statistics_size, len(corpus)), self.settings
+        if not size:
+            return [], None
+        drawn = np.random.default_rng([seed, STATISTICS_STREAM]).choice(len(corpus), size, replace=False)
+        documents = [corpus[i] for i in drawn]
         tokens = self.tokenizer.encode([s.document_prefix + text for text in documents], s.document_length)
         ragged = Ragged(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]))
         vocab_size = self.config.second_stage.vocab_size
-        return document_frequencies(ragged, np.arange(len(documents)), s.document_length, vocab_size)
+        return documents, document_frequencies(ragged, np.arange(size), s.document_length, vocab_size)
 
     def encode_queries(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
         """Query vectors, float32, unit norm, in the order of `texts`; `context=None` means null slots.
@@ -212,9 +206,8 @@ class Embedder:
         return self._encode_texts(texts, s.document_prefix, s.document_length, context, "documents")
 
     def _encode_texts(self, texts, prefix: str, length: int, context: Context | None, what: str) -> np.ndarray:
-        return self._encode_with(self._prepare(context), check_texts(texts), prefix, length, what)
-
-    def _encode_with(self, cache: ContextCache | None, texts: list[str], prefix: str, length: int, what: str):
+        texts = check_texts(texts)
+        cache = self._prepare(context)
         run = partial(_embed, self._graph, self._state, cache=cache)
         # Only joint attention carries the slots along with every text.
         slots = cache.slots.shape[0] if cache is not None and cache.prefix is None else 0
@@ -245,7 +238,7 @@ class Embedder:
             return None
         dtype = jnp.dtype(self.config.second_stage.dtype)
         prefix = Prefix(*(x.astype(dtype) for x in context.cache.prefix))
-        cache = ContextCache(context.cache.slots, prefix, context.frequencies, context.centre)
+        cache = ContextCache(context.cache.slots, prefix, context.frequencies)
         return jax.device_put(cache, jax.local_devices()[0])
 
     def _computed(self, context: Context) -> ContextCache:
@@ -253,19 +246,11 @@ class Embedder:
         if missing := max(0, self.config.slots - len(vectors)):
             vectors = np.pad(vectors, ((0, missing), (0, 0)))
             present = np.arange(len(vectors)) < len(vectors) - missing
-        vectors = vectors if self.context_size else None
-        cache = _prepare(self._graph, self._state, vectors, present, context.frequencies)
-        return cache._replace(centre=None if context.centre is None else jnp.asarray(context.centre))
+        return _prepare(self._graph, self._state, vectors if self.context_size else None, present, context.frequencies)
 
     @cached_property
     def _null_context(self) -> ContextCache:
         return _prepare(self._graph, self._state, None, None, None)
-
-
-def _sample(corpus: list[str], size: int, seed: list[int]) -> list[str]:
-    """min(size, len(corpus)) documents, without replacement."""
-    drawn = np.random.default_rng(seed).choice(len(corpus), min(size, len(corpus)), replace=False)
-    return [corpus[i] for i in drawn]
 
 
 @partial(jax.jit, static_argnames="graph")

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from cde_jax.models.pooling import normalise
-
 
 def info_nce(
     queries: Float[Array | np.ndarray, "B D"],
@@ -43,3 +41,11 @@ def info_nce(
         "masked": 1 - negatives.sum() / jnp.maximum((~own).sum(), 1),
     }
     return loss, {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+
+def normalise(vectors: Float[Array | np.ndarray, "*B D"]) -> Float[Array, "*B D"]:
+    """Unit vectors in float32; a zero vector (shorter than 1e-12) becomes zero, with no gradient."""
+    vectors = vectors.astype(jnp.float32)
+    square = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    zero = square <= 1e-24  # where the derivative of rsqrt leaves float32; not true of NaN, which must be seen
+    return jnp.where(zero, 0.0, vectors * jax.lax.rsqrt(jnp.where(zero, 1.0, square)))

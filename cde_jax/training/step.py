@@ -118,7 +118,7 @@ def embed_plan_batch(
     A context document is null where there is none, or by sequence dropout. One draw serves the whole plan batch, so
     that the slots' keys and values are computed once; the reference draws per text, at a rate (0.005) where both
     only make sure that the null embedding is trained. The document frequencies are dropped at that rate too, all
-    together, so that the model knows texts without any. Nothing is centred: vectors are for retrieval.
+    together, so that the model knows texts without any.
     """
     context = None
     if isinstance(model, ContextualEncoder):
@@ -132,10 +132,10 @@ def embed_plan_batch(
     encode = partial(model.embed, context=context)
     if "texts" in batch:
         vectors, _ = map_ready_chunks(encode, **batch["texts"])
-        queries, documents = jnp.split(vectors, [batch["keep"].shape[0]])
-    else:
-        queries = map_chunks(encode, batch["query_ids"], batch["query_mask"], config.query_chunk)
-        documents = map_chunks(encode, batch["document_ids"], batch["document_mask"], config.document_chunk)
+        count = batch["keep"].shape[0]
+        return vectors[:count], vectors[count:]
+    queries = map_chunks(encode, batch["query_ids"], batch["query_mask"], config.query_chunk)
+    documents = map_chunks(encode, batch["document_ids"], batch["document_mask"], config.document_chunk)
     return queries, documents
 
 
