@@ -383,13 +383,14 @@ def test_a_saved_context_keeps_its_frequencies_and_a_mixed_one_is_refused(counti
         Context.load(tmp_path / "mixed")
 
 
-def test_a_context_file_of_the_version_before_is_still_read(contextual, tmp_path, monkeypatch):
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_context_file_of_a_version_before_is_still_read(contextual, tmp_path, monkeypatch, version):
     context, path = contextual.embed_context(CORPUS), tmp_path / "ctx.safetensors"
-    monkeypatch.setattr("cde_jax.retrieval.context.FORMAT", "cde_jax context 2")
+    monkeypatch.setattr("cde_jax.retrieval.context.FORMAT", f"cde_jax context {version}")
     context.save(path)
     monkeypatch.undo()
     loaded = Context.load(path)
-    assert loaded.frequencies is None
+    assert loaded.frequencies is None and loaded.centres is None
     np.testing.assert_array_equal(contextual.encode_queries(FEW, loaded), contextual.encode_queries(FEW, context))
 
 
@@ -417,6 +418,68 @@ def test_a_model_with_statistics_is_exported_for_jax_and_baking_it_in_is_refused
     with pytest.raises(ValueError, match=r"run in JAX only.*statistics_size"):
         embedder.export_corpus(context, tmp_path / "baked", onnx=False)
     assert not (tmp_path / "baked").exists()
+
+
+# --- centres
+
+ASKED = texts(9, seed=5, longest=8)
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_queries_and_documents_are_centred_each_by_their_own(embedder):
+    context = embedder.embed_context(CORPUS, seed=3, queries=ASKED)
+    plain = dataclasses.replace(context, centres=None) if embedder.contextual else None
+    for encode_texts, sample, found in (
+        (embedder.encode_queries, ASKED, context.centres[0]),
+        (embedder.encode_documents, CORPUS, context.centres[1]),  # fewer than a sample holds: all
+    ):
+        np.testing.assert_allclose(found, encode_texts(sample, plain).mean(axis=0), atol=1e-5)
+        expected = unit(encode_texts(FEW, plain) - 0.75 * found)
+        np.testing.assert_allclose(encode_texts(FEW, context), expected, atol=1e-5)
+    assert np.abs(context.centres[0] - context.centres[1]).max() > 1e-3
+    if embedder.contextual:
+        without = embedder.embed_context(CORPUS, seed=3)
+        np.testing.assert_array_equal(without.vectors, context.vectors)
+        assert without.centres is None
+        np.testing.assert_allclose(
+            embedder.encode_queries(FEW, without), embedder.encode_queries(FEW, plain), atol=1e-6
+        )
+
+
+def test_no_more_documents_than_a_sample_make_the_centre(tokenizer, monkeypatch):
+    monkeypatch.setattr(embedder_file, "SIZE", 7)
+    embedder = build("biencoder", tokenizer)
+    drawn = np.random.default_rng([3, embedder_file.CENTRE_STREAM]).choice(20, 7, replace=False)
+    expected = embedder.encode_documents([CORPUS[i] for i in drawn]).mean(axis=0)
+    np.testing.assert_allclose(embedder.embed_context(CORPUS, 3, ASKED).centres[1], expected, atol=1e-5)
+
+
+def test_a_saved_context_keeps_its_centres_and_an_altered_one_is_refused(embedder, tmp_path):
+    context, path = embedder.embed_context(CORPUS, queries=ASKED), tmp_path / "ctx.safetensors"
+    context.save(path)
+    loaded = Context.load(path)
+    np.testing.assert_array_equal(loaded.centres, context.centres)
+    np.testing.assert_array_equal(embedder.encode_queries(FEW, loaded), embedder.encode_queries(FEW, context))
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | {"centres": -context.centres}, tmp_path / "mixed", metadata)
+    with pytest.raises(ValueError, match="altered"):
+        Context.load(tmp_path / "mixed")
+
+
+def test_what_cannot_be_centred_is_an_error(embedder, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="at least one query to centre by, got none"):
+        embedder.embed_context(CORPUS, queries=[])
+    context = embedder.embed_context(CORPUS, queries=ASKED)
+    with pytest.raises(ValueError, match=r"cannot tell queries from documents|a biencoder reads no context"):
+        embedder.export_corpus(context, tmp_path / "baked", onnx=False)
+    kind = embedder.config.context_attention if embedder.contextual else "biencoder"
+    other = build(kind, tokenizer, build_model(kind, seed=1))
+    with pytest.raises(ValueError, match="embedded with other weights"):
+        other.encode_queries(FEW, context)
 
 
 def test_a_context_of_other_weights_is_an_error_that_names_both(contextual, tokenizer):

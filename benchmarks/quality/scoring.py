@@ -14,26 +14,32 @@ from cde_jax.batching.statistics import document_frequencies
 from cde_jax.config import Config
 from cde_jax.data.store import Ragged
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
+from cde_jax.retrieval.centre import SIZE, centre, centred
 from cde_jax.retrieval.padding import full_batch, padded, padded_lengths
 from quality.arrays import TokenSet
 
 SAME, OTHER, NONE = "same corpus", "other corpus", "none"
-CONTEXT_STREAM, STATISTICS_STREAM = 62, 63  # keep these draws apart from other random numbers of the same seed
+SAME_CENTRED, OTHER_CENTRED = "same, centred", "other, centred"
+# Keep these draws apart from other random numbers of the same seed.
+CONTEXT_STREAM, STATISTICS_STREAM, CENTRE_STREAM = 62, 63, 64
 CUTOFF = 10
 SCORES_HELD = 1 << 24  # similarities in memory at once
 
+Vectors = tuple[np.ndarray, np.ndarray]  # unit vectors of queries and of documents
 PerQuery = dict[str, dict[str, np.ndarray]]  # {set: {kind: NDCG@10 of each query, float64 [q]}}
 
 
 def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config: Config, pad_id: int) -> PerQuery:
-    """NDCG@10 of each query by set and kind of context; a biencoder has the kind "none" only.
+    """NDCG@10 of each query by set and kind of context; a biencoder has no "same corpus" and "other corpus".
 
     "same corpus" samples context and token statistics from the set's own documents, "other corpus" from those of the
-    set half the list away, "none" is null slots and unknown statistics.
+    set half the list away, "none" is null slots and unknown statistics. "same, centred" is "same corpus" (of a
+    biencoder "none") with vectors centred by the set's own queries and documents, "other, centred" by the other's.
     """
     graph, state = nnx.split(model)
     contextual = isinstance(model, ContextualEncoder)
     found: PerQuery = {}
+    vectors: dict[str, Vectors] = {}
     for number, one in enumerate(sets):
         caches: dict[str, Any] = {NONE: _cache(graph, state, None, config, pad_id) if contextual else None}
         if contextual:
@@ -47,7 +53,32 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
             queries = _encode(run, one.queries, config.data.query_length, pad_id)
             documents = _encode(run, one.documents, config.data.document_length, pad_id)
             found[one.name][kind] = ndcg(queries, documents, one.judged, one.relevant, one.grades)
+            vectors.setdefault(one.name, (queries, documents))  # of the first kind
+    for number, one in enumerate(sets):
+        other = sets[(number + max(1, len(sets) // 2)) % len(sets)]
+        kinds = {SAME_CENTRED: one.name} | ({OTHER_CENTRED: other.name} if other is not one else {})
+        for kind, name in kinds.items():
+            moved = centred_by(vectors[one.name], vectors[name], config.seed)
+            found[one.name][kind] = ndcg(*moved, one.judged, one.relevant, one.grades)
     return found
+
+
+def centred_by(vectors: Vectors, sample: Vectors, seed: int) -> Vectors:
+    """Queries and documents less the centres of a corpus' sample of both.
+
+    The queries are centred in two halves, each by the other half's mean (or by that half of another corpus' queries):
+    a query that is searched for has no part in its centre.
+    """
+    random = np.random.default_rng([seed, CENTRE_STREAM])
+    drawn = random.permutation(len(sample[1]))[:SIZE]
+    halves, of_sample = (
+        np.array_split(np.random.default_rng(seed).permutation(len(x)), 2) for x in (vectors[0], sample[0])
+    )
+    queries = vectors[0].copy()
+    for half, others in zip(halves, of_sample[::-1], strict=True):
+        if len(half) and len(others):
+            queries[half] = centred(queries[half], centre(sample[0][others]))
+    return queries, centred(vectors[1], centre(sample[1][drawn]))
 
 
 def ndcg(

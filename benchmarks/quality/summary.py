@@ -10,11 +10,12 @@ from jaxtyping import Float
 from cde_jax.data.files import write_json
 from quality.arrays import TokenSet
 from quality.results import Line, load_queries
-from quality.scoring import NONE, OTHER, SAME
+from quality.scoring import NONE, OTHER, OTHER_CENTRED, SAME, SAME_CENTRED
 
 BOOTSTRAP_STREAM = 64
 DRAWS = 2000
-KINDS = (SAME, OTHER, NONE)
+CENTRED = (SAME_CENTRED, OTHER_CENTRED)
+KINDS = (SAME, OTHER, NONE, *CENTRED)
 
 Queries = dict[str, dict[str, np.ndarray]]  # {set: {kind: NDCG@10 of each query}}
 
@@ -53,7 +54,8 @@ def summarise(runs: Mapping[str, Mapping[int, Queries]], shifts: Mapping[str, fl
             scores = [np.mean([row[kind].mean() for row in queries.values()]) for queries in by_seed.values()]
             row = {"variant": name, "context": kind, "seeds": len(scores), "mean": round(float(np.mean(scores)), 5)}
             row["sd"] = round(float(np.std(scores, ddof=1)), 5) if len(scores) > 1 else None
-            compared = None if name == first else difference(by_seed, kind, runs[first], _kind_of(runs[first], kind))
+            of_first = _kind_of(runs[first], kind)
+            compared = None if (name, kind) == (first, of_first) else difference(by_seed, kind, runs[first], of_first)
             row["difference"] = compared and [round(value, 5) for value in compared]
             row["sets"] = {
                 one: round(float(np.mean([queries[one][kind].mean() for queries in by_seed.values()])), 5)
@@ -98,7 +100,7 @@ def text(content: Mapping[str, Any]) -> str:
     width = max(len(row["variant"]) for row in content["rows"])
     lines = [
         f"mean NDCG@10 over {len(shifts)} sets; differences to {first}, same kind of context where it has it, 95 %",
-        f"{'variant':<{width}}  {'context':<12}  seeds   mean      sd  difference",
+        f"{'variant':<{width}}  {'context':<14}  seeds   mean      sd  difference",
     ]
     for row in content["rows"]:
         sd = "–" if row["sd"] is None else f"{row['sd']:.4f}"
@@ -107,7 +109,7 @@ def text(content: Mapping[str, Any]) -> str:
             mean, low, high = row["difference"]
             compared = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
         lines.append(
-            f"{row['variant']:<{width}}  {row['context']:<12}  {row['seeds']:>5}  {row['mean']:.4f}  {sd:>6}  "
+            f"{row['variant']:<{width}}  {row['context']:<14}  {row['seeds']:>5}  {row['mean']:.4f}  {sd:>6}  "
             f"{compared}"
         )
     lines += ["", *_by_set(content["rows"], width)]
@@ -131,28 +133,35 @@ def text(content: Mapping[str, Any]) -> str:
 def _by_set(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     """NDCG@10 of each variant and kind of context, a column a set."""
     names = list(rows[0]["sets"])
-    lines = [f"{'NDCG@10':<{width}}  {'context':<12}" + "".join(f"  {name[:10]:>10}" for name in names)]
+    lines = [f"{'NDCG@10':<{width}}  {'context':<14}" + "".join(f"  {name[:10]:>10}" for name in names)]
     for row in rows:
         cells = "".join(f"  {row['sets'][name]:>10.4f}" for name in names)
-        lines.append(f"{row['variant']:<{width}}  {row['context']:<12}{cells}")
+        lines.append(f"{row['variant']:<{width}}  {row['context']:<14}{cells}")
     return lines
 
 
 def _gains(by_seed: Mapping[int, Queries], first: Mapping[int, Queries], one: str, kinds: Sequence[str]) -> dict:
-    """A set's gains from the right context, mean over seeds: against another, none, and the first variant."""
-    if SAME not in kinds:
+    """A set's gains from the right context, mean over seeds: against another, none, and the first variant.
+
+    With centring, where the scores have that: it stands on top of the other channels.
+    """
+    pairs = [(same, other) for same, other in ((SAME_CENTRED, OTHER_CENTRED), (SAME, OTHER)) if same in kinds]
+    if not pairs:
         return {}
+    same, other = pairs[0]
     found = {
-        f"same − {short}": np.mean([q[one][SAME].mean() - q[one][kind].mean() for q in by_seed.values()])
-        for short, kind in (("other", OTHER), ("none", NONE))
+        f"same − {short}": np.mean([q[one][same].mean() - q[one][kind].mean() for q in by_seed.values()])
+        for short, kind in (("other", other), ("none", NONE))
         if kind in kinds
     }
     if seeds := sorted(set(by_seed) & set(first)):
-        kind = _kind_of(first, SAME)
-        found["same − first"] = np.mean([by_seed[s][one][SAME].mean() - first[s][one][kind].mean() for s in seeds])
+        kind = _kind_of(first, same)
+        found["same − first"] = np.mean([by_seed[s][one][same].mean() - first[s][one][kind].mean() for s in seeds])
     return {name: round(float(value), 5) for name, value in found.items()}
 
 
 def _kind_of(runs: Mapping[int, Queries], kind: str) -> str:
-    """The kind of the first variant that is compared with: the same, or none where it reads no context."""
+    """The kind of the first variant that is compared with: the same; "none" where it has not, and of centring."""
+    if kind in CENTRED:
+        return NONE
     return kind if all(kind in row for queries in runs.values() for row in queries.values()) else NONE

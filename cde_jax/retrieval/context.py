@@ -16,8 +16,8 @@ from cde_jax.data.files import write_file
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import ContextCache
 
-FORMAT = "cde_jax context 3"
-_WITHOUT_FREQUENCIES = "cde_jax context 2"
+FORMAT = "cde_jax context 4"
+_BEFORE = ("cde_jax context 3", "cde_jax context 2")  # without centres; and without frequencies
 _WITHOUT_CACHE = "cde_jax context 1"  # vectors only, and their digest
 
 
@@ -39,9 +39,11 @@ class Context:
     cache: ContextCache | None = None
     # Of a model with token statistics: float32, read-only (`batching.statistics.document_frequencies`).
     frequencies: Float[np.ndarray, " V"] | None = None
+    # Of queries and of documents (`retrieval.centre`), float32, read-only; None: vectors are not centred.
+    centres: Float[np.ndarray, "2 D"] | None = None
 
     def __post_init__(self):
-        for array in (self.vectors, self.frequencies):
+        for array in (self.vectors, self.frequencies, self.centres):
             if array is not None:
                 array.flags.writeable = False  # what was prepared from them would not follow a change
         if self.cache is not None and self.cache.prefix is None:
@@ -52,8 +54,9 @@ class Context:
         tensors = {"vectors": np.asarray(self.vectors, np.float32)}
         if self.cache is not None:
             tensors |= {"slots": self.cache.slots, "keys": self.cache.prefix.keys, "values": self.cache.prefix.values}
-        if self.frequencies is not None:
-            tensors["frequencies"] = np.asarray(self.frequencies, np.float32)
+        for name, array in (("frequencies", self.frequencies), ("centres", self.centres)):
+            if array is not None:
+                tensors[name] = np.asarray(array, np.float32)
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         metadata = {
             "format": FORMAT,
@@ -76,7 +79,7 @@ class Context:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                ours = metadata.get("format") in (FORMAT, _WITHOUT_FREQUENCIES, _WITHOUT_CACHE)
+                ours = metadata.get("format") in (FORMAT, *_BEFORE, _WITHOUT_CACHE)
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())} if ours else {}
         except SafetensorError as error:
             raise ValueError(
@@ -103,6 +106,7 @@ class Context:
             metadata["documents"],
             cache,
             tensors.get("frequencies"),
+            tensors.get("centres"),
         )
 
 

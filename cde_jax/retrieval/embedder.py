@@ -26,6 +26,7 @@ from cde_jax.interop.read import TextSettings, load_pretrained
 from cde_jax.interop.write import save_pretrained
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
+from cde_jax.retrieval.centre import SIZE, centre, centred
 from cde_jax.retrieval.checks import check_fit, check_texts
 from cde_jax.retrieval.context import Context, weights_fingerprint
 from cde_jax.retrieval.encode import encode
@@ -33,7 +34,8 @@ from cde_jax.retrieval.padding import padded_lengths
 
 __all__ = ["Context", "Embedder"]
 
-STATISTICS_STREAM = 51  # keeps the sample that tokens are counted in apart from the sample of context documents
+# Keep the samples that tokens are counted in, and that the centre is of, apart from that of the context documents.
+STATISTICS_STREAM, CENTRE_STREAM = 51, 52
 
 
 class Embedder:
@@ -89,6 +91,11 @@ class Embedder:
         """Write a one-input model with `context` baked in, for PyTorch and ONNX (`interop.baked.export_corpus`)."""
         if not self.contextual:
             raise ValueError("a biencoder reads no context to bake in: save_pretrained writes a one-input model")
+        if context is not None and context.centres is not None:
+            raise ValueError(
+                "a one-input model cannot tell queries from documents, and this context centres each by its own: "
+                "embed the context without queries"
+            )
         export_corpus(
             self.model,
             self._prepare(context),
@@ -131,39 +138,49 @@ class Embedder:
         """Fingerprint of the weights: sha256 (hex) over the sorted parameter paths, shapes and bytes."""
         return weights_fingerprint(self._state)
 
-    def embed_context(self, corpus: Iterable[str], seed: int = 0) -> Context:
+    def embed_context(self, corpus: Iterable[str], seed: int = 0, queries: Iterable[str] | None = None) -> Context:
         """Embed a sample of the corpus, to be read beside its queries and documents.
 
         Draws min(J, len(corpus)) documents without replacement (`seed`), each encoded with the document prefix at
         the document length. With fewer than J documents the other slots are null slots. A model with token statistics
-        gets those of a second sample, of min(statistics_size, len(corpus)) documents. Raises ValueError for an empty
-        corpus, a biencoder, and too few documents for weights without a null embedding.
+        gets those of a second sample, of min(statistics_size, len(corpus)) documents.
+
+        `queries`, some that people ask of this corpus (32 or more; nobody needs to know their answers), have vectors
+        centred: queries by the mean of these, documents by that of a third sample. This is all that a context of a
+        biencoder is. Raises ValueError for an empty corpus, no queries in `queries`, a biencoder without them, and
+        too few documents for weights without a null embedding.
         """
-        if not self.contextual:
+        if not self.contextual and queries is None:
             raise ValueError(
-                "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), "
-                "or load a contextual model"
+                "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), give queries "
+                "to centre its vectors by, or load a contextual model"
             )
-        corpus = check_texts(corpus)
+        corpus, queries = check_texts(corpus), None if queries is None else check_texts(queries)
+        if queries == []:
+            raise ValueError("expected at least one query to centre by, got none: leave `queries` out")
         if not corpus:
             raise ValueError(
                 "expected a corpus of at least one text, got none; without a corpus call encode_queries(texts) "
                 "and encode_documents(texts), which use null slots"
             )
-        if len(corpus) < self.context_size and not self.config.null_embedding:
+        if self.contextual and len(corpus) < self.context_size and not self.config.null_embedding:
             raise ValueError(
                 f"these weights read {self.context_size} context documents and have no null embedding to stand in "
                 f"for missing ones, got a corpus of {len(corpus)}: add documents, or repeat some"
             )
-        count = min(self.context_size, len(corpus))
-        drawn = np.random.default_rng(seed).choice(len(corpus), count, replace=False)
-        documents = [corpus[i] for i in drawn]
-        counted, frequencies = self._frequencies(corpus, seed)
-        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + counted)))
-        context = Context(self._context_vectors(documents), *about, frequencies=frequencies)
-        prepared = self._prepare(context)
-        if prepared.prefix is not None:
-            context = dataclasses.replace(context, cache=jax.device_get(prepared._replace(frequencies=None)))
+        documents = _sample(corpus, self.context_size, [seed])
+        counted = _sample(corpus, self.config.statistics_size if self.contextual else 0, [seed, STATISTICS_STREAM])
+        averaged = _sample(corpus, 0 if queries is None else SIZE, [seed, CENTRE_STREAM])
+        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + counted + averaged)))
+        context = Context(self._context_vectors(documents), *about, frequencies=self._frequencies(counted))
+        prepared = self._computed(context) if self.contextual else None
+        if queries is not None:
+            centres = np.stack([centre(self._encode_queries(queries, prepared)),
+                                centre(self._encode_documents(averaged, prepared))])  # fmt: skip
+            context = dataclasses.replace(context, centres=centres)
+        if prepared is not None:
+            if prepared.prefix is not None:
+                context = dataclasses.replace(context, cache=jax.device_get(prepared._replace(frequencies=None)))
             self._prepared[context] = prepared
         return context
 
@@ -179,17 +196,15 @@ class Embedder:
         vectors = encode(documents, s.document_prefix, lengths, run, self.tokenizer, **about)
         return vectors.reshape(-1, self.width)
 
-    def _frequencies(self, corpus: list[str], seed: int) -> tuple[list[str], Float[np.ndarray, " V"] | None]:
-        """A sample of the corpus, and the document frequencies in it; for a model with token statistics."""
-        size, s = min(self.config.statistics_size, len(corpus)), self.settings
-        if not size:
-            return [], None
-        drawn = np.random.default_rng([seed, STATISTICS_STREAM]).choice(len(corpus), size, replace=False)
-        documents = [corpus[i] for i in drawn]
+    def _frequencies(self, documents: list[str]) -> Float[np.ndarray, " V"] | None:
+        """The document frequencies of a sample; None for a model without token statistics."""
+        if not documents:
+            return None
+        s = self.settings
         tokens = self.tokenizer.encode([s.document_prefix + text for text in documents], s.document_length)
         ragged = Ragged(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]))
         vocab_size = self.config.second_stage.vocab_size
-        return documents, document_frequencies(ragged, np.arange(size), s.document_length, vocab_size)
+        return document_frequencies(ragged, np.arange(len(documents)), s.document_length, vocab_size)
 
     def encode_queries(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
         """Query vectors, float32, unit norm, in the order of `texts`; `context=None` means null slots.
@@ -197,17 +212,23 @@ class Embedder:
         Raises ValueError for anything but a list of texts, for a text without a single token (with most
         tokenizers "" has two), and for a context of other weights.
         """
-        s = self.settings
-        return self._encode_texts(texts, s.query_prefix, s.query_length, context, "queries")
+        vectors = self._encode_queries(check_texts(texts), self._prepare(context))
+        return vectors if context is None or context.centres is None else centred(vectors, context.centres[0])
 
     def encode_documents(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
         """Document vectors, as `encode_queries` with the document prefix and length."""
-        s = self.settings
-        return self._encode_texts(texts, s.document_prefix, s.document_length, context, "documents")
+        vectors = self._encode_documents(check_texts(texts), self._prepare(context))
+        return vectors if context is None or context.centres is None else centred(vectors, context.centres[1])
 
-    def _encode_texts(self, texts, prefix: str, length: int, context: Context | None, what: str) -> np.ndarray:
-        texts = check_texts(texts)
-        cache = self._prepare(context)
+    def _encode_queries(self, texts: list[str], cache: ContextCache | None) -> Float[np.ndarray, "n D"]:
+        s = self.settings
+        return self._encode(texts, s.query_prefix, s.query_length, cache, "queries")
+
+    def _encode_documents(self, texts: list[str], cache: ContextCache | None) -> Float[np.ndarray, "n D"]:
+        s = self.settings
+        return self._encode(texts, s.document_prefix, s.document_length, cache, "documents")
+
+    def _encode(self, texts, prefix: str, length: int, cache: ContextCache | None, what: str) -> np.ndarray:
         run = partial(_embed, self._graph, self._state, cache=cache)
         # Only joint attention carries the slots along with every text.
         slots = cache.slots.shape[0] if cache is not None and cache.prefix is None else 0
@@ -217,17 +238,17 @@ class Embedder:
 
     def _prepare(self, context: Context | None) -> ContextCache | None:
         """What the second stage reads of a context, computed at its first use."""
-        if not self.contextual:
-            if context is not None:
-                raise ValueError("a biencoder reads no context: leave `context` out")
-            return None
         if context is None:
-            return self._null_context
+            return self._null_context if self.contextual else None
+        if not self.contextual and context.centres is None:
+            raise ValueError("a biencoder reads no context: leave `context` out")
         if context.weights != self.weights:
             raise ValueError(
                 f"this context was embedded with other weights (fingerprint {context.weights}) than this "
                 f"embedder's ({self.weights}): call embed_context(corpus) with this embedder"
             )
+        if not self.contextual:
+            return None
         if context not in self._prepared:
             self._prepared[context] = self._carried(context) or self._computed(context)
         return self._prepared[context]
@@ -251,6 +272,12 @@ class Embedder:
     @cached_property
     def _null_context(self) -> ContextCache:
         return _prepare(self._graph, self._state, None, None, None)
+
+
+def _sample(corpus: list[str], size: int, seed: list[int]) -> list[str]:
+    """min(size, len(corpus)) documents, without replacement."""
+    drawn = np.random.default_rng(seed).choice(len(corpus), min(size, len(corpus)), replace=False)
+    return [corpus[i] for i in drawn]
 
 
 @partial(jax.jit, static_argnames="graph")

@@ -1,0 +1,22 @@
+"""Centring: what all queries, and all documents, of a corpus have in common tells none of them apart; it is taken away.
+
+Queries and documents differ as kinds of text, so each have a centre of their own: by one for both, an encoder gains
+little or loses (benchmarks/results/README.md).
+"""
+
+import numpy as np
+from jaxtyping import Float
+
+SHARE = 0.75  # of a centre that is taken away: all of it is noisier where few vectors made it
+SIZE = 512  # documents that a centre is of
+
+
+def centre(vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, " D"]:
+    """The mean of unit vectors, float32."""
+    return vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def centred(vectors: Float[np.ndarray, "n D"], of: Float[np.ndarray, " D"]) -> Float[np.ndarray, "n D"]:
+    """Unit vectors less a share of their kind's centre, as unit vectors again, float32."""
+    moved = vectors - np.float32(SHARE) * of
+    return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), np.float32(1e-12))
