@@ -14,7 +14,7 @@ from cde_jax.batching.statistics import document_frequencies
 from cde_jax.config import Config
 from cde_jax.data.store import Ragged
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
-from cde_jax.retrieval.centre import SIZE, centre, centred
+from cde_jax.retrieval.centre import SHARE, SIZE, centre, centred
 from cde_jax.retrieval.padding import full_batch, padded, padded_lengths
 from quality.arrays import TokenSet
 
@@ -63,7 +63,7 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
     return found
 
 
-def centred_by(vectors: Vectors, sample: Vectors, seed: int) -> Vectors:
+def centred_by(vectors: Vectors, sample: Vectors, seed: int, share: float = SHARE) -> Vectors:
     """Queries and documents less the centres of a corpus' sample of both.
 
     The queries are centred in two halves, each by the other half's mean (or by that half of another corpus' queries):
@@ -77,8 +77,8 @@ def centred_by(vectors: Vectors, sample: Vectors, seed: int) -> Vectors:
     queries = vectors[0].copy()
     for half, others in zip(halves, of_sample[::-1], strict=True):
         if len(half) and len(others):
-            queries[half] = centred(queries[half], centre(sample[0][others]))
-    return queries, centred(vectors[1], centre(sample[1][drawn]))
+            queries[half] = centred(queries[half], centre(sample[0][others]), share)
+    return queries, centred(vectors[1], centre(sample[1][drawn]), share)
 
 
 def ndcg(

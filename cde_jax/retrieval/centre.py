@@ -16,7 +16,9 @@ def centre(vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, " D"]:
     return vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
 
 
-def centred(vectors: Float[np.ndarray, "n D"], of: Float[np.ndarray, " D"]) -> Float[np.ndarray, "n D"]:
+def centred(
+    vectors: Float[np.ndarray, "n D"], of: Float[np.ndarray, " D"], share: float = SHARE
+) -> Float[np.ndarray, "n D"]:
     """Unit vectors less a share of their kind's centre, as unit vectors again, float32."""
-    moved = vectors - np.float32(SHARE) * of
+    moved = vectors - np.float32(share) * of
     return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), np.float32(1e-12))
