@@ -127,6 +127,19 @@ def test_a_killed_run_goes_on_to_the_same_result(lab, trained, tmp_path, monkeyp
     assert again["loss"] == straight["loss"] and again["ndcg@10"] == straight["ndcg@10"]
 
 
+def test_each_seed_trains_on_batches_of_its_own(lab, tmp_path, monkeypatch):
+    """From pretrained weights nothing else would tell a biencoder's seeds apart."""
+    places, batches = [], training._batches
+
+    def watched(made, batch, first):
+        return batches(made, lambda step: places.append(int(batch(step)["plan_batch"][0])) or batch(step), first)
+
+    monkeypatch.setattr(training, "_batches", watched)
+    train.run(train_arguments(lab, tmp_path, variants=BOTH[:1], seeds=(0, 1), steps=2))
+    plan = arrays.unpack(lab, tmp_path / "arrays").plan("random")
+    assert places == [step % len(plan) for step in range(4)]
+
+
 def test_every_group_is_known_and_every_variant_names_a_plan():
     assert set(variants.expand(list(variants.GROUPS))) == set(variants.VARIANTS)
     assert all(variant["plan"] in variants.PLANS for variant in variants.VARIANTS.values())

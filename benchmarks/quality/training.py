@@ -51,7 +51,8 @@ def train(
 ) -> Trained:
     """Train to the end from `file`, where a run of the same `identity` left its state, or from the beginning.
 
-    `start`: safetensors of a pretrained encoder for both stages, or None. The state is written to `file` every
+    A seed has a stretch of the plan's batches of its own: seed 0 begins with the first, seed 1 where seed 0 ends, and
+    so on. `start`: safetensors of a pretrained encoder for both stages, or None. The state is written to `file` every
     `save_every` steps (0: at the end only) and at the end. Raises ValueError for a state that is damaged or of another
     run, and FloatingPointError for a loss that is not finite.
     """
@@ -69,7 +70,10 @@ def train(
         say(f"going on from step {int(state.step)} of {training.steps}")
     key = sharding.replicate(training.mesh, stream(config.seed, "dropout"))
     first, began, timed, storing, done = int(state.step), time.monotonic(), 0.0, 0.0, list(losses)
-    for number, batch in enumerate(_batches(training, loader.batch, first), first + 1):
+    # From pretrained weights without dropout, the batches are all that a seed can change.
+    stretch = config.seed * training.steps
+    batches = _batches(training, lambda step: loader.batch(stretch + step), first)
+    for number, batch in enumerate(batches, first + 1):
         state, metrics = training.step(state, batch, key)
         done.append(metrics["loss"])
         if number == first + 1 or number % 50 == 0 or number == training.steps:
