@@ -43,7 +43,7 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
     for number, one in enumerate(sets):
         caches: dict[str, Any] = {NONE: _cache(graph, state, None, config, pad_id) if contextual else None}
         if contextual:
-            other = sets[(number + max(1, len(sets) // 2)) % len(sets)]
+            other = _other(sets, number)
             caches = {SAME: _cache(graph, state, one, config, pad_id)} | caches
             if other is not one:
                 caches[OTHER] = _cache(graph, state, other, config, pad_id)
@@ -55,12 +55,16 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
             found[one.name][kind] = ndcg(queries, documents, one.judged, one.relevant, one.grades)
             vectors.setdefault(one.name, (queries, documents))  # of the first kind
     for number, one in enumerate(sets):
-        other = sets[(number + max(1, len(sets) // 2)) % len(sets)]
-        kinds = {SAME_CENTRED: one.name} | ({OTHER_CENTRED: other.name} if other is not one else {})
-        for kind, name in kinds.items():
-            moved = centred_by(vectors[one.name], vectors[name], config.seed)
+        other = _other(sets, number)
+        for kind, by in ((SAME_CENTRED, one), (OTHER_CENTRED, other))[: 1 + (other is not one)]:
+            moved = centred_by(vectors[one.name], vectors[by.name], config.seed)
             found[one.name][kind] = ndcg(*moved, one.judged, one.relevant, one.grades)
     return found
+
+
+def _other(sets: Sequence[TokenSet], number: int) -> TokenSet:
+    """The set half the list away; the same one where there is no other."""
+    return sets[(number + max(1, len(sets) // 2)) % len(sets)]
 
 
 def centred_by(vectors: Vectors, sample: Vectors, seed: int, share: float = SHARE) -> Vectors:
