@@ -56,7 +56,8 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
             vectors.setdefault(one.name, (queries, documents))  # of the first kind
     for number, one in enumerate(sets):
         other = _other(sets, number)
-        for kind, by in ((SAME_CENTRED, one), (OTHER_CENTRED, other))[: 1 + (other is not one)]:
+        kinds = {SAME_CENTRED: one} | ({OTHER_CENTRED: other} if other is not one else {})
+        for kind, by in kinds.items():
             moved = centred_by(vectors[one.name], vectors[by.name], config.seed)
             found[one.name][kind] = ndcg(*moved, one.judged, one.relevant, one.grades)
     return found

@@ -1,13 +1,13 @@
 """Centring: what all queries, and all documents, of a corpus have in common tells none of them apart; it is taken away.
 
-Queries and documents differ as kinds of text, so each have a centre of their own: by one for both, an encoder gains
-little or loses (benchmarks/results/README.md).
+Queries and documents differ as kinds of text, so each have a centre of their own: by one for both, an encoder gained
+little more than a third as much (benchmarks/results/centre_cpu.jsonl).
 """
 
 import numpy as np
 from jaxtyping import Float
 
-SHARE = 0.75  # of a centre that is taken away: all of it is noisier where few vectors made it
+SHARE = 0.75  # of a centre that is taken away; all of it gained no more (benchmarks/results/centre_cpu.jsonl)
 SIZE = 512  # documents that a centre is of
 
 

@@ -145,29 +145,13 @@ class Embedder:
         the document length. With fewer than J documents the other slots are null slots. A model with token statistics
         gets those of a second sample, of min(statistics_size, len(corpus)) documents.
 
-        `queries`, some that people ask of this corpus (32 or more; nobody needs to know their answers), have vectors
+        `queries`, some dozens that people ask of this corpus (nobody needs to know their answers), have vectors
         centred: queries by the mean of these, documents by that of a third sample. This is all that a context of a
         biencoder is. Raises ValueError for an empty corpus, no queries in `queries`, a biencoder without them, and
         too few documents for weights without a null embedding.
         """
-        if not self.contextual and queries is None:
-            raise ValueError(
-                "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), give queries "
-                "to centre its vectors by, or load a contextual model"
-            )
         corpus, queries = check_texts(corpus), None if queries is None else check_texts(queries)
-        if queries == []:
-            raise ValueError("expected at least one query to centre by, got none: leave `queries` out")
-        if not corpus:
-            raise ValueError(
-                "expected a corpus of at least one text, got none; without a corpus call encode_queries(texts) "
-                "and encode_documents(texts), which use null slots"
-            )
-        if self.contextual and len(corpus) < self.context_size and not self.config.null_embedding:
-            raise ValueError(
-                f"these weights read {self.context_size} context documents and have no null embedding to stand in "
-                f"for missing ones, got a corpus of {len(corpus)}: add documents, or repeat some"
-            )
+        self._check_sample(corpus, queries)
         documents = _sample(corpus, self.context_size, [seed])
         counted = _sample(corpus, self.config.statistics_size if self.contextual else 0, [seed, STATISTICS_STREAM])
         averaged = _sample(corpus, 0 if queries is None else SIZE, [seed, CENTRE_STREAM])
@@ -183,6 +167,26 @@ class Embedder:
                 context = dataclasses.replace(context, cache=jax.device_get(prepared._replace(frequencies=None)))
             self._prepared[context] = prepared
         return context
+
+    def _check_sample(self, corpus: list[str], queries: list[str] | None) -> None:
+        """ValueError for what no context can be made of."""
+        if not self.contextual and queries is None:
+            raise ValueError(
+                "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), give queries "
+                "to centre its vectors by, or load a contextual model"
+            )
+        if queries is not None and not queries:
+            raise ValueError("expected at least one query to centre by, got none: leave `queries` out")
+        if not corpus:
+            raise ValueError(
+                "expected a corpus of at least one text, got none; without a corpus call encode_queries(texts) "
+                "and encode_documents(texts), which use null slots"
+            )
+        if len(corpus) < self.context_size and not self.works_without_context:
+            raise ValueError(
+                f"these weights read {self.context_size} context documents and have no null embedding to stand in "
+                f"for missing ones, got a corpus of {len(corpus)}: add documents, or repeat some"
+            )
 
     def _context_vectors(self, documents: list[str]) -> Float[np.ndarray, "m D"]:
         """The first stage's vectors."""
