@@ -4,6 +4,7 @@
 
 Each set is embedded once, then centred (`cde_jax.retrieval.centre`):
   own       queries by the mean of the set's queries (each half by the other half), documents by that of 512 documents;
+  beginnings queries by the mean of the first words of 512 documents, read as queries, documents as above;
   documents both by the documents' mean, which needs no queries;
   generic   both by the mean of the other sets' own centres: what needs no context at all.
 `other` is the gain from the centres of the set half the list away, `better` on how many sets its own are better.
@@ -17,15 +18,16 @@ from typing import Any
 import numpy as np
 from about import about
 from quality.evaluation import cut, read_all
-from quality.scoring import Vectors, centred_by
+from quality.scoring import centred_by
 
 from cde_jax.data.sources.beir import EvaluationSet
-from cde_jax.retrieval.centre import centre, centred
+from cde_jax.retrieval.centre import beginnings, centre, centred
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.retrieval.evaluate import ndcg
 from cde_jax.retrieval.index import as_run, search
 
-Centring = Callable[[list[Vectors], int, int, float], Vectors]
+Vectors = tuple[np.ndarray, np.ndarray, np.ndarray]  # of queries, documents, beginnings of documents
+Centring = Callable[[list[Vectors], int, int, float], tuple[np.ndarray, np.ndarray]]
 
 
 def main() -> None:
@@ -39,13 +41,22 @@ def main() -> None:
     args = parser.parse_args()
     embedder = Embedder.from_pretrained(args.model)
     sets = [cut(one, args.queries, args.documents, seed=0) for one in read_all(args.evaluation)]
-    vectors = [(embedder.encode_queries(list(one.queries.values())),
-                embedder.encode_documents(list(one.corpus.values()))) for one in sets]  # fmt: skip
-    before = np.array([score(*parts) for parts in zip(sets, vectors, strict=True)])
+    vectors = [embed(embedder, one) for one in sets]
+    before = np.array(
+        [score(one, (queries, documents)) for one, (queries, documents, _) in zip(sets, vectors, strict=True)]
+    )
     emit({"centres": "none", "mean": round(before.mean(), 2), "sets": named(sets, before)})
-    for name, centring in (("own", own), ("documents", of_documents), ("generic", generic)):
+    kinds = {"own": own, "beginnings": of_beginnings, "documents": of_documents, "generic": generic}
+    for name, centring in kinds.items():
         for share in args.shares:
             emit({"centres": name, "share": share} | gains(sets, vectors, before, centring, share))
+
+
+def embed(embedder: Embedder, one: EvaluationSet) -> Vectors:
+    """Unit vectors of the set."""
+    corpus = list(one.corpus.values())
+    of_queries, of_beginnings = (embedder.encode_queries(x) for x in (list(one.queries.values()), beginnings(corpus)))
+    return of_queries, embedder.encode_documents(corpus), of_beginnings
 
 
 def gains(
@@ -66,26 +77,30 @@ def gains(
     }
 
 
-def own(vectors: list[Vectors], one: int, of: int, share: float) -> Vectors:
+def own(vectors: list[Vectors], one: int, of: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     """By the mean of queries and the mean of documents of the set `of`."""
-    return centred_by(vectors[one], vectors[of], 0, share)
+    return centred_by(vectors[one][:2], vectors[of][:2], 0, share)
 
 
-def of_documents(vectors: list[Vectors], one: int, of: int, share: float) -> Vectors:
+def of_beginnings(vectors: list[Vectors], one: int, of: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """By the mean of beginnings and the mean of documents of the set `of`."""
+    return centred(vectors[one][0], centre(vectors[of][2]), share), own(vectors, one, of, share)[1]
+
+
+def of_documents(vectors: list[Vectors], one: int, of: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Both by the mean of the documents of the set `of`."""
-    queries, documents = vectors[one]
-    return centred(queries, centre(vectors[of][1]), share), centred(documents, centre(vectors[of][1]), share)
+    mean = centre(vectors[of][1])
+    return centred(vectors[one][0], mean, share), centred(vectors[one][1], mean, share)
 
 
-def generic(vectors: list[Vectors], one: int, of: int, share: float) -> Vectors:
+def generic(vectors: list[Vectors], one: int, of: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     """By the mean centres of the sets that are neither."""
     rest = [x for i, x in enumerate(vectors) if i not in (one, of)]
-    means = (np.mean([centre(x[part]) for x in rest], axis=0) for part in (0, 1))
-    queries, documents = (centred(x, mean, share) for x, mean in zip(vectors[one], means, strict=True))
-    return queries, documents
+    of_queries, of_documents = (np.mean([centre(x[part]) for x in rest], axis=0) for part in (0, 1))
+    return centred(vectors[one][0], of_queries, share), centred(vectors[one][1], of_documents, share)
 
 
-def score(one: EvaluationSet, vectors: Vectors) -> float:
+def score(one: EvaluationSet, vectors: tuple[np.ndarray, np.ndarray]) -> float:
     """NDCG@10 by cosine, in points."""
     return 100 * ndcg(as_run(list(one.queries), list(one.corpus), search(*vectors, 10)), one.qrels)
 

@@ -17,7 +17,7 @@ from tiny_models import biencoder, contextual
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from quality import arrays, evaluation, prepare, results, scoring, settings, train, training, variants  # noqa: E402
+from quality import arrays, evaluation, prepare, results, scoring, settings, summary, train, training, variants  # noqa: E402
 
 from cde_jax.config import flatten, from_config_dict  # noqa: E402
 from configs import minilm  # noqa: E402
@@ -88,7 +88,7 @@ def test_each_run_has_a_line_with_every_set_and_kind_of_context(trained):
     lines = results.read(trained)
     assert [(line["variant"], line["seed"]) for line in lines] == [(BOTH[0], 0), (BOTH[1], 0), (BOTH[0], 1)]
     biencoder, recipe = lines[:2]
-    centred = {scoring.SAME_CENTRED, scoring.OTHER_CENTRED}
+    centred = set(summary.CENTRED)
     assert set(biencoder["ndcg@10"]["one"]) == {scoring.NONE} | centred
     assert set(recipe["ndcg@10"]["two"]) == {scoring.SAME, scoring.OTHER, scoring.NONE} | centred
     assert biencoder["steps"] == 3 and {"device", "jax", "commit"} <= set(biencoder)

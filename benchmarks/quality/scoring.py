@@ -20,9 +20,11 @@ from quality.arrays import TokenSet
 
 SAME, OTHER, NONE = "same corpus", "other corpus", "none"
 SAME_CENTRED, OTHER_CENTRED = "same, centred", "other, centred"
+SAME_BEGINNINGS, OTHER_BEGINNINGS = "same, beginnings", "other, beginnings"
 # Keep these draws apart from other random numbers of the same seed.
-CONTEXT_STREAM, STATISTICS_STREAM, CENTRE_STREAM = 62, 63, 64
+CONTEXT_STREAM, STATISTICS_STREAM, CENTRE_STREAM, BEGINNINGS_STREAM = 62, 63, 64, 65
 CUTOFF = 10
+BEGINNING = 16  # tokens; about as many as `cde_jax.retrieval.centre.WORDS`
 SCORES_HELD = 1 << 24  # similarities in memory at once
 
 Vectors = tuple[np.ndarray, np.ndarray]  # unit vectors of queries and of documents
@@ -34,12 +36,14 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
 
     "same corpus" samples context and token statistics from the set's own documents, "other corpus" from those of the
     set half the list away, "none" is null slots and unknown statistics. "same, centred" is "same corpus" (of a
-    biencoder "none") with vectors centred by the set's own queries and documents, "other, centred" by the other's.
+    biencoder "none") with vectors centred by the set's own queries and documents, "other, centred" by the other's;
+    "same, beginnings" and "other, beginnings" have the beginnings of documents instead of queries.
     """
     graph, state = nnx.split(model)
     contextual = isinstance(model, ContextualEncoder)
     found: PerQuery = {}
     vectors: dict[str, Vectors] = {}
+    stand_ins: dict[str, np.ndarray] = {}
     for number, one in enumerate(sets):
         caches: dict[str, Any] = {NONE: _cache(graph, state, None, config, pad_id) if contextual else None}
         if contextual:
@@ -53,13 +57,20 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
             queries = _encode(run, one.queries, config.data.query_length, pad_id)
             documents = _encode(run, one.documents, config.data.document_length, pad_id)
             found[one.name][kind] = ndcg(queries, documents, one.judged, one.relevant, one.grades)
-            vectors.setdefault(one.name, (queries, documents))  # of the first kind
+            if one.name not in vectors:  # of the first kind
+                vectors[one.name] = (queries, documents)
+                stood_in = beginnings(one.queries, one.documents, config.seed)
+                stand_ins[one.name] = _encode(run, stood_in, config.data.query_length, pad_id)
     for number, one in enumerate(sets):
         other = _other(sets, number)
-        kinds = {SAME_CENTRED: one} | ({OTHER_CENTRED: other} if other is not one else {})
-        for kind, by in kinds.items():
-            moved = centred_by(vectors[one.name], vectors[by.name], config.seed)
-            found[one.name][kind] = ndcg(*moved, one.judged, one.relevant, one.grades)
+        by_kind = {(SAME_CENTRED, SAME_BEGINNINGS): one}
+        if other is not one:
+            by_kind[OTHER_CENTRED, OTHER_BEGINNINGS] = other
+        for kinds, by in by_kind.items():
+            queries, documents = centred_by(vectors[one.name], vectors[by.name], config.seed)
+            without_queries = centred(vectors[one.name][0], centre(stand_ins[by.name]))
+            for kind, moved in zip(kinds, (queries, without_queries), strict=True):
+                found[one.name][kind] = ndcg(moved, documents, one.judged, one.relevant, one.grades)
     return found
 
 
@@ -84,6 +95,25 @@ def centred_by(vectors: Vectors, sample: Vectors, seed: int, share: float = SHAR
         if len(half) and len(others):
             queries[half] = centred(queries[half], centre(sample[0][others]), share)
     return queries, centred(vectors[1], centre(sample[1][drawn]), share)
+
+
+def beginnings(queries: Ragged, documents: Ragged, seed: int) -> Ragged:
+    """A sample of documents cut to their beginnings, as queries: with the tokens that all queries start with.
+
+    What all rows start with, [CLS] and a prefix, is found by comparing them; the last token, [SEP], stays the last.
+    """
+    rows = _sample(documents, SIZE, seed, BEGINNINGS_STREAM)
+    start, skipped = _common_start(queries), len(_common_start(documents))
+    cut = [np.concatenate([start, row[skipped:-1][:BEGINNING], row[-1:]]) for row in map(documents.row, rows.tolist())]
+    return Ragged(np.concatenate(cut), np.cumsum([0, *map(len, cut)]))
+
+
+def _common_start(texts: Ragged) -> Int[np.ndarray, " k"]:
+    """The tokens that all rows begin with, but never a row's last."""
+    first, size = texts.row(0), int((texts.offsets[1:] - texts.offsets[:-1]).min()) - 1
+    starts = texts.offsets[:-1, None] + np.arange(size)
+    differ = np.flatnonzero((texts.values[starts] != first[:size]).any(axis=0))
+    return first[: differ[0] if len(differ) else size]
 
 
 def ndcg(

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from cde_jax.data.files import write_json
 from quality.arrays import TokenSet
 from quality.results import Line, load_queries
-from quality.scoring import NONE, OTHER, OTHER_CENTRED, SAME, SAME_CENTRED
+from quality.scoring import NONE, OTHER, OTHER_BEGINNINGS, OTHER_CENTRED, SAME, SAME_BEGINNINGS, SAME_CENTRED
 
 BOOTSTRAP_STREAM = 64
 DRAWS = 2000
-CENTRED = (SAME_CENTRED, OTHER_CENTRED)
+CENTRED = (SAME_CENTRED, OTHER_CENTRED, SAME_BEGINNINGS, OTHER_BEGINNINGS)
 KINDS = (SAME, OTHER, NONE, *CENTRED)
 
 Queries = dict[str, dict[str, np.ndarray]]  # {set: {kind: NDCG@10 of each query}}
@@ -100,7 +100,7 @@ def text(content: Mapping[str, Any]) -> str:
     width = max(len(row["variant"]) for row in content["rows"])
     lines = [
         f"mean NDCG@10 over {len(shifts)} sets; differences to {first}, same kind of context where it has it, 95 %",
-        f"{'variant':<{width}}  {'context':<14}  seeds   mean      sd  difference",
+        f"{'variant':<{width}}  {'context':<17}  seeds   mean      sd  difference",
     ]
     for row in content["rows"]:
         sd = "–" if row["sd"] is None else f"{row['sd']:.4f}"
@@ -109,7 +109,7 @@ def text(content: Mapping[str, Any]) -> str:
             mean, low, high = row["difference"]
             compared = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
         lines.append(
-            f"{row['variant']:<{width}}  {row['context']:<14}  {row['seeds']:>5}  {row['mean']:.4f}  {sd:>6}  "
+            f"{row['variant']:<{width}}  {row['context']:<17}  {row['seeds']:>5}  {row['mean']:.4f}  {sd:>6}  "
             f"{compared}"
         )
     lines += ["", *_by_set(content["rows"], width)]
@@ -133,10 +133,10 @@ def text(content: Mapping[str, Any]) -> str:
 def _by_set(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     """NDCG@10 of each variant and kind of context, a column a set."""
     names = list(rows[0]["sets"])
-    lines = [f"{'NDCG@10':<{width}}  {'context':<14}" + "".join(f"  {name[:10]:>10}" for name in names)]
+    lines = [f"{'NDCG@10':<{width}}  {'context':<17}" + "".join(f"  {name[:10]:>10}" for name in names)]
     for row in rows:
         cells = "".join(f"  {row['sets'][name]:>10.4f}" for name in names)
-        lines.append(f"{row['variant']:<{width}}  {row['context']:<14}{cells}")
+        lines.append(f"{row['variant']:<{width}}  {row['context']:<17}{cells}")
     return lines
 
 

@@ -4,11 +4,17 @@ Queries and documents differ as kinds of text, so each have a centre of their ow
 little more than a third as much (benchmarks/results/centre_cpu.jsonl).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
 SHARE = 0.75  # of a centre that is taken away; all of it gained no more (benchmarks/results/centre_cpu.jsonl)
 SIZE = 512  # documents that a centre is of
+WORDS = 12  # of a document's beginning, about as many as a query has
+LETTERS = 100  # … at most, where a text has no spaces
+
+BEGINNINGS_STREAM = 53  # keeps this sample apart from the others of an embedder's seed
 
 
 def centre(vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, " D"]:
@@ -22,3 +28,14 @@ def centred(
     """Unit vectors less a share of their kind's centre, as unit vectors again, float32."""
     moved = vectors - np.float32(share) * of
     return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def beginnings(corpus: Sequence[str], seed: int = 0, size: int = SIZE) -> list[str]:
+    """The first words of min(size, len(corpus)) documents drawn by `seed`, in the corpus' order.
+
+    They stand in for queries that nobody has yet: as `queries` of `Embedder.embed_context` they gave half of what real
+    ones gave (benchmarks/results/centre_cpu.jsonl), and less or nothing where documents are no prose, such as code.
+    """
+    random = np.random.default_rng([seed, BEGINNINGS_STREAM])
+    drawn = np.sort(random.choice(len(corpus), min(size, len(corpus)), replace=False))
+    return [" ".join(corpus[i].split()[:WORDS])[:LETTERS] for i in drawn.tolist()]

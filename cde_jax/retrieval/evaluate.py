@@ -1,23 +1,24 @@
 """NDCG@k on retrieval sets, for each kind of context, beside BM25 and any function from texts to vectors.
 
-Where a contextual model takes its context from decides what its score means, so the three kinds always stand side
-by side: the corpus that is searched (the paper's setting), training documents that have nothing to do with it, and
-null slots. Scores are plain dicts, {set: {kind: NDCG@k}}, that write as `evaluation.json`.
+Where a contextual model takes its context from decides what its score means, so the kinds always stand side by side:
+the corpus that is searched (the paper's setting), the same with vectors centred, training documents that have nothing
+to do with it, and null slots. Scores are plain dicts, {set: {kind: NDCG@k}}, that write as `evaluation.json`.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import pytrec_eval
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from cde_jax.data.sources.beir import EvaluationSet
+from cde_jax.retrieval.centre import beginnings, centre, centred
 from cde_jax.retrieval.embedder import Context, Embedder
 from cde_jax.retrieval.index import as_run, search
 
 SAME_CORPUS, RANDOM_DOCUMENTS, NO_CONTEXT = "same corpus", "random training documents", "none"
+CENTRED = "same corpus, centred"
 BM25, MEAN = "BM25", "mean"
 
 Encode = Callable[[Sequence[str]], np.ndarray]  # texts → float vectors [n, D]
@@ -55,7 +56,8 @@ def evaluate_embedder(
 
     "same corpus" samples the context from the set's own corpus, "random training documents" from
     `other_documents` (left out if there are none), "none" is null slots (left out if the model has no null
-    embedding). A biencoder reads no context and has "none" only.
+    embedding). A biencoder reads no context and has no more than "none" of these. "same corpus, centred" is the first
+    of them with centred vectors (`retrieval.centre`): of the corpus alone, without its queries.
     """
     _check_names(sets)
     contextual = embedder.contextual
@@ -71,15 +73,13 @@ def evaluate_embedder(
             contexts[RANDOM_DOCUMENTS] = elsewhere
         if embedder.works_without_context:
             contexts[NO_CONTEXT] = None
-        results[one.name] = {
-            kind: _vector_ndcg(
-                one,
-                partial(embedder.encode_queries, context=context),
-                partial(embedder.encode_documents, context=context),
-                k,
-            )
-            for kind, context in contexts.items()
-        }
+        results[one.name] = found = {}
+        for kind, context in contexts.items():
+            vectors = (embedder.encode_queries(list(one.queries.values()), context),
+                       embedder.encode_documents(list(one.corpus.values()), context))  # fmt: skip
+            found[kind] = _vector_ndcg(one, *vectors, k)
+            if len(found) == 1:
+                found[CENTRED] = _vector_ndcg(one, *_centred(embedder, one, context, *vectors, seed), k)
     return results
 
 
@@ -125,7 +125,8 @@ def bm25(evaluation_set: EvaluationSet, k: int = 10) -> float:
 
 def vectors_baseline(evaluation_set: EvaluationSet, encode: Encode, k: int = 10) -> float:
     """NDCG@k by cosine of what `encode` makes of the raw texts; a vector of zeros scores 0 against everything."""
-    return _vector_ndcg(evaluation_set, encode, encode, k)
+    queries, documents = (encode(list(texts.values())) for texts in (evaluation_set.queries, evaluation_set.corpus))
+    return _vector_ndcg(evaluation_set, _unit(queries), _unit(documents), k)
 
 
 def combine(*results: Scores) -> Scores:
@@ -160,11 +161,17 @@ def table(scores: Scores, title: str = "NDCG@10") -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def _vector_ndcg(one: EvaluationSet, encode_queries: Encode, encode_documents: Encode, k: int) -> float:
-    queries = _unit(encode_queries(list(one.queries.values())))
-    documents = _unit(encode_documents(list(one.corpus.values())))
-    hits = search(queries, documents, k)
-    return ndcg(as_run(list(one.queries), list(one.corpus), hits), one.qrels, k)
+def _vector_ndcg(one: EvaluationSet, queries: np.ndarray, documents: np.ndarray, k: int) -> float:
+    """NDCG@k of unit vectors by cosine."""
+    return ndcg(as_run(list(one.queries), list(one.corpus), search(queries, documents, k)), one.qrels, k)
+
+
+def _centred(
+    embedder: Embedder, one: EvaluationSet, context: Context | None, queries: np.ndarray, documents: np.ndarray, seed
+) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors centred by those of the corpus and of its documents' beginnings."""
+    stand_ins = embedder.encode_queries(beginnings(list(one.corpus.values()), seed), context)
+    return centred(queries, centre(stand_ins)), centred(documents, centre(documents))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
