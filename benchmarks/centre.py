@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=0, help="at most so many of a set; 0: all")
     parser.add_argument("--documents", type=int, default=0, help="at most so many of a set; 0: all")
     args = parser.parse_args()
-    embedder = Embedder.from_pretrained(args.model)
+    embedder = Embedder.from_pretrained(args.model, progress=False)
     sets = [cut(one, args.queries, args.documents, seed=0) for one in read_all(args.evaluation)]
     vectors = [embed(embedder, one) for one in sets]
     before = np.array(

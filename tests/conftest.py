@@ -1,6 +1,9 @@
 """Every test runs offline on 8 fake CPU devices, with array shapes checked by beartype."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
 
 FLAGS = ["--xla_force_host_platform_device_count=8"]
@@ -10,6 +13,10 @@ if version("jax").startswith("0.10."):  # XLA ends the process at a flag that it
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one process of a run compiled, the others take
+    COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="cde_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
