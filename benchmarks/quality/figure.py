@@ -1,6 +1,6 @@
 """A figure of a results directory: each set's gain from the right context against its IDF shift (paper, figure 8).
 
-python benchmarks/quality/figure.py DIR/summary.json out.png [--variant recipe] [--gain "same − first"]
+python benchmarks/quality/figure.py DIR/summary.json out.png [--variant clustered-isolated] [--gain "same − first"]
 """
 
 import argparse

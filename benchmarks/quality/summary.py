@@ -143,9 +143,10 @@ def _by_set(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
 def _gains(by_seed: Mapping[int, Queries], first: Mapping[int, Queries], one: str, kinds: Sequence[str]) -> dict:
     """A set's gains from the right context, mean over seeds: against another, none, and the first variant.
 
-    With centring, where the scores have that: it stands on top of the other channels.
+    With centring by beginnings, where the scores have that: it stands on top of the other channels, and like them needs
+    nothing but the corpus.
     """
-    pairs = [(same, other) for same, other in ((SAME_CENTRED, OTHER_CENTRED), (SAME, OTHER)) if same in kinds]
+    pairs = [(same, other) for same, other in ((SAME_BEGINNINGS, OTHER_BEGINNINGS), (SAME, OTHER)) if same in kinds]
     if not pairs:
         return {}
     same, other = pairs[0]

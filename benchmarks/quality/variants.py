@@ -21,25 +21,17 @@ PLANS: dict[str, dict[str, Any]] = {
     **{f"margin-{m}": {"batching.filter_margin": m} for m in (-0.1, 0.0, 0.1, 0.2)},
 }
 
+# Gates that can open within some hundred steps, as in configs/minilm.py, and those that cannot.
+OPEN = {"model.slot_bias": -2.0, "train.gate_rate": 100.0}
+CLOSED = {"model.slot_bias": -5.0, "train.gate_rate": 1.0}
+
 MODELS: dict[str, dict[str, Any]] = {
     "biencoder": {"model.kind": "biencoder"},
-    "isolated": {"model.kind": "contextual", "model.context_attention": "isolated"},
-    "joint": {"model.kind": "contextual", "model.context_attention": "joint"},
+    "isolated": {"model.kind": "contextual", "model.context_attention": "isolated", **OPEN},
+    "joint": {"model.kind": "contextual", "model.context_attention": "joint", **OPEN},
 }
 BIENCODER, ISOLATED = MODELS["biencoder"], MODELS["isolated"]
 NO_SLOTS = {"model.context_size": 0, "model.soft_prompt": 0}
-
-# Gates that can open within some hundred steps.
-OPEN = {"model.slot_bias": -2.0, "train.gate_rate": 100.0}
-
-# A guess until the grid has been run; its ablations each take one thing away.
-RECIPE: dict[str, Any] = {
-    **ISOLATED,
-    **OPEN,
-    "plan": "clustered",
-    "model.statistics_size": 512,
-    "batching.context_source": "domain",
-}
 
 
 def _table1() -> dict[str, Variant]:
@@ -64,7 +56,6 @@ def _statistics() -> dict[str, Variant]:
     return {
         **alone,
         "statistics-512-domain": {**ISOLATED, **NO_SLOTS, **domain},
-        "statistics-512-domain-fast": {**ISOLATED, **NO_SLOTS, **domain, "train.gate_rate": 100.0},
         "statistics-512-slots": {**ISOLATED, "model.statistics_size": 512},
         "statistics-512-slots-domain": {**ISOLATED, **domain},
     }
@@ -78,32 +69,14 @@ def _batches() -> dict[str, Variant]:
     }
 
 
-def _recipe() -> dict[str, Variant]:
-    """The recipe, and what it is without each of its parts."""
-    without = {
-        "statistics": {"model.statistics_size": 0},
-        "slots": NO_SLOTS,
-        "bias": {"model.slot_bias": None},
-        "rate": {"train.gate_rate": 1.0},
-        "domain": {"batching.context_source": "batch"},
-        "clusters": {"plan": "random"},
-        "isolation": MODELS["joint"],
-        "start": {"start": False},
-    }
-    return {"recipe": RECIPE, **{f"recipe-without-{name}": {**RECIPE, **change} for name, change in without.items()}}
-
-
 _BASE = {"clustered-biencoder": BIENCODER, "clustered-isolated": ISOLATED}  # stand in table 1 too
 _BY_GROUP: dict[str, dict[str, Variant]] = {
     "table1": _table1(),
     "source": {**_BASE, **_isolated("source", "batching.context_source", ("batch", "domain", "mixed"))},
     "bias": {
         **_BASE,
-        **_isolated("bias", "model.slot_bias", (None, -5.0, -2.0, 0.0)),
-        "bias-open": {**ISOLATED, **OPEN},
-        "bias-open-joint": {**MODELS["joint"], **OPEN},
-        "bias-open-domain": {**ISOLATED, **OPEN, "batching.context_source": "domain"},
-        "bias-open-frozen": {**ISOLATED, **OPEN, "train.first_stage_rate": 0.0},
+        **_isolated("bias", "model.slot_bias", (None, -5.0, 0.0)),
+        "bias-closed": {**ISOLATED, **CLOSED},
     },
     "statistics": {**_BASE, **_statistics()},
     "first": {
@@ -119,9 +92,14 @@ _BY_GROUP: dict[str, dict[str, Variant]] = {
         **_isolated("null", "train.sequence_dropout", (0.005, 0.05, 0.2, 0.5)),
     },
     "batches": {**_BASE, **_batches()},
-    "ablations": {"random-biencoder": {**BIENCODER, "plan": "random"}, **_BASE, **_recipe()},
 }
+# The best that was found, clustered-isolated, without each of its parts in turn, and with statistics beside.
+_ABLATIONS = (
+    "random-biencoder", "clustered-isolated", "clustered-biencoder", "random-isolated", "clustered-joint",
+    "bias-closed", "scratch-clustered-isolated", "statistics-512-slots",
+)  # fmt: skip
 GROUPS: dict[str, tuple[str, ...]] = {group: tuple(variants) for group, variants in _BY_GROUP.items()}
+GROUPS["ablations"] = _ABLATIONS
 VARIANTS: dict[str, Variant] = {
     name: {"plan": "clustered", "start": True, **variant}
     for variants in _BY_GROUP.values()
