@@ -16,6 +16,7 @@ def get_config(variant: str = ""):
     c.model.vocab_size = 30528  # NomicBERT pads the 30,522 tokens of its tokenizer to a multiple of 64
     c.model.init.first_stage = "nomic-ai/nomic-bert-2048"
     c.model.init.second_stage = "nomic-ai/nomic-bert-2048"
+    c.model.slot_bias, c.train.gate_rate = -2.0, 100.0  # gates that open: why is in configs/minilm.py
     c.train.query_chunk = 64
     c.train.document_chunk = 64
     c.train.context_chunk = 64
