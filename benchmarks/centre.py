@@ -3,10 +3,10 @@
     python benchmarks/centre.py --model all-MiniLM-L6-v2 --evaluation SETS [--shares 0.5 0.75 1] [--documents 400]
 
 Each set is embedded once, then centred (`cde_jax.retrieval.centre`):
-  own       queries by the mean of the set's queries (each half by the other half), documents by that of 512 documents;
-  beginnings queries by the mean of the first words of 512 documents, read as queries, documents as above;
-  documents both by the documents' mean, which needs no queries;
-  generic   both by the mean of the other sets' own centres: what needs no context at all.
+  own         queries by the mean of the set's queries (each half by the other half), documents by that of 512 documents;
+  beginnings  queries by the mean of the first words of 512 documents, read as queries, documents as above;
+  documents   both by the documents' mean, which needs no queries;
+  generic     both by the mean of the other sets' own centres: what needs no context at all.
 `other` is the gain from the centres of the set half the list away, `better` on how many sets its own are better.
 """
 
@@ -96,8 +96,9 @@ def of_documents(vectors: list[Vectors], one: int, of: int, share: float) -> tup
 def generic(vectors: list[Vectors], one: int, of: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     """By the mean centres of the sets that are neither."""
     rest = [x for i, x in enumerate(vectors) if i not in (one, of)]
-    of_queries, of_documents = (np.mean([centre(x[part]) for x in rest], axis=0) for part in (0, 1))
-    return centred(vectors[one][0], of_queries, share), centred(vectors[one][1], of_documents, share)
+    means = (np.mean([centre(x[part]) for x in rest], axis=0) for part in (0, 1))
+    queries, documents = (centred(x, mean, share) for x, mean in zip(vectors[one][:2], means, strict=True))
+    return queries, documents
 
 
 def score(one: EvaluationSet, vectors: tuple[np.ndarray, np.ndarray]) -> float:

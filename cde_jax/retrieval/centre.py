@@ -33,8 +33,8 @@ def centred(
 def beginnings(corpus: Sequence[str], seed: int = 0, size: int = SIZE) -> list[str]:
     """The first words of min(size, len(corpus)) documents drawn by `seed`, in the corpus' order.
 
-    They stand in for queries that nobody has yet: as `queries` of `Embedder.embed_context` they gave half of what real
-    ones gave (benchmarks/results/centre_cpu.jsonl), and less or nothing where documents are no prose, such as code.
+    They stand in for queries that nobody has yet: as `queries` of `Embedder.embed_context` they gave six tenths of what
+    real ones gave (benchmarks/results: centre_cpu.jsonl, quality_table1_cpu.txt), but a set of code lost by them.
     """
     random = np.random.default_rng([seed, BEGINNINGS_STREAM])
     drawn = np.sort(random.choice(len(corpus), min(size, len(corpus)), replace=False))

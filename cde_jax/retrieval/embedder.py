@@ -147,9 +147,10 @@ class Embedder:
 
         `queries`, some dozens that people ask of this corpus (nobody needs to know their answers), have vectors
         centred: queries by the mean of these, documents by that of a third sample. Where there are none yet,
-        `retrieval.centre.beginnings(corpus)` stands in for them. This is all that a context of a
-        biencoder is. Raises ValueError for an empty corpus, no queries in `queries`, a biencoder without them, and
-        too few documents for weights without a null embedding.
+        `retrieval.centre.beginnings(corpus)` stands in for them. This is all that a context of a biencoder is.
+
+        Raises ValueError for an empty corpus, no queries in `queries`, a biencoder without them, and too few documents
+        for weights without a null embedding.
         """
         corpus, queries = check_texts(corpus), None if queries is None else check_texts(queries)
         self._check_sample(corpus, queries)
