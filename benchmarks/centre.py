@@ -3,7 +3,7 @@
     python benchmarks/centre.py --model all-MiniLM-L6-v2 --evaluation SETS [--shares 0.5 0.75 1] [--documents 400]
 
 Each set is embedded once, then centred (`cde_jax.retrieval.centre`):
-  own         queries by the mean of the set's queries (each half by the other half), documents by that of 512 documents;
+  own         queries by the mean of the set's queries (each half by the other half), documents by that of 512;
   beginnings  queries by the mean of the first words of 512 documents, read as queries, documents as above;
   documents   both by the documents' mean, which needs no queries;
   generic     both by the mean of the other sets' own centres: what needs no context at all.
