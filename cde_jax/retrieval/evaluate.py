@@ -78,7 +78,7 @@ def evaluate_embedder(
             vectors = (embedder.encode_queries(list(one.queries.values()), context),
                        embedder.encode_documents(list(one.corpus.values()), context))  # fmt: skip
             found[kind] = _vector_ndcg(one, *vectors, k)
-            if len(found) == 1:
+            if CENTRED not in found:  # of the first kind only
                 found[CENTRED] = _vector_ndcg(one, *_centred(embedder, one, context, *vectors, seed), k)
     return results
 
