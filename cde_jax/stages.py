@@ -104,9 +104,7 @@ def train(config: Config, workdir: Path) -> bool:
 
     def score(state: TrainState) -> float:
         embedder = _embedder(config, workdir, nnx.merge(graph, state.params))
-        kind = measure.SAME_CORPUS if embedder.contextual else measure.NO_CONTEXT
-        scores = measure.evaluate_embedder(embedder, development, [], config.seed, config.evaluate.cutoff)
-        return scores[development[0].name][kind]
+        return measure.score(embedder, development[0], config.seed, config.evaluate.cutoff)
 
     try:
         outcome = loop.run(

@@ -25,6 +25,7 @@ from cde_jax.retrieval.evaluate import (
     evaluate_embedder,
     means,
     ndcg,
+    score,
     table,
     vectors_baseline,
 )
@@ -148,11 +149,14 @@ def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer
         run = {"1": dict(zip(SHIPS.corpus, scores[0].astype(float), strict=True))}
         assert results["ships"][kind_of_context] == pytest.approx(ndcg(run, SHIPS.qrels))
     assert results == evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3)
+    assert score(one, SHIPS, seed=3) == results["ships"]["same corpus"]
 
 
 def test_kinds_of_context_that_cannot_be_had_are_left_out(tokenizer):
-    biencoder = evaluate_embedder(embedder("biencoder", tokenizer), [SHIPS], OTHERS, seed=0)["ships"]
-    assert list(biencoder) == ["none", "same corpus, centred"]
+    biencoder = embedder("biencoder", tokenizer)
+    found = evaluate_embedder(biencoder, [SHIPS], OTHERS, seed=0)["ships"]
+    assert list(found) == ["none", "same corpus, centred"]
+    assert score(biencoder, SHIPS, seed=0) == found["none"]
     without_null = embedder("joint", tokenizer, null_embedding=False)
     assert list(evaluate_embedder(without_null, [SHIPS], [], seed=0)["ships"]) == [
         "same corpus",

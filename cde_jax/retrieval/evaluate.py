@@ -75,12 +75,17 @@ def evaluate_embedder(
             contexts[NO_CONTEXT] = None
         results[one.name] = found = {}
         for kind, context in contexts.items():
-            vectors = (embedder.encode_queries(list(one.queries.values()), context),
-                       embedder.encode_documents(list(one.corpus.values()), context))  # fmt: skip
+            vectors = _encode(embedder, one, context)
             found[kind] = _vector_ndcg(one, *vectors, k)
             if CENTRED not in found:  # of the first kind only
                 found[CENTRED] = _vector_ndcg(one, *_centred(embedder, one, context, *vectors, seed), k)
     return results
+
+
+def score(embedder: Embedder, one: EvaluationSet, seed: int, k: int = 10) -> float:
+    """NDCG@k of one set as the model is meant to be used: a contextual one with context from the set's own corpus."""
+    context = embedder.embed_context(list(one.corpus.values()), seed) if embedder.contextual else None
+    return _vector_ndcg(one, *_encode(embedder, one, context), k)
 
 
 def evaluate_baselines(
@@ -159,6 +164,12 @@ def table(scores: Scores, title: str = "NDCG@10") -> str:
     ]
     rule = "─" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _encode(embedder: Embedder, one: EvaluationSet, context: Context | None) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of a set's queries and documents."""
+    queries, documents = list(one.queries.values()), list(one.corpus.values())
+    return embedder.encode_queries(queries, context), embedder.encode_documents(documents, context)
 
 
 def _vector_ndcg(one: EvaluationSet, queries: np.ndarray, documents: np.ndarray, k: int) -> float:
