@@ -16,6 +16,7 @@ from cde_jax import report
 from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan
 from cde_jax.batching.plan import BatchPlan
+from cde_jax.batching.settings import PlanSettings
 from cde_jax.config import Config, flatten
 from cde_jax.data.files import fingerprint
 from cde_jax.data.pairs import Pair, clean, write_pairs
@@ -52,27 +53,11 @@ def prepare(
     return report.write(pairs, plan, workdir)
 
 
-def plan_settings(config: Config) -> dict[str, Any]:
-    """The keywords of `build_plan`, which the plan's manifest repeats."""
-    b = config.batching
-    return {
-        "batch_size": b.batch_size,
-        "method": b.method,
-        "cluster_size": b.cluster_size,
-        "cluster_dimensions": b.cluster_dimensions,
-        "cluster_rows": b.cluster_rows,
-        "iterations": b.iterations,
-        "tries": b.tries,
-        "packing": b.packing,
-        "epochs": b.epochs,
-        "domain_weights": b.domain_weights,
-        "hard_negatives": b.hard_negatives,
-        "mine_first": b.mine_first,
-        "mine_last": b.mine_last,
-        "mine_margin": b.mine_margin,
-        "margin": b.filter_margin,
-        "seed": config.seed,
-    }
+def plan_settings(config: Config) -> PlanSettings:
+    """What the config says of the plan, which the plan's manifest repeats."""
+    ours = {"margin": config.batching.filter_margin, "seed": config.seed}
+    names = (field.name for field in dataclasses.fields(PlanSettings) if field.name not in ours)
+    return PlanSettings(**{name: getattr(config.batching, name) for name in names}, **ours)
 
 
 def load_plan(config: Config, workdir: Path) -> tuple[Store, BatchPlan]:
@@ -85,7 +70,7 @@ def load_plan(config: Config, workdir: Path) -> tuple[Store, BatchPlan]:
             f"{workdir / TOKENIZER}, it has {pairs.manifest['tokenizer']}; run --stage=prepare --rebuild"
         )
     plan = BatchPlan.load(workdir / PLAN)
-    plan.verify(pairs.fingerprint, plan_settings(config))
+    plan.verify(pairs.fingerprint, plan_settings(config).as_dict())
     return pairs, plan
 
 
@@ -230,11 +215,11 @@ def _plan(config: Config, workdir: Path, pairs: Store, vectors: Store, judge: St
     settings = plan_settings(config)
     if (workdir / PLAN).exists() and not rebuild:
         plan = BatchPlan.load(workdir / PLAN)
-        plan.verify(pairs.fingerprint, settings, vectors.fingerprint, judge.fingerprint)
+        plan.verify(pairs.fingerprint, settings.as_dict(), vectors.fingerprint, judge.fingerprint)
         log.info("the plan is there and fits: kept")
         return plan
     log.info("building the batch plan")
-    return build_plan(workdir / PLAN, pairs, vectors, filter_vectors=judge, **settings)
+    return build_plan(workdir / PLAN, pairs, vectors, settings, filter_vectors=judge)
 
 
 def _keep(folder: Path, kind: str, about: dict, found: Callable[[dict], dict], rebuild: bool) -> bool:

@@ -1,6 +1,7 @@
 """A short contextual fine-tuning of a real pretrained encoder, all-MiniLM-L6-v2, on the demo's docstrings.
 
-Command: python benchmarks/variants.py --config=minilm --start=DIR --steps=0 (three seeds of each variant, and MiniLM), or
+Command: python benchmarks/variants.py --config=minilm --start=DIR --steps=0 --variants isolated (three seeds, and
+MiniLM itself; DIR a folder or the hub name), or
 python -m cde_jax.main --config=configs/minilm.py --workdir=DIR [--config.model.init.second_stage=… and so on: a path]
 Hardware: 2 CPU cores. Time: about 6 minutes a seed, evaluation included.
 Score: mean NDCG@10 0.742 over 3 seeds, MiniLM itself 0.675 (benchmarks/results/from_minilm.jsonl); that was with gates

@@ -5,6 +5,7 @@ import zlib
 import numpy as np
 
 from cde_jax.batching.build import build_plan
+from cde_jax.batching.settings import PlanSettings
 from cde_jax.batching.surrogate import write_vectors
 from cde_jax.data.store import StoreWriter, fingerprint
 
@@ -98,4 +99,4 @@ def tiny_vectors(directory, pairs, encode=bag_of_words):
 
 def tiny_plan(directory, pairs, vectors, filter_vectors=None, **changes):
     """The plan by the settings `PLAN` with these changes."""
-    return build_plan(directory, pairs, vectors, filter_vectors=filter_vectors, **(PLAN | changes))
+    return build_plan(directory, pairs, vectors, PlanSettings(**(PLAN | changes)), filter_vectors=filter_vectors)

@@ -126,7 +126,7 @@ def _plan(config: Config, work: Path, name: str) -> None:
     place = _place(work, name)
     if place.exists():
         pairs = Store.open(work / PAIRS, kind="pairs", verify=False)
-        BatchPlan.load(place).verify(pairs.fingerprint, plan_settings(config))
+        BatchPlan.load(place).verify(pairs.fingerprint, plan_settings(config).as_dict())
         return
     log.info("plan %s", name)
     report = prepare(config, work)

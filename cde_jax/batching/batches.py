@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64, UInt64
@@ -19,6 +19,7 @@ from cde_jax.batching.groups import Group
 from cde_jax.batching.mine import mine_hard_negatives
 from cde_jax.batching.negatives import Positives, choose_hard_negatives, cosine, false_negative_mask, positives
 from cde_jax.batching.pack import document_centroids, epoch_batches, epoch_size
+from cde_jax.batching.settings import PlanSettings
 from cde_jax.data.files import explained, write_all
 from cde_jax.data.store import Ragged, Store
 
@@ -75,28 +76,31 @@ class Filter(NamedTuple):
 
 
 def cluster_groups(
-    groups: Sequence[Group], weights: Sequence[float], vectors: Store, settings: dict[str, Any]
+    groups: Sequence[Group], weights: Sequence[float], vectors: Store, settings: PlanSettings
 ) -> list[Part]:
-    """The groups with their clusters, by the settings of `build_plan`; with method "random" a group is one cluster."""
+    """The groups with their clusters; with method "random" a group is one cluster."""
     clustered = iter(())
-    if settings["method"] == "clustered":
+    if settings.method == "clustered":
         clustered = iter(
             cluster_domains(
                 vectors.array("queries"),
                 vectors.array("documents"),
                 [group.rows for group, weight in zip(groups, weights, strict=True) if weight],
-                dimensions=settings["cluster_dimensions"],
-                rows=settings["cluster_rows"],
-                **{name: settings[name] for name in ("cluster_size", "iterations", "tries", "seed")},
+                dimensions=settings.cluster_dimensions,
+                rows=settings.cluster_rows,
+                cluster_size=settings.cluster_size,
+                iterations=settings.iterations,
+                tries=settings.tries,
+                seed=settings.seed,
             )
         )
     parts = []
     for group, weight in zip(groups, weights, strict=True):
         assignments, objective = np.zeros(len(group.rows) if weight else 0, np.int64), None
-        if weight and settings["method"] == "clustered":
+        if weight and settings.method == "clustered":
             found = next(clustered)
             assignments, objective = np.unique(found.assignments, return_inverse=True)[1], found.objective
-        batches = epoch_size(len(group.rows), settings["batch_size"], weight)
+        batches = epoch_size(len(group.rows), settings.batch_size, weight)
         parts.append(Part(group, weight, batches, assignments.astype(np.int64), objective))
     return parts
 
@@ -105,7 +109,7 @@ def plan_arrays(
     parts: Sequence[Part],
     vectors: Store,
     judge: Filter,
-    settings: dict[str, Any],
+    settings: PlanSettings,
     difficulty: Difficulty,
     scratch: Path,
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -117,8 +121,8 @@ def plan_arrays(
     centroids = [_centroids(part, vectors, settings) for part in parts]
     mined = [_mine(part, judge, settings, scratch) for part in parts]
     per_epoch, threads = sum(part.batches for part in parts), ThreadpoolController()
-    with tqdm(total=settings["epochs"] * per_epoch, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
-        for epoch in range(settings["epochs"]):
+    with tqdm(total=settings.epochs * per_epoch, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
+        for epoch in range(settings.epochs):
             rows, numbers = _arrange(parts, centroids, epoch, settings)
             yield "rows", rows
             yield "groups", numbers
@@ -127,12 +131,12 @@ def plan_arrays(
                 for step, batch, number in zip(count(epoch * per_epoch), rows, numbers.tolist(), strict=False):
                     pool = parts[number].group.rows
                     candidates = mined[number][np.searchsorted(pool, batch)]
-                    random = np.random.default_rng([settings["seed"], NEGATIVES_STREAM, step])
-                    hard, given = judge.hard_negatives(batch, settings["hard_negatives"], candidates, pool, random)
+                    random = np.random.default_rng([settings.seed, NEGATIVES_STREAM, step])
+                    hard, given = judge.hard_negatives(batch, settings.hard_negatives, candidates, pool, random)
                     columns = np.concatenate([batch, hard.ravel()])
                     scores = cosine(judge.queries[batch], judge.documents[columns])
                     keys = judge.query_keys[batch], judge.document_keys[columns]
-                    keep = false_negative_mask(scores, *keys, judge.known, margin=settings["margin"], exempt=given)
+                    keep = false_negative_mask(scores, *keys, judge.known, margin=settings.margin, exempt=given)
                     difficulty.add(number, scores, keep)
                     yield "hard_negatives", hard[None]
                     yield "keep_bits", np.packbits(keep, axis=-1)[None]
@@ -148,16 +152,16 @@ def _global_clusters(parts: Sequence[Part], n: int) -> Int32[np.ndarray, " n"]:
     return clusters
 
 
-def _centroids(part: Part, vectors: Store, settings: dict[str, Any]) -> Float[np.ndarray, "k D"] | None:
-    if settings["packing"] != "tsp" or not part.batches:
+def _centroids(part: Part, vectors: Store, settings: PlanSettings) -> Float[np.ndarray, "k D"] | None:
+    if settings.packing != "tsp" or not part.batches:
         return None
     return document_centroids(vectors.array("documents"), part.assignments, part.group.rows)
 
 
-def _mine(part: Part, judge: Filter, settings: dict[str, Any], scratch: Path) -> Int64[np.ndarray, "rows window"]:
+def _mine(part: Part, judge: Filter, settings: PlanSettings, scratch: Path) -> Int64[np.ndarray, "rows window"]:
     """Mined candidates of each row of the group, −1 for none; no columns where nothing is to be mined."""
-    rows, (first, last) = part.group.rows, (settings["mine_first"], settings["mine_last"])
-    if not (settings["hard_negatives"] and last and part.batches):
+    rows, (first, last) = part.group.rows, (settings.mine_first, settings.mine_last)
+    if not (settings.hard_negatives and last and part.batches):
         return np.empty((len(rows), 0), np.int64)
     mined = mine_hard_negatives(
         judge.queries,
@@ -167,8 +171,8 @@ def _mine(part: Part, judge: Filter, settings: dict[str, Any], scratch: Path) ->
         document_keys=judge.document_keys,
         first=first,
         last=last,
-        margin=settings["mine_margin"],
-        seed=settings["seed"],
+        margin=settings.mine_margin,
+        seed=settings.seed,
     )
     try:
         with tempfile.TemporaryFile(dir=scratch, buffering=0) as file:  # it has no name: a kill frees it
@@ -179,12 +183,12 @@ def _mine(part: Part, judge: Filter, settings: dict[str, Any], scratch: Path) ->
 
 
 def _arrange(
-    parts: Sequence[Part], centroids: Sequence[np.ndarray | None], epoch: int, settings: dict[str, Any]
+    parts: Sequence[Part], centroids: Sequence[np.ndarray | None], epoch: int, settings: PlanSettings
 ) -> tuple[Int64[np.ndarray, "S B"], Int32[np.ndarray, " S"]]:
     """The rows of an epoch's batches and the number of their group, mixed: the same clusters arranged anew."""
-    random = np.random.default_rng([settings["seed"], EPOCH_STREAM, epoch])
+    random = np.random.default_rng([settings.seed, EPOCH_STREAM, epoch])
     batches = [
-        epoch_batches(part.group.rows, part.assignments, points, settings["batch_size"], part.weight, random)
+        epoch_batches(part.group.rows, part.assignments, points, settings.batch_size, part.weight, random)
         for part, points in zip(parts, centroids, strict=True)
         if part.batches
     ]

@@ -5,8 +5,6 @@ few numbers each. The same pairs, vectors, settings and seed give the same bytes
 """
 
 import hashlib
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,88 +13,46 @@ import numpy as np
 from cde_jax.batching.batches import Filter, Part, cluster_groups, plan_arrays
 from cde_jax.batching.difficulty import Difficulty, random_similarity, size_histogram
 from cde_jax.batching.groups import Group, domain_groups
-from cde_jax.batching.pack import PACKINGS, parse_weights
+from cde_jax.batching.pack import parse_weights
 from cde_jax.batching.plan import BatchPlan
+from cde_jax.batching.settings import PlanSettings
 from cde_jax.data.store import Store, StoreWriter, fingerprint
 
-METHODS = ("random", "clustered")
 BLOCK = 8192  # rows looked at at once by the checks
-AT_LEAST = {  # the smallest value of a setting
-    "batch_size": 1, "cluster_size": 1, "cluster_dimensions": 0, "cluster_rows": 1, "iterations": 1, "tries": 1,
-    "epochs": 1, "hard_negatives": 0, "mine_first": 0, "mine_last": 0, "seed": 0,
-}  # fmt: skip
 
 
 def build_plan(
     directory: str | Path,
     pairs: Store,
     vectors: Store,
+    settings: PlanSettings,
     *,
     filter_vectors: Store | None = None,
-    batch_size: int,
-    method: str,
-    cluster_size: int,
-    cluster_dimensions: int,
-    cluster_rows: int,
-    iterations: int,
-    tries: int,
-    packing: str,
-    epochs: int,
-    domain_weights: Sequence[str],
-    hard_negatives: int,
-    mine_first: int,
-    mine_last: int,
-    mine_margin: float,
-    margin: float | None,
-    seed: int,
 ) -> BatchPlan:
     """Writes the plan's folder and opens it; a kill leaves the old plan or none.
 
     pairs, vectors, filter_vectors: stores of those kinds, the vectors of these pairs. `vectors` place pairs (clusters,
     tours); `filter_vectors` (None: the same) find false negatives and mined hard negatives, and measure difficulty.
-    method: "clustered" within domains, or "random" (each domain is one cluster). cluster_dimensions, cluster_rows,
-    iterations, tries: as `cluster_domains` has them. packing: the order of the clusters, "random" or "tsp".
-    domain_weights: texts "NAME=0.5"; `pack` has their meaning, and which rows an epoch leaves out. hard_negatives: K,
-    from the data, then mined (`mine_hard_negatives` has ranks and margin; mine_last = 0: none), then any of the
-    group's. margin: ε of equation 4, or None to mask equal texts only.
 
-    Raises ValueError for settings outside their range, vectors that are not finite or of other pairs, data too small
-    for a batch or a cluster, and hard negatives that cannot be had.
+    Raises ValueError for vectors that are not finite or of other pairs, data too small for a batch or a cluster, and
+    hard negatives that cannot be had.
     """
-    settings = {
-        "batch_size": batch_size,
-        "method": method,
-        "cluster_size": cluster_size,
-        "cluster_dimensions": cluster_dimensions,
-        "cluster_rows": cluster_rows,
-        "iterations": iterations,
-        "tries": tries,
-        "packing": packing,
-        "epochs": epochs,
-        "domain_weights": list(domain_weights),
-        "hard_negatives": hard_negatives,
-        "mine_first": mine_first,
-        "mine_last": mine_last,
-        "mine_margin": mine_margin,
-        "margin": margin,
-        "seed": seed,
-    }
     filter_vectors = vectors if filter_vectors is None else filter_vectors
-    _check_settings(settings)
     names = [domain["name"] for domain in pairs.manifest["domains"]]
-    groups, left_out = domain_groups(pairs.array("domain"), names, batch_size)
-    weights = parse_weights(domain_weights, groups, names)
+    groups, left_out = domain_groups(pairs.array("domain"), names, settings.batch_size)
+    weights = parse_weights(settings.domain_weights, groups, names)
     _check_cluster_size(settings, len(pairs.array("query_key")))
     _check_vectors(pairs, vectors, "vectors")
     if filter_vectors.fingerprint != vectors.fingerprint:
         _check_vectors(pairs, filter_vectors, "the filter's vectors")
     judge = Filter.of(pairs, filter_vectors)
-    _check_hard_negatives([g for g, weight in zip(groups, weights, strict=True) if weight], judge, hard_negatives)
+    used = [group for group, weight in zip(groups, weights, strict=True) if weight]
+    _check_hard_negatives(used, judge, settings.hard_negatives)
     identity = {
         "pairs": pairs.fingerprint,
         "vectors": vectors.fingerprint,
         "filter_vectors": filter_vectors.fingerprint,
-        "settings": settings,
+        "settings": settings.as_dict(),
     }
     surrogates = {
         "surrogate": vectors.manifest.get("surrogate"),
@@ -119,7 +75,7 @@ def _summary(
     names: list[str],
     judge: Filter,
     difficulty: Difficulty,
-    settings: dict[str, Any],
+    settings: PlanSettings,
 ) -> dict[str, Any]:
     """For a reader of the manifest: what an epoch is made of, what it leaves out, and how hard the batches are."""
     groups = [
@@ -130,15 +86,15 @@ def _summary(
             "clusters": part.clusters,
             "weight": part.weight,
             "batches": part.batches,
-            "left_out": max(0, len(part.group.rows) - part.batches * settings["batch_size"]),
+            "left_out": max(0, len(part.group.rows) - part.batches * settings.batch_size),
             "objective": None if part.objective is None else round(part.objective, 6),
         }
         for part in parts
     ]
     per_epoch = sum(part.batches for part in parts)
-    in_random = random_similarity(judge.queries, judge.documents[: len(judge.queries)], settings["seed"])
+    in_random = random_similarity(judge.queries, judge.documents[: len(judge.queries)], settings.seed)
     return {
-        "batches": per_epoch * settings["epochs"],
+        "batches": per_epoch * settings.epochs,
         "batches_per_epoch": per_epoch,
         "groups": [group | hard for group, hard in zip(groups, difficulty.of_groups(), strict=True)],
         "dropped": {
@@ -150,32 +106,10 @@ def _summary(
     }
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    for name, smallest in AT_LEAST.items():
-        if settings[name] < smallest:
-            raise ValueError(f"expected {name} ≥ {smallest}, got {settings[name]}; change it in the config")
-    for name, known in (("method", METHODS), ("packing", PACKINGS)):
-        if settings[name] not in known:
-            raise ValueError(f"expected {name} to be one of {', '.join(known)}; got {settings[name]!r}")
-    if settings["batch_size"] * (1 + settings["hard_negatives"]) < 2:
-        raise ValueError("expected at least two documents in a batch, got batch_size=1 without hard negatives")
-    for name in ("margin", "mine_margin"):
-        value = settings[name]
-        if not (value is None and name == "margin") and not (math.isfinite(value) and -2 <= value <= 2):
-            also = " or None" if name == "margin" else ""
-            raise ValueError(f"expected {name} in −2…2 (a difference of cosines){also}, got {value}")
-    first, last = settings["mine_first"], settings["mine_last"]
-    if last and not 1 <= first <= last:
+def _check_cluster_size(settings: PlanSettings, pairs: int) -> None:
+    if settings.method == "clustered" and settings.cluster_size > pairs:
         raise ValueError(
-            f"expected 1 ≤ mine_first ≤ mine_last (ranks among the nearest), got {first} and {last}; with mine_last=0 "
-            "none are mined"
-        )
-
-
-def _check_cluster_size(settings: dict[str, Any], pairs: int) -> None:
-    if settings["method"] == "clustered" and settings["cluster_size"] > pairs:
-        raise ValueError(
-            f"expected cluster_size ≤ {pairs}, the number of pairs, got {settings['cluster_size']}; use smaller "
+            f"expected cluster_size ≤ {pairs}, the number of pairs, got {settings.cluster_size}; use smaller "
             'clusters, or method="random" for one cluster a domain'
         )
 
