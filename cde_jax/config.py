@@ -87,6 +87,7 @@ class Model:
     heads: int
     mlp_width: int
     max_positions: int
+    head: bool
     soft_prompt: int
     slot_bias: float | None
     statistics_size: int
@@ -394,7 +395,7 @@ def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig |
     """What `models.contextual` builds: a biencoder, or both stages of a contextual encoder."""
     second = encoder_config(model, vocab_size, model.layers, dtype)
     if model.kind == "biencoder":
-        return BiencoderConfig(second)
+        return BiencoderConfig(second, head=model.head, residual=model.head)
     first = encoder_config(model, vocab_size, model.first_stage_layers or model.layers, dtype)
     return ContextualConfig(
         first_stage=BiencoderConfig(first, head=True) if model.context_size else None,

@@ -71,6 +71,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.heads = 12
     c.model.mlp_width = 3072  # hidden width of the MLP
     c.model.max_positions = 2048  # longest text
+    # Of a biencoder: an MLP with a residual on its vector, as a contextual model's second stage always has. Without it
+    # the export is a plain encoder, which needs no code of ours.
+    c.model.head = False
     c.model.soft_prompt = 8  # learned tokens between slots and text; 0: none
     # First value of a learned bias per layer and head from text to slots: training starts as a biencoder and opens
     # to context as it earns something. None: no such bias (the paper).

@@ -39,6 +39,7 @@ def get_config(variant: str = ""):
     c.model.heads = 12
     c.model.mlp_width = 1536
     c.model.max_positions = 512
+    c.model.head = False  # what MiniLM has; in some dozens of steps it changed nothing
     c.model.slot_bias, c.train.gate_rate = -2.0, 100.0  # gates that open within some dozens of steps
     c.train.steps = 40
     c.train.learning_rate = 1e-4

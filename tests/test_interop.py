@@ -43,6 +43,7 @@ CONFIGS = {
     "biencoder, rotary": BiencoderConfig(ROTARY),
     "biencoder, learned positions, first token": BiencoderConfig(LEARNED, pooling="cls"),
     "biencoder with a head": BiencoderConfig(ROTARY, head=True, output_width=10),
+    "biencoder with a residual head": BiencoderConfig(ROTARY, head=True, residual=True),
     "biencoder of no native class": BiencoderConfig(ODD, head=True),
     "isolated": contextual(ROTARY),
     "isolated, learned positions": contextual(LEARNED),

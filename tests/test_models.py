@@ -409,6 +409,9 @@ def test_impossible_shapes_are_refused_in_words():
         encoder_config(heads=3)
     with pytest.raises(ValueError, match=r"odd number.*even head size"):
         encoder_config(width=6, heads=2)
+    for changes in ({"head": False}, {"head": True, "output_width": 7}):
+        with pytest.raises(ValueError, match=r"a residual needs a head as wide as the encoder \(16\)"):
+            BiencoderConfig(encoder_config(), residual=True, **changes)
     narrow = BiencoderConfig(encoder_config(width=8), head=True)
     with pytest.raises(ValueError, match="one width; got 8 and 16"):
         ContextualConfig(narrow, encoder_config(), context_size=J)

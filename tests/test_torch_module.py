@@ -73,6 +73,7 @@ def torch_tokens(ids: np.ndarray, mask: np.ndarray) -> dict:
         ("biencoder, rotary", "NomicBertModel"),
         ("biencoder, learned positions, first token", "BertModel"),
         ("biencoder with a head", "NomicBertModel"),
+        ("biencoder with a residual head", "CdeModel"),
         ("biencoder of no native class", "CdeModel"),
     ],
 )

@@ -130,13 +130,14 @@ class FirstStage(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.pooling, width = c["pooling"], c["encoder"]["width"]
+        self.pooling, self.residual, width = c["pooling"], c.get("residual", False), c["encoder"]["width"]
         self.embedder = Encoder(c["encoder"])
         self.mlp = mlp(width, width, c["output_width"] or width, nn.GELU()) if c["head"] else nn.Identity()
 
     def forward(self, input_ids, attention_mask, **_):
         hidden = self.embedder(input_ids, attention_mask)
-        return self.mlp(hidden[:, 0] if self.pooling == "cls" else mean_pool(hidden, attention_mask))
+        pooled = hidden[:, 0] if self.pooling == "cls" else mean_pool(hidden, attention_mask)
+        return self.mlp(pooled) + (pooled if self.residual else 0)
 
 
 class SecondStage(nn.Module):
@@ -217,7 +218,8 @@ class CdeModel(PreTrainedModel):
             )
         if "second_stage" not in c:
             stage = FirstStage(c)
-            self.embedder, self.mlp, self.pooling = stage.embedder, stage.mlp, stage.pooling
+            self.embedder, self.mlp = stage.embedder, stage.mlp
+            self.pooling, self.residual = stage.pooling, stage.residual
         else:
             baked = config.cde_jax.get("baked", 0)
             self.second_stage_model = SecondStage(c, baked)

@@ -92,7 +92,8 @@ def native_class(config: BiencoderConfig) -> str | None:
     """The class of transformers that runs this biencoder's encoder as it is, if there is one."""
     c = config.encoder
     habits = (c.rotary_axis, c.positions_skip_padding, c.zero_padding, c.prenorm, c.rotary_interleaved)
-    if config.tokens_per_document > 1 or not c.token_types or habits != ("sequence", False, False, False, False):
+    plain = habits == ("sequence", False, False, False, False)
+    if config.residual or config.tokens_per_document > 1 or not c.token_types or not plain:
         return None
     biases = (c.attention_bias, *c.mlp_bias)
     if c.positions == "rotary" and c.activation == "swiglu" and c.rotary_fraction == 1 and not any(biases):

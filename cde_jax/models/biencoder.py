@@ -20,7 +20,15 @@ class BiencoderConfig:
     pooling: Literal["mean", "cls"] = "mean"
     head: bool = False  # Linear, GELU, Linear after pooling: the first stage has it
     output_width: int | None = None  # of the head; None: the encoder's width
+    residual: bool = False  # the head is added to what it reads, like the output projection of a second stage
     tokens_per_document: int = 1  # the reference can pool a context document into several slots
+
+    def __post_init__(self):
+        if self.residual and not (self.head and self.output_width in (None, self.encoder.width)):
+            raise ValueError(
+                f"a residual needs a head as wide as the encoder ({self.encoder.width}), got head={self.head} and "
+                f"output_width={self.output_width}"
+            )
 
 
 class Biencoder(nnx.Module):
@@ -45,7 +53,8 @@ class Biencoder(nnx.Module):
         vectors = self.pool(self.encoder(ids, mask), mask)
         if self.config.head:
             hidden = jax.nn.gelu(self.head_in(vectors), approximate=False)
-            vectors = self.head_out(hidden).astype(jnp.float32)
+            projected = self.head_out(hidden).astype(jnp.float32)
+            vectors = vectors + projected if self.config.residual else projected
         return vectors if vectors.ndim == 2 else vectors.reshape(-1, vectors.shape[-1])
 
     def pool(self, hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B *T D"]:
