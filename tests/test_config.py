@@ -219,6 +219,12 @@ def shapes(config):
     return nnx.eval_shape(lambda: kind(shape, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_a_biencoder_has_a_residual_head_where_the_config_says_so(head):
+    model = shapes(from_config_dict(changed(model__kind="biencoder", model__head=head)))
+    assert (model.config.head, model.config.residual, hasattr(model, "head_out")) == (head, head, head)
+
+
 def count(model) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
