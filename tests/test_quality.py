@@ -20,6 +20,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from quality import arrays, evaluation, prepare, results, scoring, settings, summary, train, training, variants  # noqa: E402
 
 from cde_jax.config import flatten, from_config_dict  # noqa: E402
+from cde_jax.data.tokens import Tokenizer  # noqa: E402
+from cde_jax.prepare import TOKENIZER  # noqa: E402
+from cde_jax.retrieval.centre import beginnings  # noqa: E402
 from configs import minilm  # noqa: E402
 
 TINY = [
@@ -82,6 +85,16 @@ def test_the_file_says_what_is_in_it_and_names_no_path(lab):
     assert about["sets"]["one"]["idf_shift"] > 0
     assert set(about["plans"]) == {"random", "clustered"}
     assert from_config_dict(config).data.paths == ("pairs.jsonl",)
+
+
+def test_beginnings_are_in_the_file_as_queries(lab, tmp_path):
+    opened = arrays.unpack(lab, tmp_path)
+    data, one = opened.config["data"], evaluation.read_all([lab.parent / "sets"])[0]
+    texts = beginnings([one.corpus[name] for name in sorted(one.corpus)], opened.config["seed"])
+    tokenizer = Tokenizer.load(Path(f"{lab}.work") / TOKENIZER)
+    expected = tokenizer.encode([data["query_prefix"] + text for text in texts], data["query_length"])
+    found = opened.sets[0].beginnings
+    assert [found.row(i).tolist() for i in range(found.count())] == [list(row) for row in expected]
 
 
 def test_each_run_has_a_line_with_every_set_and_kind_of_context(trained):
@@ -217,7 +230,7 @@ def test_a_file_of_another_version_or_damaged_is_refused(lab, tmp_path):
             arrays.unpack(file, tmp_path / "arrays")
         shutil.rmtree(tmp_path / "arrays", ignore_errors=True)
 
-    refused(changed(lab, tmp_path / "old.zip", arrays.ABOUT, older), "expected an array file of format 1, got 0")
+    refused(changed(lab, tmp_path / "old.zip", arrays.ABOUT, older), f"expected an array file of format {arrays.FORMAT}, got 0")
     values = f"{arrays.STORE}/query_tokens.values.bin"
     refused(changed(lab, tmp_path / "b.zip", values, lambda content: content[:-2] + b"\0\0"), "expected sha256")
     refused(changed(lab, tmp_path / "c.zip", arrays.CONFIG, lambda _: b"{}"), "configuration was altered")

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from quality import evaluation, scoring, summary
 
 from cde_jax.data.sources.beir import EvaluationSet
-from cde_jax.data.store import Ragged
 
 
 def random_run(seed, queries=7, documents=30):
@@ -87,23 +86,6 @@ def test_a_query_has_no_part_in_its_own_centre():
     assert np.abs(scoring.centred_by((queries, documents), other, 0)[0] - moved).max() > 1e-2
     one = scoring.centred_by((queries[:1], documents), (queries[:1], documents), 0)[0]
     np.testing.assert_array_equal(one, queries[:1])  # nothing to centre by
-
-
-def ragged(*rows):
-    return Ragged(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
-
-
-def test_beginnings_are_read_as_queries():
-    queries = ragged([1, 7, 20, 2], [1, 7, 21, 22, 2])  # [CLS], a prefix, …, [SEP]
-    documents = ragged([1, 8, 9, 30, 31, 2], [1, 8, 9, *range(40, 60), 2], [1, 8, 9, 50, 2])
-    found = scoring.beginnings(queries, documents, seed=0)
-    expected = {(1, 7, 30, 31, 2), (1, 7, *range(40, 40 + scoring.BEGINNING), 2), (1, 7, 50, 2)}
-    assert {tuple(found.row(i).tolist()) for i in range(found.count())} == expected
-
-
-def test_beginnings_of_texts_without_a_common_start():
-    found = scoring.beginnings(ragged([20, 2], [21, 2]), ragged([1, 2], [30, 31, 2]), seed=0)
-    assert {tuple(found.row(i).tolist()) for i in range(found.count())} == {(1, 2), (30, 31, 2)}
 
 
 def test_idf_shift_is_the_mean_log_ratio_of_rates():

@@ -36,6 +36,7 @@ class TokenSet:
     name: str
     queries: Ragged
     documents: Ragged
+    beginnings: Ragged  # of documents, as queries (`cde_jax.retrieval.centre`)
     judged: Int[np.ndarray, " j"]  # the query of each judgement …
     relevant: Int[np.ndarray, " j"]  # … its document …
     grades: Int32[np.ndarray, " j"]  # … and how relevant that is
@@ -140,10 +141,9 @@ def open_folder(folder: Path) -> Lab:
     for name, said in about["sets"].items():
         store = Store.open(folder / SETS / name, kind="evaluation")
         _same(store.fingerprint, said["fingerprint"], f"evaluation set {name!r}")
+        texts = (store.ragged(f"{kind}_tokens") for kind in ("query", "document", "beginning"))
         arrays = (store.array(array) for array in ("judged", "relevant", "grades"))
-        sets.append(
-            TokenSet(name, store.ragged("query_tokens"), store.ragged("document_tokens"), *arrays, said["idf_shift"])
-        )
+        sets.append(TokenSet(name, *texts, *arrays, said["idf_shift"]))
     config = read_json(folder / CONFIG)
     _same(fingerprint(config), about["config"], "configuration")
     if about["start"]:

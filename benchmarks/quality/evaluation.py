@@ -12,6 +12,7 @@ from cde_jax.data.sources import beir
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.store import Ragged, StoreWriter
 from cde_jax.data.tokens import Tokenizer
+from cde_jax.retrieval.centre import beginnings
 
 CUT_STREAM = 61  # keeps these draws apart from other random numbers of the same seed
 
@@ -82,9 +83,12 @@ def write(one: EvaluationSet, folder: Path, tokenizer: Tokenizer, config: Config
     small = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     queries = tokenizer.encode([d.query_prefix + text for text in one.queries.values()], d.query_length)
     documents = tokenizer.encode([d.document_prefix + one.corpus[name] for name in corpus], d.document_length)
+    stand_ins = beginnings([one.corpus[name] for name in corpus], config.seed)
+    stand_ins = tokenizer.encode([d.query_prefix + text for text in stand_ins], d.query_length)
     with StoreWriter(folder, "evaluation") as writer:
         writer.append_ragged("query_tokens", queries, small)
         writer.append_ragged("document_tokens", documents, small)
+        writer.append_ragged("beginning_tokens", stand_ins, small)
         for name, array in (("judged", judged), ("relevant", relevant), ("grades", grades)):
             writer.append(name, array)
         store = writer.finish({"name": one.name})

@@ -22,9 +22,8 @@ SAME, OTHER, NONE = "same corpus", "other corpus", "none"
 SAME_CENTRED, OTHER_CENTRED = "same, centred", "other, centred"
 SAME_BEGINNINGS, OTHER_BEGINNINGS = "same, beginnings", "other, beginnings"
 # Keep these draws apart from other random numbers of the same seed.
-CONTEXT_STREAM, STATISTICS_STREAM, CENTRE_STREAM, BEGINNINGS_STREAM = 62, 63, 64, 65
+CONTEXT_STREAM, STATISTICS_STREAM, CENTRE_STREAM = 62, 63, 64
 CUTOFF = 10
-BEGINNING = 16  # tokens; about as many as `cde_jax.retrieval.centre.WORDS`
 SCORES_HELD = 1 << 24  # similarities in memory at once
 
 Vectors = tuple[np.ndarray, np.ndarray]  # unit vectors of queries and of documents
@@ -59,8 +58,7 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
             found[one.name][kind] = ndcg(queries, documents, one.judged, one.relevant, one.grades)
             if one.name not in vectors:  # of the first kind
                 vectors[one.name] = (queries, documents)
-                stood_in = beginnings(one.queries, one.documents, config.seed)
-                stand_ins[one.name] = _encode(run, stood_in, config.data.query_length, pad_id)
+                stand_ins[one.name] = _encode(run, one.beginnings, config.data.query_length, pad_id)
     for number, one in enumerate(sets):
         other = _other(sets, number)
         by_kind = {(SAME_CENTRED, SAME_BEGINNINGS): one}
@@ -95,25 +93,6 @@ def centred_by(vectors: Vectors, sample: Vectors, seed: int, share: float = SHAR
         if len(half) and len(others):
             queries[half] = centred(queries[half], centre(sample[0][others]), share)
     return queries, centred(vectors[1], centre(sample[1][drawn]), share)
-
-
-def beginnings(queries: Ragged, documents: Ragged, seed: int) -> Ragged:
-    """A sample of documents cut to their beginnings, as queries: with the tokens that all queries start with.
-
-    What all rows start with, [CLS] and a prefix, is found by comparing them; the last token, [SEP], stays the last.
-    """
-    rows = _sample(documents, SIZE, seed, BEGINNINGS_STREAM)
-    start, skipped = _common_start(queries), len(_common_start(documents))
-    cut = [np.concatenate([start, row[skipped:-1][:BEGINNING], row[-1:]]) for row in map(documents.row, rows.tolist())]
-    return Ragged(np.concatenate(cut), np.cumsum([0, *map(len, cut)]))
-
-
-def _common_start(texts: Ragged) -> Int[np.ndarray, " k"]:
-    """The tokens that all rows begin with, but never a row's last."""
-    first, size = texts.row(0), int((texts.offsets[1:] - texts.offsets[:-1]).min()) - 1
-    starts = texts.offsets[:-1, None] + np.arange(size)
-    differ = np.flatnonzero((texts.values[starts] != first[:size]).any(axis=0))
-    return first[: differ[0] if len(differ) else size]
 
 
 def ndcg(
