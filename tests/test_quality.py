@@ -230,7 +230,8 @@ def test_a_file_of_another_version_or_damaged_is_refused(lab, tmp_path):
             arrays.unpack(file, tmp_path / "arrays")
         shutil.rmtree(tmp_path / "arrays", ignore_errors=True)
 
-    refused(changed(lab, tmp_path / "old.zip", arrays.ABOUT, older), f"expected an array file of format {arrays.FORMAT}, got 0")
+    old = changed(lab, tmp_path / "old.zip", arrays.ABOUT, older)
+    refused(old, f"expected an array file of format {arrays.FORMAT}, got 0")
     values = f"{arrays.STORE}/query_tokens.values.bin"
     refused(changed(lab, tmp_path / "b.zip", values, lambda content: content[:-2] + b"\0\0"), "expected sha256")
     refused(changed(lab, tmp_path / "c.zip", arrays.CONFIG, lambda _: b"{}"), "configuration was altered")
