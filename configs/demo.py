@@ -1,9 +1,8 @@
 """The whole job on a laptop in minutes: docstrings of our own dependencies, held-out packages as evaluation sets.
 
 Command: make demo   (python -m cde_jax.main --config=configs/demo.py --workdir=runs/demo)
-Hardware: 2 CPU cores, 2.9 GiB. Time after installation: 927 s of CPU time; 14 min 28 s on a busy Intel Xeon (an earlier
-version, with 479 steps to these 384, took 7 min 7 s on a quiet AMD EPYC).
-Score: mean NDCG@10 0.562 with any context, 0.561 with none; BM25 0.576, LSA 0.216 (benchmarks/results/demo.json).
+Hardware: 2 CPU cores (Intel Xeon), 2.4 GiB. Time after installation: 8 min 49 s, 926 s of CPU time.
+Score: mean NDCG@10 0.561 with any context or none; BM25 0.576, LSA 0.216 (benchmarks/results/demo.json).
 """
 
 from configs import base
