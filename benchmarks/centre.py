@@ -4,7 +4,7 @@
 
 Each set is embedded once, then centred (`cde_jax.retrieval.centre`):
   own         queries by the mean of the set's queries (each half by the other half), documents by that of 512;
-  beginnings  queries by the mean of the first words of 512 documents, read as queries, documents as above;
+  beginnings  queries by the mean of the first plain words of 512 documents, documents as above;
   documents   both by the documents' mean, which needs no queries;
   generic     both by the mean of the other sets' own centres: what needs no context at all.
 `other` is the gain from the centres of the set half the list away, `better` on how many sets its own are better.

@@ -66,7 +66,7 @@ def main() -> None:
             emit(args, row)
     for variant in args.variants:
         for kind in kinds(scores[variant, args.seeds[0]]):
-            print(json.dumps(summary(scores, args.variants[0], variant, kind, args.seeds)), flush=True)
+            emit(args, summary(scores, args.variants[0], variant, kind, args.seeds))
 
 
 def configuration(args: argparse.Namespace, variant: str, seed: int) -> dict:
@@ -83,11 +83,11 @@ def configuration(args: argparse.Namespace, variant: str, seed: int) -> dict:
 def as_it_is(args: argparse.Namespace, workdir: Path, changed: dict) -> Iterator[dict]:
     """The pretrained encoder without training, at its own lengths and at the config's."""
     config, found = from_config_dict(changed), load_pretrained(args.start)
-    tokenizer = Tokenizer.load(found.directory)
+    tokenizer, sets = Tokenizer.load(found.directory), evaluation_sets(config, workdir)
     ours = TextSettings("", "", config.data.query_length, config.data.document_length)
     for name, settings in (("its own lengths", found.settings), ("the config's lengths", ours)):
         embedder = Embedder(found.model, tokenizer, settings, found.directory, progress=False)
-        scores = measure.evaluate_embedder(embedder, evaluation_sets(config, workdir), [], config.seed)
+        scores = measure.evaluate_embedder(embedder, sets, [], config.seed)
         yield {"variant": f"as it is, {name}", "ndcg": scores, "mean": measure.means(scores)}
 
 

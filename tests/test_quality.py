@@ -33,6 +33,7 @@ TINY = [
     "train.devices=1", "train.text_lengths=1",
 ]  # fmt: skip
 BOTH = ["random-biencoder", "statistics-512-slots-domain"]
+CONTEXTUAL = BOTH[1]
 
 
 def write_sets(folder):
@@ -100,15 +101,13 @@ def test_beginnings_are_in_the_file_as_queries(lab, tmp_path):
 def test_each_run_has_a_line_with_every_set_and_kind_of_context(trained):
     lines = results.read(trained)
     assert [(line["variant"], line["seed"]) for line in lines] == [(BOTH[0], 0), (BOTH[1], 0), (BOTH[0], 1)]
-    biencoder, contextual_line = lines[:2]
+    biencoder, with_context = lines[:2]
     centred = set(summary.CENTRED)
     assert set(biencoder["ndcg@10"]["one"]) == {scoring.NONE} | centred
-    assert set(contextual_line["ndcg@10"]["two"]) == {scoring.SAME, scoring.OTHER, scoring.NONE} | centred
+    assert set(with_context["ndcg@10"]["two"]) == {scoring.SAME, scoring.OTHER, scoring.NONE} | centred
     assert biencoder["steps"] == 3 and {"device", "jax", "commit"} <= set(biencoder)
-    queries = results.load_queries(trained, "statistics-512-slots-domain", 0)
-    assert queries["one"][scoring.SAME].mean() == pytest.approx(
-        contextual_line["ndcg@10"]["one"][scoring.SAME], abs=1e-5
-    )
+    queries = results.load_queries(trained, CONTEXTUAL, 0)
+    assert queries["one"][scoring.SAME].mean() == pytest.approx(with_context["ndcg@10"]["one"][scoring.SAME], abs=1e-5)
     assert lines[0]["loss"] != lines[2]["loss"]  # seeds differ
     assert not list(trained.glob("*.safetensors"))
 
@@ -118,14 +117,9 @@ def test_a_second_call_trains_nothing_and_summarises(lab, trained, capsys):
     train.run(train_arguments(lab, trained))
     assert (trained / results.LINES).read_bytes() == before
     printed = capsys.readouterr().out
-    assert (
-        "statistics-512-slots-domain: same above other corpus on" in printed
-        and "random-biencoder             none" in printed
-    )
+    assert f"{CONTEXTUAL}: same above other corpus on" in printed and "random-biencoder             none" in printed
     train.main([str(lab), "--out", str(trained), "--summary"])
-    assert {"random-biencoder", "statistics-512-slots-domain"} == set(
-        json.loads((trained / "summary.json").read_text())["gains"]
-    )
+    assert set(BOTH) == set(json.loads((trained / "summary.json").read_text())["gains"])
 
 
 def test_a_killed_run_goes_on_to_the_same_result(lab, trained, tmp_path, monkeypatch):
@@ -136,7 +130,7 @@ def test_a_killed_run_goes_on_to_the_same_result(lab, trained, tmp_path, monkeyp
         saved.append(arguments[0])
         raise KeyboardInterrupt
 
-    arguments = train_arguments(lab, tmp_path, "--save-every", "2", variants=["statistics-512-slots-domain"])
+    arguments = train_arguments(lab, tmp_path, "--save-every", "2", variants=[CONTEXTUAL])
     monkeypatch.setattr(training, "store", store_and_die)
     with pytest.raises(KeyboardInterrupt):
         train.run(arguments)
@@ -270,22 +264,15 @@ def test_results_of_other_arrays_or_settings_are_kept_apart(lab, trained, tmp_pa
 
 
 def test_a_variant_that_means_something_else_now_is_refused(lab, trained, monkeypatch):
-    monkeypatch.setitem(
-        variants.VARIANTS,
-        "statistics-512-slots-domain",
-        variants.VARIANTS["statistics-512-slots-domain"] | {"model.slot_bias": 0.0},
-    )
-    with pytest.raises(ValueError, match="results of statistics-512-slots-domain with seed 0 of another definition"):
+    monkeypatch.setitem(variants.VARIANTS, CONTEXTUAL, variants.VARIANTS[CONTEXTUAL] | {"model.slot_bias": 0.0})
+    with pytest.raises(ValueError, match=f"results of {CONTEXTUAL} with seed 0 of another definition"):
         train.run(train_arguments(lab, trained))
 
 
 def test_pretrained_weights_that_are_not_there_are_missed_at_once(lab, tmp_path):
     arguments = train_arguments(lab, tmp_path)
     arguments.no_start = False
-    with pytest.raises(
-        ValueError,
-        match=r"random-biencoder, statistics-512-slots-domain start from pretrained weights, and the array file",
-    ):
+    with pytest.raises(ValueError, match=f"{', '.join(BOTH)} start from pretrained weights, and the array file"):
         train.run(arguments)
 
 

@@ -130,7 +130,7 @@ class FirstStage(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.pooling, self.residual, width = c["pooling"], c.get("residual", False), c["encoder"]["width"]
+        self.pooling, self.residual, width = c["pooling"], c["residual"], c["encoder"]["width"]
         self.embedder = Encoder(c["encoder"])
         self.mlp = mlp(width, width, c["output_width"] or width, nn.GELU()) if c["head"] else nn.Identity()
 
