@@ -8,9 +8,10 @@ from flax import nnx
 
 from cde_jax.batching.loader import Loader
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.config import Config, model_config
+from cde_jax.config import Config, Model
 from cde_jax.data.store import Store
-from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualEncoder
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
+from cde_jax.models.encoder import EncoderConfig
 from cde_jax.training import sharding
 from cde_jax.training.memory import AUTO, device_limit, largest_chunk, program_bytes
 from cde_jax.training.step import StepConfig, TrainState, init_state, make_optimizer, make_train_step, stream
@@ -26,6 +27,43 @@ class Training(NamedTuple):
     state: TrainState
     step: Any
     steps: int
+
+
+def encoder_config(model: Model, vocab_size: int, layers: int, dtype: str) -> EncoderConfig:
+    """The encoder that `model` describes; `vocab_size` is used where the config leaves it to the tokenizer."""
+    shape = {
+        "vocab_size": model.vocab_size or vocab_size,
+        "width": model.width,
+        "layers": layers,
+        "heads": model.heads,
+        "mlp_width": model.mlp_width,
+        "max_positions": model.max_positions,
+        "dtype": dtype,
+        "attention": model.attention,
+        "remat": model.remat,
+    }
+    if model.backbone == "bert":
+        habits = {"positions": "learned", "activation": "gelu", "attention_bias": True, "mlp_bias": (True, True)}
+        return EncoderConfig(**shape, **habits)
+    return EncoderConfig(**shape)
+
+
+def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig | ContextualConfig:
+    """What `models.contextual` builds: a biencoder, or both stages of a contextual encoder."""
+    second = encoder_config(model, vocab_size, model.layers, dtype)
+    if model.kind == "biencoder":
+        return BiencoderConfig(second, head=model.head, residual=model.head)
+    first = encoder_config(model, vocab_size, model.first_stage_layers or model.layers, dtype)
+    return ContextualConfig(
+        first_stage=BiencoderConfig(first, head=True) if model.context_size else None,
+        second_stage=second,
+        context_size=model.context_size,
+        context_attention=model.context_attention,
+        soft_prompt=model.soft_prompt,
+        slot_bias=model.slot_bias,
+        statistics_size=model.statistics_size,
+        tie_token_embeddings=model.tie_token_embeddings,
+    )
 
 
 def build_model(config: Config, vocab_size: int, dtype: str) -> Biencoder | ContextualEncoder:

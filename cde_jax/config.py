@@ -8,8 +8,6 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, get_origin
 
-from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
-from cde_jax.models.encoder import EncoderConfig
 from cde_jax.training.memory import AUTO
 
 
@@ -370,40 +368,3 @@ def check_same_run(now: Mapping[str, Any], before: Mapping[str, Any], where: str
             "Use the same configuration to go on with it, or another --workdir to start a new one; --rebuild starts "
             "over in this one and moves its checkpoints aside."
         )
-
-
-def encoder_config(model: Model, vocab_size: int, layers: int, dtype: str) -> EncoderConfig:
-    """The encoder that `model` describes; `vocab_size` is used where the config leaves it to the tokenizer."""
-    shape = {
-        "vocab_size": model.vocab_size or vocab_size,
-        "width": model.width,
-        "layers": layers,
-        "heads": model.heads,
-        "mlp_width": model.mlp_width,
-        "max_positions": model.max_positions,
-        "dtype": dtype,
-        "attention": model.attention,
-        "remat": model.remat,
-    }
-    if model.backbone == "bert":
-        habits = {"positions": "learned", "activation": "gelu", "attention_bias": True, "mlp_bias": (True, True)}
-        return EncoderConfig(**shape, **habits)
-    return EncoderConfig(**shape)
-
-
-def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig | ContextualConfig:
-    """What `models.contextual` builds: a biencoder, or both stages of a contextual encoder."""
-    second = encoder_config(model, vocab_size, model.layers, dtype)
-    if model.kind == "biencoder":
-        return BiencoderConfig(second, head=model.head, residual=model.head)
-    first = encoder_config(model, vocab_size, model.first_stage_layers or model.layers, dtype)
-    return ContextualConfig(
-        first_stage=BiencoderConfig(first, head=True) if model.context_size else None,
-        second_stage=second,
-        context_size=model.context_size,
-        context_attention=model.context_attention,
-        soft_prompt=model.soft_prompt,
-        slot_bias=model.slot_bias,
-        statistics_size=model.statistics_size,
-        tie_token_embeddings=model.tie_token_embeddings,
-    )

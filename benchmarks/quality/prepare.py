@@ -165,7 +165,7 @@ def _portable(config: Config) -> Config:
 
 def _start(name: str, layers: int, config: Config):
     """The pretrained encoder, of the shape that the configuration's model has."""
-    from cde_jax.config import encoder_config
+    from cde_jax.assemble import encoder_config
     from cde_jax.interop.read import load_encoder
 
     encoder = load_encoder(name, layers)
