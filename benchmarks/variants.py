@@ -33,7 +33,7 @@ from cde_jax.prepare import evaluation_sets
 from cde_jax.retrieval import evaluate as measure
 from cde_jax.retrieval.embedder import Embedder
 
-KINDS = ("same corpus", "random training documents", "none", "same corpus, centred")
+KINDS = ("same corpus", "random training documents", "none", "same corpus, whitened")
 
 
 def main() -> None:

@@ -16,11 +16,13 @@ from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
+from cde_jax.retrieval import context as context_file
 from cde_jax.retrieval import embedder as embedder_file
 from cde_jax.retrieval import encode, padding
 from cde_jax.retrieval.checks import check_texts
 from cde_jax.retrieval.embedder import Context, Embedder
 from cde_jax.retrieval.padding import batches, padded_lengths
+from cde_jax.retrieval.whiten import whitening
 
 TEXT = "the cat sat on a mat while seven grey whales sang deep songs of cold water and old ships"
 WORDS = TEXT.split(" ")
@@ -390,7 +392,7 @@ def test_a_context_file_of_a_version_before_is_still_read(contextual, tmp_path, 
     context.save(path)
     monkeypatch.undo()
     loaded = Context.load(path)
-    assert loaded.frequencies is None and loaded.centres is None
+    assert loaded.frequencies is None and loaded.whitening is None
     np.testing.assert_array_equal(contextual.encode_queries(FEW, loaded), contextual.encode_queries(FEW, context))
 
 
@@ -420,58 +422,68 @@ def test_a_model_with_statistics_is_exported_for_jax_and_baking_it_in_is_refused
     assert not (tmp_path / "baked").exists()
 
 
-# --- centres
+# --- whitening
 
 ASKED = texts(9, seed=5, longest=8)
 
 
-def unit(vectors):
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def test_queries_and_documents_are_centred_each_by_their_own(embedder):
+def test_a_context_with_queries_whitens_by_them_and_by_documents(embedder):
     context = embedder.embed_context(CORPUS, seed=3, queries=ASKED)
-    plain = dataclasses.replace(context, centres=None) if embedder.contextual else None
-    for encode_texts, sample, found in (
-        (embedder.encode_queries, ASKED, context.centres[0]),
-        (embedder.encode_documents, CORPUS, context.centres[1]),  # fewer than a sample holds: all
-    ):
-        np.testing.assert_allclose(found, encode_texts(sample, plain).mean(axis=0), atol=1e-5)
-        expected = unit(encode_texts(FEW, plain) - 0.75 * found)
-        np.testing.assert_allclose(encode_texts(FEW, context), expected, atol=1e-5)
-    assert np.abs(context.centres[0] - context.centres[1]).max() > 1e-3
+    plain = dataclasses.replace(context, whitening=None) if embedder.contextual else None
+    queries, documents = embedder.encode_queries(ASKED, plain), embedder.encode_documents(CORPUS, plain)
+    expected = whitening(queries, documents)  # fewer documents than a sample holds: all
+    for found, wanted in zip(context.whitening, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(embedder.encode_queries(ASKED, context), expected.of_queries(queries), atol=1e-5)
+    np.testing.assert_allclose(embedder.encode_documents(CORPUS, context), expected.of_documents(documents), atol=1e-5)
     if embedder.contextual:
         without = embedder.embed_context(CORPUS, seed=3)
         np.testing.assert_array_equal(without.vectors, context.vectors)
-        assert without.centres is None
+        assert without.whitening is None
         np.testing.assert_allclose(
             embedder.encode_queries(FEW, without), embedder.encode_queries(FEW, plain), atol=1e-6
         )
 
 
-def test_no_more_documents_than_a_sample_make_the_centre(tokenizer, monkeypatch):
+def test_no_more_documents_than_a_sample_make_the_whitening(tokenizer, monkeypatch):
     monkeypatch.setattr(embedder_file, "SIZE", 7)
     embedder = build("biencoder", tokenizer)
-    drawn = np.random.default_rng([3, embedder_file.CENTRE_STREAM]).choice(20, 7, replace=False)
+    drawn = np.random.default_rng([3, embedder_file.WHITENING_STREAM]).choice(20, 7, replace=False)
     expected = embedder.encode_documents([CORPUS[i] for i in drawn]).mean(axis=0)
-    np.testing.assert_allclose(embedder.embed_context(CORPUS, 3, ASKED).centres[1], expected, atol=1e-5)
+    np.testing.assert_allclose(embedder.embed_context(CORPUS, 3, ASKED).whitening.documents, expected, atol=1e-5)
 
 
-def test_a_saved_context_keeps_its_centres_and_an_altered_one_is_refused(embedder, tmp_path):
+def test_a_saved_context_keeps_its_whitening_and_an_altered_one_is_refused(embedder, tmp_path):
     context, path = embedder.embed_context(CORPUS, queries=ASKED), tmp_path / "ctx.safetensors"
     context.save(path)
     loaded = Context.load(path)
-    np.testing.assert_array_equal(loaded.centres, context.centres)
+    for found, saved in zip(loaded.whitening, context.whitening, strict=True):
+        np.testing.assert_array_equal(found, saved)
+        assert not found.flags.writeable and not saved.flags.writeable
     np.testing.assert_array_equal(embedder.encode_queries(FEW, loaded), embedder.encode_queries(FEW, context))
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
-    save_file(load_file(path) | {"centres": -context.centres}, tmp_path / "mixed", metadata)
+    save_file(load_file(path) | {"whitening.queries": -context.whitening.queries}, tmp_path / "mixed", metadata)
     with pytest.raises(ValueError, match="altered"):
         Context.load(tmp_path / "mixed")
 
 
-def test_what_cannot_be_centred_is_an_error(embedder, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="at least one query to centre by, got none"):
+def test_a_context_file_with_centres_only_moves_vectors_as_it_did(tokenizer, tmp_path):
+    embedder = build("biencoder", tokenizer)
+    context, path = embedder.embed_context(CORPUS, queries=ASKED), tmp_path / "ctx.safetensors"
+    context.save(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() | {"format": "cde_jax context 4"}
+    del metadata["sha256"]
+    tensors = {"vectors": context.vectors, "centres": np.stack(context.whitening[:2])}
+    save_file(tensors, path, metadata | {"sha256": context_file._digest(tensors, metadata)})
+    moved = embedder.encode_queries(FEW) - 0.75 * context.whitening.queries
+    expected = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    np.testing.assert_allclose(embedder.encode_queries(FEW, Context.load(path)), expected, atol=1e-5)
+
+
+def test_what_cannot_be_whitened_is_an_error(embedder, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="at least one query to whiten by, got none"):
         embedder.embed_context(CORPUS, queries=[])
     context = embedder.embed_context(CORPUS, queries=ASKED)
     with pytest.raises(ValueError, match=r"cannot tell queries from documents|a biencoder reads no context"):

@@ -16,7 +16,6 @@ from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
-from cde_jax.retrieval.centre import beginnings
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.retrieval.evaluate import (
     bm25,
@@ -29,6 +28,7 @@ from cde_jax.retrieval.evaluate import (
     table,
     vectors_baseline,
 )
+from cde_jax.retrieval.whiten import beginnings
 
 ANIMALS = EvaluationSet(
     "animals",
@@ -141,7 +141,7 @@ def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer
     one = embedder(kind, tokenizer)
     results = evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3)
     kinds = ["same corpus", "random training documents", "none"]
-    written = ["same corpus", "same corpus, centred", *kinds[1:]]
+    written = ["same corpus", "same corpus, whitened", *kinds[1:]]
     assert {name: list(row) for name, row in results.items()} == {"animals": written, "ships": written}
     contexts = (one.embed_context(list(SHIPS.corpus.values()), 3), one.embed_context(OTHERS, 3), None)
     for kind_of_context, context in zip(kinds, contexts, strict=True):
@@ -155,24 +155,24 @@ def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer
 def test_kinds_of_context_that_cannot_be_had_are_left_out(tokenizer):
     biencoder = embedder("biencoder", tokenizer)
     found = evaluate_embedder(biencoder, [SHIPS], OTHERS, seed=0)["ships"]
-    assert list(found) == ["none", "same corpus, centred"]
+    assert list(found) == ["none", "same corpus, whitened"]
     assert score(biencoder, SHIPS, seed=0) == found["none"]
     without_null = embedder("joint", tokenizer, null_embedding=False)
     assert list(evaluate_embedder(without_null, [SHIPS], [], seed=0)["ships"]) == [
         "same corpus",
-        "same corpus, centred",
+        "same corpus, whitened",
     ]
 
 
 @pytest.mark.parametrize("kind", ["biencoder", "isolated"])
-def test_the_centred_kind_is_what_users_get_from_a_corpus_alone(kind, tokenizer):
+def test_the_whitened_kind_is_what_users_get_from_a_corpus_alone(kind, tokenizer):
     one, corpus = embedder(kind, tokenizer), list(ANIMALS.corpus.values())
     context = one.embed_context(corpus, 3, queries=beginnings(corpus, 3))
     scores = one.encode_queries(ANIMALS.queries.values(), context) @ one.encode_documents(corpus, context).T
     run = {query: dict(zip(ANIMALS.corpus, row.tolist(), strict=True))
            for query, row in zip(ANIMALS.queries, scores.astype(float), strict=True)}  # fmt: skip
     found = evaluate_embedder(one, [ANIMALS], [], seed=3)["animals"]
-    assert found["same corpus, centred"] == pytest.approx(ndcg(run, ANIMALS.qrels))
+    assert found["same corpus, whitened"] == pytest.approx(ndcg(run, ANIMALS.qrels))
 
 
 def test_two_sets_of_one_name_are_an_error():

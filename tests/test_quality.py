@@ -22,7 +22,7 @@ from quality import arrays, evaluation, prepare, results, scoring, settings, sum
 from cde_jax.config import flatten, from_config_dict  # noqa: E402
 from cde_jax.data.tokens import Tokenizer  # noqa: E402
 from cde_jax.prepare import TOKENIZER  # noqa: E402
-from cde_jax.retrieval.centre import beginnings  # noqa: E402
+from cde_jax.retrieval.whiten import beginnings  # noqa: E402
 from configs import minilm  # noqa: E402
 
 TINY = [
@@ -102,9 +102,9 @@ def test_each_run_has_a_line_with_every_set_and_kind_of_context(trained):
     lines = results.read(trained)
     assert [(line["variant"], line["seed"]) for line in lines] == [(BOTH[0], 0), (BOTH[1], 0), (BOTH[0], 1)]
     biencoder, with_context = lines[:2]
-    centred = set(summary.CENTRED)
-    assert set(biencoder["ndcg@10"]["one"]) == {scoring.NONE} | centred
-    assert set(with_context["ndcg@10"]["two"]) == {scoring.SAME, scoring.OTHER, scoring.NONE} | centred
+    whitened = set(summary.WHITENED)
+    assert set(biencoder["ndcg@10"]["one"]) == {scoring.NONE} | whitened
+    assert set(with_context["ndcg@10"]["two"]) == {scoring.SAME, scoring.OTHER, scoring.NONE} | whitened
     assert biencoder["steps"] == 3 and {"device", "jax", "commit"} <= set(biencoder)
     queries = results.load_queries(trained, CONTEXTUAL, 0)
     assert queries["one"][scoring.SAME].mean() == pytest.approx(with_context["ndcg@10"]["one"][scoring.SAME], abs=1e-5)

@@ -73,19 +73,12 @@ def test_the_summary_pairs_queries_and_falls_back_to_no_context():
     assert "0.700" in summary.text(content)
 
 
-def test_a_query_has_no_part_in_its_own_centre():
-    random = np.random.default_rng(3)
-    (queries, documents), other = ([random.normal(size=(n, 4)).astype(np.float32) for n in (7, 5)] for _ in range(2))
-    moved, moved_documents = scoring.centred_by((queries, documents), (queries, documents), 0)
-    halves = np.array_split(np.random.default_rng(0).permutation(7), 2)
-    for half, rest in (halves, halves[::-1]):
-        expected = queries[half] - 0.75 * queries[rest].mean(axis=0)
-        np.testing.assert_allclose(moved[half], expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
-    expected = documents - 0.75 * documents.mean(axis=0)
-    np.testing.assert_allclose(moved_documents, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-6)
-    assert np.abs(scoring.centred_by((queries, documents), other, 0)[0] - moved).max() > 1e-2
-    one = scoring.centred_by((queries[:1], documents), (queries[:1], documents), 0)[0]
-    np.testing.assert_array_equal(one, queries[:1])  # nothing to centre by
+def test_a_query_has_no_part_in_its_own_whitening():
+    parts = scoring.halves(7, 7, 0)
+    assert sorted(np.concatenate([half for half, _ in parts]).tolist()) == list(range(7))
+    assert all(sorted([*half, *rest]) == list(range(7)) for half, rest in parts)
+    assert [len(rest) for _, rest in scoring.halves(1, 1, 0)] == [0, 1]  # nothing to whiten the one query by
+    assert [max(rest) < 3 for _, rest in scoring.halves(7, 3, 0)] == [True, True]
 
 
 def test_idf_shift_is_the_mean_log_ratio_of_rates():

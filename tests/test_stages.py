@@ -74,7 +74,7 @@ def test_every_artefact_is_there_and_readable(done):
     assert list((workdir / "tensorboard").glob("events.*"))
     evaluation = read_json(workdir / "evaluation.json")
     assert evaluation["metric"] == "ndcg@10"
-    kinds = {"same corpus", "same corpus, centred", "random training documents", "none", "BM25", "LSA"}
+    kinds = {"same corpus", "same corpus, whitened", "random training documents", "none", "BM25", "LSA"}
     assert set(evaluation["sets"]["held"]) == kinds
     assert all(0 <= value <= 1 for value in evaluation["sets"]["held"].values())
     assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in (workdir / "export").iterdir()}

@@ -12,7 +12,7 @@ from cde_jax.data.sources import beir
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.store import Ragged, StoreWriter
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.retrieval.centre import beginnings
+from cde_jax.retrieval.whiten import beginnings
 
 CUT_STREAM = 61  # keeps these draws apart from other random numbers of the same seed
 

@@ -14,19 +14,19 @@ from cde_jax.batching.statistics import document_frequencies
 from cde_jax.config import Config
 from cde_jax.data.store import Ragged
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
-from cde_jax.retrieval.centre import SHARE, SIZE, centre, centred
 from cde_jax.retrieval.padding import full_batch, padded, padded_lengths
+from cde_jax.retrieval.whiten import SIZE, whitening
 from quality.arrays import TokenSet
 
 SAME, OTHER, NONE = "same corpus", "other corpus", "none"
-SAME_CENTRED, OTHER_CENTRED = "same, centred", "other, centred"
+SAME_QUERIES, OTHER_QUERIES = "same, queries", "other, queries"
 SAME_BEGINNINGS, OTHER_BEGINNINGS = "same, beginnings", "other, beginnings"
 # Keep these draws apart from other random numbers of the same seed.
-CONTEXT_STREAM, STATISTICS_STREAM, CENTRE_STREAM = 62, 63, 64
+CONTEXT_STREAM, STATISTICS_STREAM, WHITENING_STREAM = 62, 63, 64
 CUTOFF = 10
 SCORES_HELD = 1 << 24  # similarities in memory at once
 
-Vectors = tuple[np.ndarray, np.ndarray]  # unit vectors of queries and of documents
+Vectors = tuple[np.ndarray, np.ndarray, np.ndarray]  # unit vectors of queries, of documents, and of their beginnings
 PerQuery = dict[str, dict[str, np.ndarray]]  # {set: {kind: NDCG@10 of each query, float64 [q]}}
 
 
@@ -34,15 +34,14 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
     """NDCG@10 of each query by set and kind of context; a biencoder has no "same corpus" and "other corpus".
 
     "same corpus" samples context and token statistics from the set's own documents, "other corpus" from those of the
-    set half the list away, "none" is null slots and unknown statistics. "same, centred" is "same corpus" (of a
-    biencoder "none") with vectors centred by the set's own queries and documents, "other, centred" by the other's;
+    set half the list away, "none" is null slots and unknown statistics. "same, queries" is "same corpus" (of a
+    biencoder "none") with vectors whitened by the set's own queries and documents, "other, queries" by the other's;
     "same, beginnings" and "other, beginnings" have the beginnings of documents instead of queries.
     """
     graph, state = nnx.split(model)
     contextual = isinstance(model, ContextualEncoder)
     found: PerQuery = {}
-    vectors: dict[str, Vectors] = {}
-    stand_ins: dict[str, np.ndarray] = {}
+    encoded: dict[str, Vectors] = {}  # under the first kind of context
     for number, one in enumerate(sets):
         caches: dict[str, Any] = {NONE: _cache(graph, state, None, config, pad_id) if contextual else None}
         if contextual:
@@ -55,20 +54,17 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
             run = partial(_embed, graph, state, cache=caches[kind])
             queries = _encode(run, one.queries, config.data.query_length, pad_id)
             documents = _encode(run, one.documents, config.data.document_length, pad_id)
-            found[one.name][kind] = ndcg(queries, documents, one.judged, one.relevant, one.grades)
-            if one.name not in vectors:  # of the first kind
-                vectors[one.name] = (queries, documents)
-                stand_ins[one.name] = _encode(run, one.beginnings, config.data.query_length, pad_id)
+            found[one.name][kind] = _ndcg(one, queries, documents)
+            if one.name not in encoded:
+                encoded[one.name] = queries, documents, _encode(run, one.beginnings, config.data.query_length, pad_id)
     for number, one in enumerate(sets):
         other = _other(sets, number)
-        by_kind = {(SAME_CENTRED, SAME_BEGINNINGS): one}
-        if other is not one:
-            by_kind[OTHER_CENTRED, OTHER_BEGINNINGS] = other
-        for kinds, by in by_kind.items():
-            queries, documents = centred_by(vectors[one.name], vectors[by.name], config.seed)
-            without_queries = centred(vectors[one.name][0], centre(stand_ins[by.name]))
-            for kind, moved in zip(kinds, (queries, without_queries), strict=True):
-                found[one.name][kind] = ndcg(moved, documents, one.judged, one.relevant, one.grades)
+        by = {(SAME_BEGINNINGS, SAME_QUERIES): one, (OTHER_BEGINNINGS, OTHER_QUERIES): other}
+        for kinds, corpus in by.items():
+            if corpus is one and kinds[0] != SAME_BEGINNINGS:
+                continue  # a list of one set has no other
+            scores = _whitened(one, encoded[one.name], encoded[corpus.name], config.seed)
+            found[one.name] |= dict(zip(kinds, scores, strict=True))
     return found
 
 
@@ -77,22 +73,33 @@ def _other(sets: Sequence[TokenSet], number: int) -> TokenSet:
     return sets[(number + max(1, len(sets) // 2)) % len(sets)]
 
 
-def centred_by(vectors: Vectors, sample: Vectors, seed: int, share: float = SHARE) -> Vectors:
-    """Queries and documents less the centres of a corpus' sample of both.
+def _whitened(one: TokenSet, vectors: Vectors, by: Vectors, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """NDCG@10 of each query, whitened by a corpus' documents and their beginnings, and by its documents and queries."""
+    queries, documents, _ = vectors
+    of_queries, of_documents, of_beginnings = by
+    random = np.random.default_rng([seed, WHITENING_STREAM])
+    sample = of_documents[random.permutation(len(of_documents))[:SIZE]]
 
-    The queries are centred in two halves, each by the other half's mean (or by that half of another corpus' queries):
-    a query that is searched for has no part in its centre.
-    """
-    random = np.random.default_rng([seed, CENTRE_STREAM])
-    drawn = random.permutation(len(sample[1]))[:SIZE]
-    halves, of_sample = (
-        np.array_split(np.random.default_rng(seed).permutation(len(x)), 2) for x in (vectors[0], sample[0])
-    )
-    queries = vectors[0].copy()
-    for half, others in zip(halves, of_sample[::-1], strict=True):
-        if len(half) and len(others):
-            queries[half] = centred(queries[half], centre(sample[0][others]), share)
-    return queries, centred(vectors[1], centre(sample[1][drawn]), share)
+    def scores(stand_ins: np.ndarray) -> np.ndarray:
+        if not len(stand_ins):
+            return _ndcg(one, queries, documents)
+        found = whitening(stand_ins, sample)
+        return _ndcg(one, found.of_queries(queries), found.of_documents(documents))
+
+    by_queries = np.zeros(len(queries))
+    for half, rest in halves(len(queries), len(of_queries), seed):
+        by_queries[half] = scores(of_queries[rest])[half]
+    return scores(of_beginnings), by_queries
+
+
+def halves(count: int, others: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each half of `count` queries with the other half of `others`: a query has no part in its own whitening."""
+    ours, theirs = (np.array_split(np.random.default_rng(seed).permutation(n), 2) for n in (count, others))
+    return list(zip(ours, theirs[::-1], strict=True))
+
+
+def _ndcg(one: TokenSet, queries: np.ndarray, documents: np.ndarray) -> Float[np.ndarray, " q"]:
+    return ndcg(queries, documents, one.judged, one.relevant, one.grades)
 
 
 def ndcg(

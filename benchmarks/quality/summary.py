@@ -10,12 +10,12 @@ from jaxtyping import Float
 from cde_jax.data.files import write_json
 from quality.arrays import TokenSet
 from quality.results import Line, load_queries
-from quality.scoring import NONE, OTHER, OTHER_BEGINNINGS, OTHER_CENTRED, SAME, SAME_BEGINNINGS, SAME_CENTRED
+from quality.scoring import NONE, OTHER, OTHER_BEGINNINGS, OTHER_QUERIES, SAME, SAME_BEGINNINGS, SAME_QUERIES
 
 BOOTSTRAP_STREAM = 64
 DRAWS = 2000
-CENTRED = (SAME_CENTRED, OTHER_CENTRED, SAME_BEGINNINGS, OTHER_BEGINNINGS)
-KINDS = (SAME, OTHER, NONE, *CENTRED)
+WHITENED = (SAME_BEGINNINGS, OTHER_BEGINNINGS, SAME_QUERIES, OTHER_QUERIES)
+KINDS = (SAME, OTHER, NONE, *WHITENED)
 
 Queries = dict[str, dict[str, np.ndarray]]  # {set: {kind: NDCG@10 of each query}}
 
@@ -143,7 +143,7 @@ def _by_set(rows: Sequence[Mapping[str, Any]], width: int) -> list[str]:
 def _gains(by_seed: Mapping[int, Queries], first: Mapping[int, Queries], one: str, kinds: Sequence[str]) -> dict:
     """A set's gains from the right context, mean over seeds: against another, none, and the first variant.
 
-    With centring by beginnings, where the scores have that: it stands on top of the other channels, and like them needs
+    Whitened by beginnings, where the scores have that: it stands on top of the other channels, and like them needs
     nothing but the corpus.
     """
     pairs = [(same, other) for same, other in ((SAME_BEGINNINGS, OTHER_BEGINNINGS), (SAME, OTHER)) if same in kinds]
@@ -162,7 +162,7 @@ def _gains(by_seed: Mapping[int, Queries], first: Mapping[int, Queries], one: st
 
 
 def _kind_of(runs: Mapping[int, Queries], kind: str) -> str:
-    """The kind of the first variant that is compared with: the same; "none" where it has not, and of centring."""
-    if kind in CENTRED:
+    """The kind of the first variant that is compared with: the same; "none" where it has not, and of whitening."""
+    if kind in WHITENED:
         return NONE
     return kind if all(kind in row for queries in runs.values() for row in queries.values()) else NONE

@@ -15,9 +15,11 @@ from safetensors.numpy import save
 from cde_jax.data.files import write_file
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import ContextCache
+from cde_jax.retrieval.whiten import Whitening
 
-FORMAT = "cde_jax context 4"
-_BEFORE = ("cde_jax context 3", "cde_jax context 2")  # without centres; and without frequencies
+FORMAT = "cde_jax context 5"
+# Centres without a matrix; without centres; and without frequencies.
+_BEFORE = ("cde_jax context 4", "cde_jax context 3", "cde_jax context 2")
 _WITHOUT_CACHE = "cde_jax context 1"  # vectors only, and their digest
 
 
@@ -39,11 +41,11 @@ class Context:
     cache: ContextCache | None = None
     # Of a model with token statistics: float32, read-only (`batching.statistics.document_frequencies`).
     frequencies: Float[np.ndarray, " V"] | None = None
-    # Of queries and of documents (`retrieval.centre`), float32, read-only; None: vectors are not centred.
-    centres: Float[np.ndarray, "2 D"] | None = None
+    # Of queries and documents (`retrieval.whiten`), read-only; None: vectors stay as they are.
+    whitening: Whitening | None = None
 
     def __post_init__(self):
-        for array in (self.vectors, self.frequencies, self.centres):
+        for array in (self.vectors, self.frequencies, *(self.whitening or ())):
             if array is not None:
                 array.flags.writeable = False  # what was prepared from them would not follow a change
         if self.cache is not None and self.cache.prefix is None:
@@ -54,9 +56,10 @@ class Context:
         tensors = {"vectors": np.asarray(self.vectors, np.float32)}
         if self.cache is not None:
             tensors |= {"slots": self.cache.slots, "keys": self.cache.prefix.keys, "values": self.cache.prefix.values}
-        for name, array in (("frequencies", self.frequencies), ("centres", self.centres)):
-            if array is not None:
-                tensors[name] = np.asarray(array, np.float32)
+        if self.frequencies is not None:
+            tensors["frequencies"] = np.asarray(self.frequencies, np.float32)
+        if self.whitening is not None:
+            tensors |= {f"whitening.{name}": array for name, array in self.whitening._asdict().items()}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         metadata = {
             "format": FORMAT,
@@ -106,8 +109,17 @@ class Context:
             metadata["documents"],
             cache,
             tensors.get("frequencies"),
-            tensors.get("centres"),
+            _whitening(tensors),
         )
+
+
+def _whitening(tensors: dict[str, np.ndarray]) -> Whitening | None:
+    """As it was saved; files of before have centres only, and move vectors as they did."""
+    if "centres" in tensors:
+        return Whitening(*tensors["centres"], np.eye(tensors["centres"].shape[1], dtype=np.float32))
+    if "whitening.matrix" not in tensors:
+        return None
+    return Whitening(**{name: tensors[f"whitening.{name}"] for name in Whitening._fields})
 
 
 def _digest(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:

@@ -26,16 +26,16 @@ from cde_jax.interop.read import TextSettings, load_pretrained
 from cde_jax.interop.write import save_pretrained
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
-from cde_jax.retrieval.centre import SIZE, centre, centred
 from cde_jax.retrieval.checks import check_fit, check_texts
 from cde_jax.retrieval.context import Context, weights_fingerprint
 from cde_jax.retrieval.encode import encode
 from cde_jax.retrieval.padding import padded_lengths
+from cde_jax.retrieval.whiten import SIZE, whitening
 
 __all__ = ["Context", "Embedder"]
 
-# Keep the samples that tokens are counted in, and that the centre is of, apart from that of the context documents.
-STATISTICS_STREAM, CENTRE_STREAM = 51, 52
+# Keep the samples that tokens are counted in, and that whitening is of, apart from that of the context documents.
+STATISTICS_STREAM, WHITENING_STREAM = 51, 52
 
 
 class Embedder:
@@ -91,10 +91,10 @@ class Embedder:
         """Write a one-input model with `context` baked in, for PyTorch and ONNX (`interop.baked.export_corpus`)."""
         if not self.contextual:
             raise ValueError("a biencoder reads no context to bake in: save_pretrained writes a one-input model")
-        if context is not None and context.centres is not None:
+        if context is not None and context.whitening is not None:
             raise ValueError(
-                "a one-input model cannot tell queries from documents, and this context centres each by its own: "
-                "embed the context without queries"
+                "a one-input model cannot tell queries from documents, and this context whitens each by their own "
+                "centre: embed the context without queries"
             )
         export_corpus(
             self.model,
@@ -146,8 +146,8 @@ class Embedder:
         gets those of a second sample, of min(statistics_size, len(corpus)) documents.
 
         `queries`, some dozens that people ask of this corpus (nobody needs to know their answers), have vectors
-        centred: queries by the mean of these, documents by that of a third sample. Where there are none yet,
-        `retrieval.centre.beginnings(corpus)` stands in for them. This is all that a context of a biencoder is.
+        whitened (`retrieval.whiten`), by these and a third sample of documents. Where there are none yet,
+        `retrieval.whiten.beginnings(corpus)` stands in for them. This is all that a context of a biencoder is.
 
         Raises ValueError for an empty corpus, no queries in `queries`, a biencoder without them, and too few documents
         for weights without a null embedding.
@@ -156,14 +156,13 @@ class Embedder:
         self._check_sample(corpus, queries)
         documents = _sample(corpus, self.context_size, [seed])
         counted = _sample(corpus, self.config.statistics_size if self.contextual else 0, [seed, STATISTICS_STREAM])
-        averaged = _sample(corpus, 0 if queries is None else SIZE, [seed, CENTRE_STREAM])
-        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + counted + averaged)))
+        typical = _sample(corpus, 0 if queries is None else SIZE, [seed, WHITENING_STREAM])
+        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + counted + typical)))
         context = Context(self._context_vectors(documents), *about, frequencies=self._frequencies(counted))
         prepared = self._computed(context) if self.contextual else None
         if queries is not None:
-            centres = np.stack([centre(self._encode_queries(queries, prepared)),
-                                centre(self._encode_documents(averaged, prepared))])  # fmt: skip
-            context = dataclasses.replace(context, centres=centres)
+            vectors = self._encode_queries(queries, prepared), self._encode_documents(typical, prepared)
+            context = dataclasses.replace(context, whitening=whitening(*vectors))
         if prepared is not None:
             if prepared.prefix is not None:
                 context = dataclasses.replace(context, cache=jax.device_get(prepared._replace(frequencies=None)))
@@ -175,10 +174,10 @@ class Embedder:
         if not self.contextual and queries is None:
             raise ValueError(
                 "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), give queries "
-                "to centre its vectors by, or load a contextual model"
+                "to whiten its vectors by, or load a contextual model"
             )
         if queries is not None and not queries:
-            raise ValueError("expected at least one query to centre by, got none: leave `queries` out")
+            raise ValueError("expected at least one query to whiten by, got none: leave `queries` out")
         if not corpus:
             raise ValueError(
                 "expected a corpus of at least one text, got none; without a corpus call encode_queries(texts) "
@@ -219,12 +218,12 @@ class Embedder:
         tokenizers "" has two), and for a context of other weights.
         """
         vectors = self._encode_queries(check_texts(texts), self._prepare(context))
-        return vectors if context is None or context.centres is None else centred(vectors, context.centres[0])
+        return vectors if context is None or context.whitening is None else context.whitening.of_queries(vectors)
 
     def encode_documents(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
         """Document vectors, as `encode_queries` with the document prefix and length."""
         vectors = self._encode_documents(check_texts(texts), self._prepare(context))
-        return vectors if context is None or context.centres is None else centred(vectors, context.centres[1])
+        return vectors if context is None or context.whitening is None else context.whitening.of_documents(vectors)
 
     def _encode_queries(self, texts: list[str], cache: ContextCache | None) -> Float[np.ndarray, "n D"]:
         s = self.settings
@@ -246,7 +245,7 @@ class Embedder:
         """What the second stage reads of a context, computed at its first use."""
         if context is None:
             return self._null_context if self.contextual else None
-        if not self.contextual and context.centres is None:
+        if not self.contextual and context.whitening is None:
             raise ValueError("a biencoder reads no context: leave `context` out")
         if context.weights != self.weights:
             raise ValueError(

@@ -1,7 +1,7 @@
 """NDCG@k on retrieval sets, for each kind of context, beside BM25 and any function from texts to vectors.
 
 Where a contextual model takes its context from decides what its score means, so the kinds always stand side by side:
-the corpus that is searched (the paper's setting), the same with vectors centred, training documents that have nothing
+the corpus that is searched (the paper's setting), the same with vectors whitened, training documents that have nothing
 to do with it, and null slots. Scores are plain dicts, {set: {kind: NDCG@k}}, that write as `evaluation.json`.
 """
 
@@ -13,12 +13,12 @@ import pytrec_eval
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from cde_jax.data.sources.beir import EvaluationSet
-from cde_jax.retrieval.centre import beginnings, centre, centred
-from cde_jax.retrieval.embedder import Context, Embedder
+from cde_jax.retrieval.embedder import WHITENING_STREAM, Context, Embedder
 from cde_jax.retrieval.index import as_run, search
+from cde_jax.retrieval.whiten import SIZE, beginnings, whitening
 
 SAME_CORPUS, RANDOM_DOCUMENTS, NO_CONTEXT = "same corpus", "random training documents", "none"
-CENTRED = "same corpus, centred"
+WHITENED = "same corpus, whitened"
 BM25, MEAN = "BM25", "mean"
 
 Encode = Callable[[Sequence[str]], np.ndarray]  # texts → float vectors [n, D]
@@ -56,8 +56,8 @@ def evaluate_embedder(
 
     "same corpus" samples the context from the set's own corpus, "random training documents" from
     `other_documents` (left out if there are none), "none" is null slots (left out if the model has no null
-    embedding). A biencoder reads no context and has no more than "none" of these. "same corpus, centred" is the first
-    of them with centred vectors (`retrieval.centre`): of the corpus alone, without its queries.
+    embedding). A biencoder reads no context and has no more than "none" of these. "same corpus, whitened" is the
+    first of them with whitened vectors (`retrieval.whiten`): by the corpus alone, without its queries.
     """
     _check_names(sets)
     contextual = embedder.contextual
@@ -77,8 +77,8 @@ def evaluate_embedder(
         for kind, context in contexts.items():
             vectors = _encode(embedder, one, context)
             found[kind] = _vector_ndcg(one, *vectors, k)
-            if CENTRED not in found:  # of the first kind only
-                found[CENTRED] = _vector_ndcg(one, *_centred(embedder, one, context, *vectors, seed), k)
+            if WHITENED not in found:  # of the first kind only
+                found[WHITENED] = _vector_ndcg(one, *_whitened(embedder, one, context, *vectors, seed), k)
     return results
 
 
@@ -177,12 +177,14 @@ def _vector_ndcg(one: EvaluationSet, queries: np.ndarray, documents: np.ndarray,
     return ndcg(as_run(list(one.queries), list(one.corpus), search(queries, documents, k)), one.qrels, k)
 
 
-def _centred(
+def _whitened(
     embedder: Embedder, one: EvaluationSet, context: Context | None, queries: np.ndarray, documents: np.ndarray, seed
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors centred by those of the corpus and of its documents' beginnings."""
+    """The vectors as `embed_context(corpus, seed, queries=beginnings(corpus, seed))` has them whitened."""
     stand_ins = embedder.encode_queries(beginnings(list(one.corpus.values()), seed), context)
-    return centred(queries, centre(stand_ins)), centred(documents, centre(documents))
+    random = np.random.default_rng([seed, WHITENING_STREAM])
+    found = whitening(stand_ins, documents[random.choice(len(documents), min(SIZE, len(documents)), replace=False)])
+    return found.of_queries(queries), found.of_documents(documents)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -1,0 +1,71 @@
+"""Whitening: what a corpus' vectors have in common is taken from them; what stands in for queries."""
+
+import numpy as np
+import pytest
+
+from cde_jax.retrieval.whiten import LETTERS, SHARE, SIZE, STRENGTH, beginnings, whitening
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def of_a_corpus(n=200, width=6, seed=0):
+    """Unit vectors around different centres of queries and documents, that differ most along the first axis."""
+    random = np.random.default_rng(seed)
+    spread = np.array([2.0] + [0.3] * (width - 1))
+    return tuple(unit(random.normal(size=(n, width)) * spread + random.normal(size=width)) for _ in range(2))
+
+
+def test_a_direction_is_shortened_by_its_share_of_the_variance():
+    queries, documents = of_a_corpus()
+    found = whitening(queries, documents)
+    around = np.concatenate([queries - queries.mean(axis=0), documents - documents.mean(axis=0)]).astype(np.float64)
+    covariance = around.T @ around
+    inverse = np.linalg.inv(found.matrix.astype(np.float64) @ found.matrix)
+    np.testing.assert_allclose(inverse, np.eye(6) + STRENGTH * covariance / np.trace(covariance), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.matrix, found.matrix.T, atol=1e-6)
+
+
+def test_each_kind_of_text_loses_a_share_of_its_own_centre():
+    queries, documents = of_a_corpus()
+    found = whitening(queries, documents, strength=0.0)
+    for whitened, vectors in ((found.of_queries, queries), (found.of_documents, documents)):
+        expected = unit(vectors - SHARE * vectors.mean(axis=0))
+        np.testing.assert_allclose(whitened(vectors), expected, atol=1e-6)
+        assert whitened(vectors).dtype == np.float32
+
+
+def test_vectors_of_no_spread_and_single_ones_stay_finite_unit_vectors():
+    one = unit(np.ones((1, 4)))
+    found = whitening(one, -one)
+    np.testing.assert_allclose(found.matrix, np.eye(4), atol=1e-6)
+    np.testing.assert_allclose(found.of_queries(one), one, atol=1e-6)
+    np.testing.assert_allclose(whitening(one, one).of_documents(one * 0), -one, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_whitening_does_not_depend_on_the_scale_of_the_spread(scale):
+    queries, documents = of_a_corpus()
+    wide = [(x - x.mean(axis=0)) * np.float32(scale) for x in (queries, documents)]
+    np.testing.assert_allclose(whitening(*wide).matrix, whitening(queries, documents).matrix, atol=1e-4)
+
+
+def test_beginnings_are_the_first_words_of_a_sample():
+    names = ["".join(chr(ord("a") + int(digit)) for digit in f"{i:03}") for i in range(SIZE + 50)]
+    corpus = [f"a document named {name} " + "and so on " * 9 for name in names]
+    found = beginnings(corpus, seed=1)
+    assert len(found) == SIZE and found == beginnings(corpus, seed=1) != beginnings(corpus, seed=2)
+    assert all(text.split() == corpus[names.index(text.split()[3])].split()[:12] for text in found)
+    places = [names.index(text.split()[3]) for text in found]
+    assert places == sorted(set(places))
+
+
+def test_beginnings_are_of_plain_words():
+    code = 'numpy.linalg.solve(a, b)  """Solves A x = b, for the 2nd time: a well-known (LAPACK) "don’t care" x_1'
+    assert beginnings([code]) == ["b Solves A x b for the time a well-known LAPACK don’t"]
+
+
+def test_beginnings_of_few_short_and_unspaced_texts():
+    assert beginnings(["one", "two  words\n", "", "x_1 = 2"]) == ["one", "two words", "", "x_1 = 2"]
+    assert beginnings(["字" * 500]) == ["字" * LETTERS]
