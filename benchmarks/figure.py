@@ -24,7 +24,7 @@ def main(source: str, out: str) -> None:
         axes.bar(places, [row[kind] for row in rows.values()], width, label=kind)
     axes.set_xticks(range(len(rows)), list(rows))
     axes.set_ylabel(evaluation["metric"].upper())
-    axes.legend(ncols=len(kinds), loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
+    figure.legend(ncols=(len(kinds) + 1) // 2, loc="outside upper center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, metadata={"Date": None})
 
