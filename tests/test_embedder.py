@@ -450,7 +450,7 @@ def test_no_more_documents_than_a_sample_make_the_whitening(tokenizer, monkeypat
     embedder = build("biencoder", tokenizer)
     drawn = np.random.default_rng([3, embedder_file.WHITENING_STREAM]).choice(20, 7, replace=False)
     expected = embedder.encode_documents([CORPUS[i] for i in drawn]).mean(axis=0)
-    np.testing.assert_allclose(embedder.embed_context(CORPUS, 3, ASKED).whitening.documents, expected, atol=1e-5)
+    np.testing.assert_allclose(embedder.embed_context(CORPUS, 3, ASKED).whitening.document_centre, expected, atol=1e-5)
 
 
 def test_a_saved_context_keeps_its_whitening_and_an_altered_one_is_refused(embedder, tmp_path):
@@ -463,7 +463,7 @@ def test_a_saved_context_keeps_its_whitening_and_an_altered_one_is_refused(embed
     np.testing.assert_array_equal(embedder.encode_queries(FEW, loaded), embedder.encode_queries(FEW, context))
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
-    save_file(load_file(path) | {"whitening.queries": -context.whitening.queries}, tmp_path / "mixed", metadata)
+    save_file(load_file(path) | {"whitening.query_centre": -context.whitening.query_centre}, tmp_path / "mixed", metadata)
     with pytest.raises(ValueError, match="altered"):
         Context.load(tmp_path / "mixed")
 
@@ -477,7 +477,7 @@ def test_a_context_file_with_centres_only_moves_vectors_as_it_did(tokenizer, tmp
     del metadata["sha256"]
     tensors = {"vectors": context.vectors, "centres": np.stack(context.whitening[:2])}
     save_file(tensors, path, metadata | {"sha256": context_file._digest(tensors, metadata)})
-    moved = embedder.encode_queries(FEW) - 0.75 * context.whitening.queries
+    moved = embedder.encode_queries(FEW) - 0.75 * context.whitening.query_centre
     expected = moved / np.linalg.norm(moved, axis=1, keepdims=True)
     np.testing.assert_allclose(embedder.encode_queries(FEW, Context.load(path)), expected, atol=1e-5)
 

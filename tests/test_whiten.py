@@ -51,6 +51,13 @@ def test_whitening_does_not_depend_on_the_scale_of_the_spread(scale):
     np.testing.assert_allclose(whitening(*wide).matrix, whitening(queries, documents).matrix, atol=1e-4)
 
 
+@pytest.mark.parametrize(("queries", "documents"), [(0, 3), (3, 0)])
+def test_nothing_to_whiten_by_is_an_error(queries, documents):
+    vectors = np.ones((3, 4), np.float32)
+    with pytest.raises(ValueError, match=f"vectors of queries and documents, got {queries} and {documents}"):
+        whitening(vectors[:queries], vectors[:documents])
+
+
 def test_beginnings_are_the_first_words_of_a_sample():
     names = ["".join(chr(ord("a") + int(digit)) for digit in f"{i:03}") for i in range(SIZE + 50)]
     corpus = [f"a document named {name} " + "and so on " * 9 for name in names]

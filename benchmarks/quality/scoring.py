@@ -59,10 +59,10 @@ def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config
                 encoded[one.name] = queries, documents, _encode(run, one.beginnings, config.data.query_length, pad_id)
     for number, one in enumerate(sets):
         other = _other(sets, number)
-        by = {(SAME_BEGINNINGS, SAME_QUERIES): one, (OTHER_BEGINNINGS, OTHER_QUERIES): other}
+        by = {(SAME_BEGINNINGS, SAME_QUERIES): one}
+        if other is not one:
+            by[OTHER_BEGINNINGS, OTHER_QUERIES] = other
         for kinds, corpus in by.items():
-            if corpus is one and kinds[0] != SAME_BEGINNINGS:
-                continue  # a list of one set has no other
             scores = _whitened(one, encoded[one.name], encoded[corpus.name], config.seed)
             found[one.name] |= dict(zip(kinds, scores, strict=True))
     return found

@@ -25,28 +25,33 @@ BEGINNINGS_STREAM = 53  # keeps this sample apart from the others of an embedder
 
 
 class Whitening(NamedTuple):
-    """What `whitened` needs to know of a corpus, float32."""
+    """What a corpus' vectors have in common, float32. Made by `whitening`."""
 
-    queries: Float[np.ndarray, " D"]  # their mean
-    documents: Float[np.ndarray, " D"]
+    query_centre: Float[np.ndarray, " D"]
+    document_centre: Float[np.ndarray, " D"]
     matrix: Float[np.ndarray, "D D"]  # symmetric
 
     def of_queries(self, vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
         """Unit vectors of queries, whitened: unit vectors again, float32."""
-        return _whitened(vectors, self.queries, self.matrix)
+        return _whitened(vectors, self.query_centre, self.matrix)
 
     def of_documents(self, vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
         """Unit vectors of documents, whitened: unit vectors again, float32."""
-        return _whitened(vectors, self.documents, self.matrix)
+        return _whitened(vectors, self.document_centre, self.matrix)
 
 
 def whitening(
     queries: Float[np.ndarray, "q D"], documents: Float[np.ndarray, "n D"], strength: float = STRENGTH
 ) -> Whitening:
-    """The whitening of a sample of unit vectors of both kinds of text.
+    """The whitening of a corpus by a sample of its unit vectors, of this or of any other encoder.
 
-    Its matrix is (I + strength · C / tr C)^(−1/2), with C the covariance of both kinds about their own means.
+    Some dozens of queries and some hundred documents are enough. The matrix is (I + strength · C / tr C)^(−1/2), with C
+    the covariance of both kinds about their own means; strength 0 only centres.
+
+    Raises ValueError for no vectors of a kind.
     """
+    if not len(queries) or not len(documents):
+        raise ValueError(f"expected vectors of queries and documents, got {len(queries)} and {len(documents)}")
     means = [vectors.mean(axis=0, dtype=np.float64) for vectors in (queries, documents)]
     around = np.concatenate([queries - means[0], documents - means[1]])
     shares, directions = np.linalg.eigh(around.T @ around)
