@@ -463,7 +463,8 @@ def test_a_saved_context_keeps_its_whitening_and_an_altered_one_is_refused(embed
     np.testing.assert_array_equal(embedder.encode_queries(FEW, loaded), embedder.encode_queries(FEW, context))
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
-    save_file(load_file(path) | {"whitening.query_centre": -context.whitening.query_centre}, tmp_path / "mixed", metadata)
+    other = {"whitening.query_centre": -context.whitening.query_centre}
+    save_file(load_file(path) | other, tmp_path / "mixed", metadata)
     with pytest.raises(ValueError, match="altered"):
         Context.load(tmp_path / "mixed")
 
