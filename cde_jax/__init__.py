@@ -8,9 +8,11 @@ from importlib import import_module
 _HOMES = {
     "Embedder": "cde_jax.retrieval.embedder",
     "Context": "cde_jax.retrieval.embedder",
+    "beginnings": "cde_jax.retrieval.whiten",
     "load_model": "cde_jax.interop.read",
+    "whitening": "cde_jax.retrieval.whiten",
 }
-__all__ = ["Context", "Embedder", "load_model"]
+__all__ = ["Context", "Embedder", "beginnings", "load_model", "whitening"]
 
 
 def __getattr__(name: str):

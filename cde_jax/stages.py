@@ -198,9 +198,12 @@ def model_card(config: Config, workdir: Path) -> str:
 Contextual document embeddings (arXiv 2410.02525), trained with cde_jax.
 
 ```python
-from cde_jax import Embedder
+from cde_jax import Embedder, beginnings
 
 embedder = Embedder.from_pretrained("this directory")
+context = embedder.embed_context(corpus, queries=beginnings(corpus))  # or some dozens that people ask of it
+vectors = embedder.encode_documents(corpus, context)
+scores = embedder.encode_queries(queries, context) @ vectors.T
 ```
 
 ## Data

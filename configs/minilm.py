@@ -8,7 +8,8 @@ Score: mean NDCG@10 0.742 over 3 seeds, MiniLM itself 0.675 (benchmarks/results/
 that stay shut (model.slot_bias -5, train.gate_rate 1).
 
 Why the gates are open: mean NDCG@10 of ten evaluation sets, MiniLM's first three layers after 60 steps of 128 pairs of
-twelve sets, three seeds, context from the right corpus (benchmarks/results/quality_cpu.jsonl, quality_centred_cpu.jsonl):
+twelve sets, three seeds, context from the right corpus (quality_cpu.jsonl and quality_centred_cpu.jsonl in
+benchmarks/results):
 
                                           as it is   whitened by the corpus alone   by queries of it too
   biencoder, random batches                  0.514                          0.561                  0.580

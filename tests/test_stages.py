@@ -83,6 +83,15 @@ def test_every_artefact_is_there_and_readable(done):
     assert "held" in (workdir / "export/README.md").read_text()
 
 
+def test_the_code_of_an_export_s_card_runs(done):
+    export = done[0] / "export"
+    code = (export / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {"corpus": [d for _, d in texts("sea", 9, seed=3)], "queries": [q for q, _ in texts("sea", 5, seed=3)]}
+    exec(code.replace('"this directory"', repr(str(export))), names)
+    assert names["scores"].shape == (5, 9) and np.isfinite(names["scores"]).all()
+    assert names["context"].whitening is not None
+
+
 def test_small_domains_are_merged_and_counted(done):
     groups = {g["name"]: g for g in read_json(done[0] / "plan/manifest.json")["groups"]}
     assert set(groups) == {"sea", "sky", "(small domains)"}

@@ -147,7 +147,7 @@ class Embedder:
 
         `queries`, some dozens that people ask of this corpus (nobody needs to know their answers), have vectors
         whitened (`retrieval.whiten`), by these and a third sample of documents. Where there are none yet,
-        `retrieval.whiten.beginnings(corpus)` stands in for them. This is all that a context of a biencoder is.
+        `cde_jax.beginnings(corpus)` stands in for them. This is all that a context of a biencoder is.
 
         Raises ValueError for an empty corpus, no queries in `queries`, a biencoder without them, and too few documents
         for weights without a null embedding.
