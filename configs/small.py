@@ -20,6 +20,6 @@ def get_config(variant: str = ""):
     c.model.init.first_stage = "nomic-ai/nomic-bert-2048"
     c.model.init.second_stage = "nomic-ai/nomic-bert-2048"
     c.model.init.layers = 6
-    c.model.slot_bias, c.train.gate_rate = -2.0, 100.0  # gates that open: why is in configs/minilm.py
+    c.model.slot_bias = None  # no gates: why is in configs/minilm.py
     c.train.query_chunk = c.train.document_chunk = 256
     return base.apply_variant(c, variant)

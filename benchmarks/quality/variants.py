@@ -21,7 +21,7 @@ PLANS: dict[str, dict[str, Any]] = {
     **{f"margin-{m}": {"batching.filter_margin": m} for m in (-0.1, 0.0, 0.1, 0.2)},
 }
 
-# Gates that can open within some hundred steps, as in configs/minilm.py, and those that cannot.
+# Gates that can open within some hundred steps, and those that cannot.
 OPEN = {"model.slot_bias": -2.0, "train.gate_rate": 100.0}
 CLOSED = {"model.slot_bias": -5.0, "train.gate_rate": 1.0}
 
