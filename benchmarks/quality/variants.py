@@ -93,7 +93,7 @@ _BY_GROUP: dict[str, dict[str, Variant]] = {
     },
     "batches": {**_BASE, **_batches()},
 }
-# The best that was found, clustered-isolated, without each of its parts in turn, and with statistics beside.
+# Isolated slots with gates on clustered batches, without each of these parts in turn, and with statistics beside.
 _ABLATIONS = (
     "random-biencoder", "clustered-isolated", "clustered-biencoder", "random-isolated", "clustered-joint",
     "bias-closed", "scratch-clustered-isolated", "statistics-512-slots",
