@@ -61,6 +61,19 @@ def _statistics() -> dict[str, Variant]:
     }
 
 
+def _open() -> dict[str, Variant]:
+    """No gates, as in the paper, and what paid beside gates."""
+    open_, domain = {**ISOLATED, "model.slot_bias": None}, {"batching.context_source": "domain"}
+    slots, null = {"model.context_size": 64}, {"train.sequence_dropout": 0.5}
+    return {
+        "bias-none": open_,
+        "open-64": {**open_, **slots},
+        "open-domain": {**open_, **domain},
+        "open-64-domain": {**open_, **slots, **domain},
+        "open-64-domain-null": {**open_, **slots, **domain, **null},
+    }
+
+
 def _batches() -> dict[str, Variant]:
     """Each plan other than the two of table 1, for a biencoder and with context."""
     others = [name for name in PLANS if name not in ("random", "clustered")]
@@ -91,6 +104,7 @@ _BY_GROUP: dict[str, dict[str, Variant]] = {
         **_isolated("prompt", "model.soft_prompt", (0, 8)),
         **_isolated("null", "train.sequence_dropout", (0.005, 0.05, 0.2, 0.5)),
     },
+    "open": {**_BASE, **_open()},
     "batches": {**_BASE, **_batches()},
 }
 # Isolated slots with gates on clustered batches, without each of these parts in turn, and with statistics beside.
