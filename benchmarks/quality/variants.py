@@ -67,6 +67,7 @@ def _open() -> dict[str, Variant]:
     slots, null = {"model.context_size": 64}, {"train.sequence_dropout": 0.5}
     return {
         "bias-none": open_,
+        "joint-none": {**open_, "model.context_attention": "joint"},
         "open-64": {**open_, **slots},
         "open-domain": {**open_, **domain},
         "open-64-domain": {**open_, **slots, **domain},
