@@ -62,7 +62,6 @@ def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig |
         soft_prompt=model.soft_prompt,
         slot_bias=model.slot_bias,
         statistics_size=model.statistics_size,
-        tie_token_embeddings=model.tie_token_embeddings,
     )
 
 

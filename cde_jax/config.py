@@ -89,7 +89,6 @@ class Model:
     soft_prompt: int
     slot_bias: float | None
     statistics_size: int
-    tie_token_embeddings: bool
     dtype: str
     attention: str
     remat: str
@@ -155,7 +154,7 @@ _CHOICES = {
     "data.packages": ("core", "installed"),
     "batching.method": ("clustered", "random"),
     "batching.packing": ("random", "tsp"),
-    "batching.context_source": ("batch", "domain", "mixed"),
+    "batching.context_source": ("batch", "domain"),
     "model.kind": ("contextual", "biencoder"),
     "model.context_attention": ("isolated", "joint"),
     "model.backbone": ("nomic", "bert"),

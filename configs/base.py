@@ -52,9 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # ε of the false-negative filter (paper eq. 4) on the surrogate's cosine: documents at least this much closer to
     # the query than its own document are no negatives. None: only equal texts are masked.
     c.batching.filter_margin = 0.0
-    c.batching.context_source = (
-        "batch"  # of context documents: the "batch" (paper), its "domain", "mixed": half of each
-    )
+    c.batching.context_source = "batch"  # of context documents: the plan batch (paper) or its "domain"
     c.batching.threads = 4  # that read batches
     c.batching.workers = 0  # processes that read batches instead of threads; 0: none
     c.batching.prefetch = 8  # batches ready ahead
@@ -81,7 +79,6 @@ def get_config(variant: str = "") -> ConfigDict:
     # How many documents the corpus' token statistics are counted over: how rare each token is in them, read at the
     # token embeddings and in pooling. 0: none.
     c.model.statistics_size = 0
-    c.model.tie_token_embeddings = False  # both stages share one table
     c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators and float32 on CPU, or either by name
     # What runs attention: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16;
     # written from its documentation, not yet run there); or "auto": "blocks" on CPU, else "xla".

@@ -16,7 +16,6 @@ import pytest
 from tiny_pairs import tiny_pairs, tiny_plan, tiny_vectors
 
 from cde_jax.batching.loader import CONTEXT_STREAM, STATISTICS_STREAM, Loader
-from cde_jax.batching.sample import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 B, K, LQ, LD = 4, 1, 5, 7
@@ -109,37 +108,10 @@ def test_context_is_drawn_from_its_source_without_replacement(made, source):
         assert set(drawn) <= allowed and len(set(drawn)) == len(drawn) == min(5, len(allowed))
 
 
-@pytest.mark.parametrize("size", [1, 4, 5, 9, 40])
-def test_a_mixed_context_is_half_of_the_batch_and_half_of_its_domain_and_draws_nothing_twice(made, size):
-    plan, _ = made
-    mixed = Loader(*made, **(OPTIONS | {"context_size": size, "context_source": "mixed"}))
-    everywhere = Loader(*made, **(OPTIONS | {"context_size": 100, "context_source": "domain"}))
-    for place in range(len(plan)):
-        batch = set(plan.documents(place).tolist())
-        domain = {d for d in everywhere.context(place).tolist() if d >= 0}
-        drawn = [d for d in mixed.context(place).tolist() if d >= 0]
-        half = min(size // 2, len(batch))
-        assert set(drawn[:half]) <= batch and set(drawn[half:]) <= domain
-        assert len(set(drawn)) == len(drawn)
-        assert len(drawn) == half + min(size - half, len(domain - set(drawn[:half])))
-    if size == 4:
-        assert any(set(mixed.context(p)[2:].tolist()) - set(plan.documents(p).tolist()) for p in range(len(plan)))
-
-
-def test_every_document_of_the_domain_is_as_likely_in_a_mixed_context():
-    batch, domain, seen = np.array([1, 2, 3]), np.arange(8), np.zeros(8)
-    for seed in range(4000):
-        drawn = sample("mixed", 4, batch, domain, np.random.default_rng(seed))
-        assert set(drawn[:2].tolist()) <= {1, 2, 3} and len(set(drawn.tolist())) == 4
-        seen[drawn[2:]] += 1
-    # Two of the six left: a third for those outside of the batch, and a third of a third for each inside.
-    np.testing.assert_allclose(seen / 4000, [1 / 3, *[1 / 9] * 3, *[1 / 3] * 4], atol=0.03)
-
-
 STATISTICS = OPTIONS | {"statistics_size": 6, "vocab_size": 100}
 
 
-@pytest.mark.parametrize("source", ["batch", "domain", "mixed"])
+@pytest.mark.parametrize("source", ["batch", "domain"])
 def test_frequencies_are_counted_over_documents_of_the_context_s_source(made, source):
     """As many as there are, so that which ones is known; text by text."""
     _, pairs = made
@@ -206,7 +178,7 @@ def _places(batch):
     return batch["plan_batch"], batch["context_ids"]
 
 
-@pytest.mark.parametrize("source", ["batch", "domain", "mixed"])
+@pytest.mark.parametrize("source", ["batch", "domain"])
 def test_missing_context_documents_are_all_false_rows(made, source):
     loader = Loader(*made, **(OPTIONS | {"context_size": 40, "context_source": source}))
     batch = loader.batch(0)
@@ -294,7 +266,7 @@ def test_iteration_gives_the_batches_in_order_from_any_start(made, threads, pref
         assert_equal(batch, loader.batch(step))
 
 
-@pytest.mark.parametrize(("workers", "source"), [(1, "batch"), (2, "mixed")])
+@pytest.mark.parametrize(("workers", "source"), [(1, "batch"), (2, "domain")])
 def test_processes_give_the_same_batches_in_order(made, workers, source):
     loader = Loader(*made, **(STATISTICS | {"context_source": source}))
     batches = list(loader.iterate(5, 13, threads=0, workers=workers, prefetch=4))
@@ -384,7 +356,7 @@ def test_an_error_in_a_thread_reaches_the_caller(made):
         ({"seed": -1}, "seed ≥ 0"),
         ({"statistics_size": -1}, "statistics_size ≥ 0"),
         ({"statistics_size": 3}, "vocab_size ≥ 1, got 0"),
-        ({"context_source": "corpus"}, "batch or domain or mixed, got 'corpus'"),
+        ({"context_source": "corpus"}, "batch or domain, got 'corpus'"),
     ],
 )
 def test_options_out_of_range_are_named(made, change, message):

@@ -86,7 +86,7 @@ def _batches() -> dict[str, Variant]:
 _BASE = {"clustered-biencoder": BIENCODER, "clustered-isolated": ISOLATED}  # stand in table 1 too
 _BY_GROUP: dict[str, dict[str, Variant]] = {
     "table1": _table1(),
-    "source": {**_BASE, **_isolated("source", "batching.context_source", ("batch", "domain", "mixed"))},
+    "source": {**_BASE, **_isolated("source", "batching.context_source", ("batch", "domain"))},
     "bias": {
         **_BASE,
         **_isolated("bias", "model.slot_bias", (None, -5.0, 0.0)),
@@ -96,7 +96,6 @@ _BY_GROUP: dict[str, dict[str, Variant]] = {
     "first": {
         **_BASE,
         "first-frozen": {**ISOLATED, "train.first_stage_rate": 0.0},
-        "first-tied": {**ISOLATED, "model.tie_token_embeddings": True},
         "first-fast": {**ISOLATED, "train.first_stage_rate": 3.0},
     },
     "slots": {

@@ -23,7 +23,6 @@ from jaxtyping import Float32, Int64
 from cde_jax.batching.groups import domain_groups
 from cde_jax.batching.lengths import Layout, choose_layout, chunked
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.batching.sample import SOURCES, sample
 from cde_jax.batching.statistics import document_frequencies
 from cde_jax.data.store import Ragged, Store
 
@@ -31,6 +30,7 @@ log = logging.getLogger(__name__)
 
 # Keep the draws of context and token statistics apart from the other random numbers of the same seed.
 CONTEXT_STREAM, STATISTICS_STREAM = 31, 32
+SOURCES = ("batch", "domain")  # of context documents
 NO_DOCUMENT = -1  # a missing context document: all padding, mask all False
 
 
@@ -38,10 +38,10 @@ class Loader:
     """Training batches of a plan over its pairs' tokens, each plan batch with its context (paper, section 3.2).
 
     batches_per_step G: plan batches in a step. context_size J: context documents of a plan batch, drawn without
-    replacement from the batch's own documents (context_source "batch"), from the positives of its domain ("domain"), or
-    half from each ("mixed"); the small domains that share batches count as one. query_length, document_length: tokens
-    kept of a text, Lq and Ld. statistics_size: documents, drawn likewise, over which each plan batch's document
-    frequencies are counted, of vocab_size V tokens; 0: none.
+    replacement from the batch's own documents (context_source "batch") or from the positives of its domain ("domain");
+    the small domains that share batches count as one. query_length, document_length: tokens kept of a text, Lq and Ld.
+    statistics_size: documents, drawn likewise, over which each plan batch's document frequencies are counted, of
+    vocab_size V tokens; 0: none.
 
     text_lengths: how many padded lengths texts run at; more than 1 gives batches in chunks (`lengths`), 1 as plain
     arrays. chunk_tokens, context_chunk_tokens: of a chunk of queries and documents, or context documents; 0: chosen.
@@ -170,9 +170,12 @@ class Loader:
         return document_frequencies(self._documents, drawn, self.document_length, self.vocab_size)
 
     def _sample(self, place: int, count: int, stream: int) -> Int64[np.ndarray, " drawn"]:
-        domain = self._group_rows[self.plan.groups[place]] if self._group_rows else None
-        batch = np.unique(self.plan.documents(place)) if self.context_source != "domain" else None
-        return sample(self.context_source, count, batch, domain, np.random.default_rng([self.seed, stream, place]))
+        if self.context_source == "batch":
+            documents = np.unique(self.plan.documents(place))
+        else:
+            documents = self._group_rows[self.plan.groups[place]]
+        random = np.random.default_rng([self.seed, stream, place])
+        return random.choice(documents, min(count, len(documents)), replace=False)
 
     def _text_sizes(self) -> Iterator[Int64[np.ndarray, " texts"]]:
         """Tokens of each plan batch's queries and documents."""
