@@ -55,13 +55,12 @@ def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig |
         return BiencoderConfig(second, head=model.head, residual=model.head)
     first = encoder_config(model, vocab_size, model.first_stage_layers or model.layers, dtype)
     return ContextualConfig(
-        first_stage=BiencoderConfig(first, head=True) if model.context_size else None,
+        first_stage=BiencoderConfig(first, head=True),
         second_stage=second,
         context_size=model.context_size,
         context_attention=model.context_attention,
         soft_prompt=model.soft_prompt,
         slot_bias=model.slot_bias,
-        statistics_size=model.statistics_size,
     )
 
 
@@ -79,7 +78,7 @@ def compute_dtype(config: Config) -> str:
     return config.model.dtype
 
 
-def make_loader(config: Config, plan: BatchPlan, pairs: Store, vocab_size: int) -> Loader:
+def make_loader(config: Config, plan: BatchPlan, pairs: Store) -> Loader:
     """The loader of a run's batches; chunks must be numbers (`fit_chunks`)."""
     t, contextual = config.train, config.model.kind == "contextual"
     return Loader(
@@ -91,8 +90,6 @@ def make_loader(config: Config, plan: BatchPlan, pairs: Store, vocab_size: int) 
         query_length=config.data.query_length,
         document_length=config.data.document_length,
         seed=config.seed,
-        statistics_size=config.model.statistics_size if contextual else 0,
-        vocab_size=vocab_size,
         text_lengths=t.text_lengths,
         chunk_tokens=t.document_chunk * config.data.document_length or _chunk_tokens(),
         context_chunk_tokens=t.context_chunk * config.data.document_length or _chunk_tokens(),
@@ -116,7 +113,6 @@ def make_training(config: Config, model: Biencoder | ContextualEncoder, plan: Ba
         weight_decay=t.weight_decay,
         clip_norm=t.clip_norm,
         first_stage_rate=t.first_stage_rate,
-        gate_rate=t.gate_rate,
     )
     graph, state = init_state(model, optimizer)
     of_step = {field.name: getattr(t, field.name) for field in dataclasses.fields(StepConfig)}
@@ -124,9 +120,7 @@ def make_training(config: Config, model: Biencoder | ContextualEncoder, plan: Ba
     return Training(mesh, graph, sharding.replicate(mesh, state), step, steps)
 
 
-def fit_chunks(
-    config: Config, model: Biencoder | ContextualEncoder, plan: BatchPlan, pairs: Store, vocab_size: int
-) -> Config:
+def fit_chunks(config: Config, model: Biencoder | ContextualEncoder, plan: BatchPlan, pairs: Store) -> Config:
     """`config` with a number for each chunk size of −1: the largest whose step fits the device's memory.
 
     All of them become one number of texts. Compiles the step for ever smaller chunks until one fits. Raises
@@ -143,7 +137,7 @@ def fit_chunks(
     def needs(texts: int) -> int:
         tried = with_chunks(texts)
         training = make_training(tried, model, plan)
-        batch = make_loader(tried, plan, pairs, vocab_size).batch(0)
+        batch = make_loader(tried, plan, pairs).batch(0)
         del batch["plan_batch"]
         batch = sharding.shard_batch(training.mesh, batch)
         key = sharding.replicate(training.mesh, stream(0, "dropout"))

@@ -88,7 +88,6 @@ class Model:
     head: bool
     soft_prompt: int
     slot_bias: float | None
-    statistics_size: int
     dtype: str
     attention: str
     remat: str
@@ -104,7 +103,6 @@ class Train:
     batches_per_step: int
     learning_rate: float
     first_stage_rate: float
-    gate_rate: float
     warmup_steps: int
     weight_decay: float
     clip_norm: float
@@ -194,14 +192,12 @@ _RANGES = {
     "model.mlp_width": (1,),
     "model.max_positions": (1,),
     "model.soft_prompt": (0,),
-    "model.statistics_size": (0,),
     "model.init.layers": (0,),
     "train.steps": (0,),
     "train.devices": (0,),
     "train.batches_per_step": (1,),
     "train.learning_rate": (0.0, 1.0),
     "train.first_stage_rate": (0.0, 1000.0),
-    "train.gate_rate": (0.0, 1e4),
     "train.warmup_steps": (0,),
     "train.weight_decay": (0.0,),
     "train.clip_norm": (1e-9,),
@@ -327,11 +323,8 @@ def _problems(config: Config) -> list[str]:
         problems.append(f"texts of {longest} tokens do not fit `model.max_positions` = {model.max_positions}")
     if model.width % model.heads:
         problems.append(f"`model.width` {model.width} is not a multiple of `model.heads` {model.heads}")
-    if model.kind == "contextual" and not (model.context_size or model.statistics_size):
-        problems.append(
-            "`model.context_size` and `model.statistics_size` are both 0, so there is no context to read: raise one, "
-            "or choose `model.kind` 'biencoder'"
-        )
+    if model.kind == "contextual" and not model.context_size:
+        problems.append("`model.context_size` is 0, so there is no context to read: choose `model.kind` 'biencoder'")
     if train.steps and train.warmup_steps >= train.steps:
         problems.append(f"`train.warmup_steps` {train.warmup_steps} must be fewer than `train.steps` {train.steps}")
     development, sets = config.evaluate.development, (*data.held_out, *map(_set_name, data.evaluation))

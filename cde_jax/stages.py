@@ -90,7 +90,7 @@ def train(config: Config, workdir: Path) -> bool:
         state = run.checkpoints.restore(newest, state)
         log.info("going on from checkpoint %d of %d", newest, steps)
     t, b = config.train, config.batching
-    loader = make_loader(config, run.plan, run.pairs, _vocab_size(nnx.merge(graph, state.params)))
+    loader = make_loader(config, run.plan, run.pairs)
     chosen = _describe(config, run, loader)
     write_json(workdir / TRAINING, chosen)
     log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "belongs"))
@@ -245,7 +245,7 @@ def _with_chunks(config: Config, workdir: Path, belongs: dict[str, str], model, 
     file = workdir / TRAINING
     if file.exists() and (before := read_json(file))["belongs"] == belongs:
         return dataclasses.replace(config, train=dataclasses.replace(config.train, **before["chunks"]))
-    return fit_chunks(config, model, plan, pairs, _vocab_size(model))
+    return fit_chunks(config, model, plan, pairs)
 
 
 def _describe(config: Config, run: _Run, loader: Loader) -> dict[str, Any]:
@@ -261,10 +261,6 @@ def _describe(config: Config, run: _Run, loader: Loader) -> dict[str, Any]:
         "chunks": {name: getattr(config.train, name) for name in CHUNKS},
         "layouts": {name: layout._asdict() for name, layout in loader.layouts.items()},
     }
-
-
-def _vocab_size(model: Biencoder | ContextualEncoder) -> int:
-    return model.encoder.config.vocab_size
 
 
 def _training_fingerprint(config: Config) -> str:

@@ -60,7 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model = ConfigDict()
     c.model.kind = "contextual"  # "contextual" (two stages), or a plain "biencoder"
     c.model.context_attention = "isolated"  # "isolated": slots are computed once per context; "joint": as the paper
-    c.model.context_size = 512  # J context documents; 0: no slots and no first stage, token statistics only
+    c.model.context_size = 512  # J context documents
     c.model.backbone = "nomic"  # "nomic": rotary positions, SwiGLU, no biases; "bert"
     c.model.vocab_size = 0  # rows of the token embeddings; 0: as many as the tokenizer has
     c.model.width = 768  # D
@@ -76,9 +76,6 @@ def get_config(variant: str = "") -> ConfigDict:
     # First value of a learned bias per layer and head from text to slots: training starts as a biencoder and opens
     # to context as it earns something. None: no such bias (the paper).
     c.model.slot_bias = -5.0
-    # How many documents the corpus' token statistics are counted over: how rare each token is in them, read at the
-    # token embeddings and in pooling. 0: none.
-    c.model.statistics_size = 0
     c.model.dtype = "auto"  # of the computation: bfloat16 on accelerators and float32 on CPU, or either by name
     # What runs attention: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16;
     # written from its documentation, not yet run there); or "auto": "blocks" on CPU, else "xla".
@@ -97,9 +94,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.batches_per_step = 1  # G plan batches per step, shared by the devices
     c.train.learning_rate = 2e-5  # peak, of AdamW
     c.train.first_stage_rate = 1.0  # the first stage's learning rate as a share of it; 0: the first stage is frozen
-    # … of the slots' bias and of the statistics' weight in pooling. Adam moves a parameter by about its rate a step: at
-    # 1 and a learning rate of 1e-4 a bias of -5 needs ten thousand steps to get to -4.
-    c.train.gate_rate = 1.0
     c.train.warmup_steps = 1000  # linear, then linear decay to zero
     c.train.weight_decay = 0.01  # of matrices
     c.train.clip_norm = 1.0  # global norm of the gradient

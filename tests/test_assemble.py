@@ -36,14 +36,14 @@ def step_bytes(config, prepared) -> int:
     """What the compiler says of the step with the config's chunks."""
     pairs, plan = load_plan(config, prepared)
     training = assemble.make_training(config, assemble.build_model(config, 150, "float32"), plan)
-    batch = assemble.make_loader(config, plan, pairs, 150).batch(0)
+    batch = assemble.make_loader(config, plan, pairs).batch(0)
     batch = sharding.shard_batch(training.mesh, {k: v for k, v in batch.items() if k != "plan_batch"})
     return program_bytes(training.step.lower(training.state, batch, stream(0, "dropout")).compile())
 
 
 def fitted(config, prepared):
     pairs, plan = load_plan(config, prepared)
-    return assemble.fit_chunks(config, assemble.build_model(config, 150, "float32"), plan, pairs, 150)
+    return assemble.fit_chunks(config, assemble.build_model(config, 150, "float32"), plan, pairs)
 
 
 def with_chunks(config, texts: int):

@@ -153,7 +153,7 @@ def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(key):
     ("changes", "words"),
     [
         ({"data__source": "jsonl"}, "`data.paths` is empty: name the jsonl files"),
-        ({"model__context_size": 0}, "`model.context_size` and `model.statistics_size` are both 0"),
+        ({"model__context_size": 0}, "`model.context_size` is 0, so there is no context"),
         ({"model__max_positions": 100}, "texts of 512 tokens do not fit `model.max_positions` = 100"),
         ({"model__heads": 7}, "`model.width` 768 is not a multiple of `model.heads` 7"),
         ({"train__steps": 10}, "`train.warmup_steps` 1000 must be fewer than `train.steps` 10"),

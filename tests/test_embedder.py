@@ -317,74 +317,6 @@ def test_a_context_file_without_a_cache_is_still_read(contextual, tmp_path):
         Context.load(path)
 
 
-# --- token statistics
-
-WITH_STATISTICS = {
-    "joint": ("joint", {"statistics_size": 12}),
-    "isolated": ("isolated", {"statistics_size": 12, "soft_prompt": 0}),
-    "no slots": ("isolated", {"statistics_size": 12, "context_size": 0}),
-}
-
-
-@pytest.fixture(scope="module", params=WITH_STATISTICS)
-def counting(request, tokenizer):
-    """An embedder whose model reads token statistics."""
-    kind, changes = WITH_STATISTICS[request.param]
-    return build(kind, tokenizer, build_model(kind, **changes))
-
-
-def test_a_context_carries_the_frequencies_of_a_sample_of_the_corpus(counting):
-    context = counting.embed_context(CORPUS, seed=3)
-    drawn = np.random.default_rng([3, embedder_file.STATISTICS_STREAM]).choice(20, 12, replace=False)
-    held = [set(ids.tolist()) for ids in counting.tokenizer.encode(["document: " + CORPUS[i] for i in drawn], 24)]
-    df = np.array([sum(token in one for one in held) for token in range(120)])
-    assert df.max() == 12 and df.min() == 0
-    np.testing.assert_allclose(context.frequencies, np.log(13 / (df + 0.5)) / np.log(26), rtol=1e-6)
-    few = counting.embed_context(CORPUS[:3])  # no more documents than there are
-    np.testing.assert_allclose(few.frequencies.max(), 1.0)
-    assert few.frequencies[counting.tokenizer.encode(["document: "], 24)[0]].max() < 0.1
-    assert context.documents != counting.embed_context(CORPUS, seed=4).documents
-    np.testing.assert_array_equal(context.frequencies, counting.embed_context(CORPUS, seed=3).frequencies)
-
-
-def test_frequencies_move_the_vectors_and_none_are_known_without_a_context(counting):
-    context = counting.embed_context(CORPUS)
-    here = counting.encode_queries(CORPUS, context)
-    np.testing.assert_allclose(np.linalg.norm(here, axis=1), 1.0, atol=1e-5)
-    other = dataclasses.replace(context, frequencies=counting.embed_context(texts(20, seed=9)).frequencies)
-    unknown = dataclasses.replace(context, frequencies=None)
-    zeros = dataclasses.replace(context, frequencies=np.zeros(120, np.float32))
-    for one in (other, unknown):
-        assert np.abs(here - counting.encode_queries(CORPUS, one)).max() > 1e-3
-    nothing = counting.encode_queries(CORPUS, unknown)
-    np.testing.assert_allclose(nothing, counting.encode_queries(CORPUS, zeros), atol=1e-6)
-    if not counting.context_size:
-        assert counting.works_without_context and context.vectors.shape == (0, 32)
-        np.testing.assert_allclose(counting.encode_queries(CORPUS), nothing, atol=1e-6)
-
-
-def test_vectors_with_frequencies_are_those_of_the_model_called_text_by_text(counting):
-    context = counting.embed_context(CORPUS)
-    vectors = jnp.asarray(context.vectors) if counting.context_size else None
-    cache = jax.jit(counting.model.prepare_context)(vectors, context.frequencies)
-    expected = one_by_one(counting, counting.model, "query: ", 16, FEW, cache)
-    np.testing.assert_allclose(counting.encode_queries(FEW, context), expected, atol=1e-5)
-
-
-def test_a_saved_context_keeps_its_frequencies_and_a_mixed_one_is_refused(counting, tmp_path):
-    context, path = counting.embed_context(CORPUS, seed=4), tmp_path / "ctx.safetensors"
-    context.save(path)
-    loaded = Context.load(path)
-    np.testing.assert_array_equal(loaded.frequencies, context.frequencies)
-    assert loaded.vectors.shape == context.vectors.shape and loaded.documents == context.documents
-    np.testing.assert_array_equal(counting.encode_queries(FEW, loaded), counting.encode_queries(FEW, context))
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata()
-    save_file(load_file(path) | {"frequencies": context.frequencies[::-1].copy()}, tmp_path / "mixed", metadata)
-    with pytest.raises(ValueError, match="altered"):
-        Context.load(tmp_path / "mixed")
-
-
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_context_file_of_a_version_before_is_still_read(contextual, tmp_path, monkeypatch, version):
     context, path = contextual.embed_context(CORPUS), tmp_path / "ctx.safetensors"
@@ -392,34 +324,8 @@ def test_a_context_file_of_a_version_before_is_still_read(contextual, tmp_path, 
     context.save(path)
     monkeypatch.undo()
     loaded = Context.load(path)
-    assert loaded.frequencies is None and loaded.whitening is None
+    assert loaded.whitening is None
     np.testing.assert_array_equal(contextual.encode_queries(FEW, loaded), contextual.encode_queries(FEW, context))
-
-
-def test_a_context_of_another_vocabulary_is_an_error(counting):
-    context = counting.embed_context(CORPUS)
-    short = dataclasses.replace(context, frequencies=context.frequencies[:100].copy())
-    with pytest.raises(ValueError, match=r"frequencies of 120 tokens, got \(100,\)"):
-        counting.encode_queries(FEW, short)
-
-
-def test_frequencies_for_a_model_that_reads_none_are_an_error(contextual):
-    context = dataclasses.replace(contextual.embed_context(CORPUS), frequencies=np.zeros(120, np.float32))
-    with pytest.raises(ValueError, match="reads no token statistics"):
-        contextual.encode_queries(FEW, context)
-
-
-def test_a_model_with_statistics_is_exported_for_jax_and_baking_it_in_is_refused_by_name(counting, tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer")
-    embedder = Embedder(counting.model, tokenizer, SETTINGS, tmp_path / "tokenizer", progress=False)
-    context = embedder.embed_context(CORPUS)
-    embedder.save_pretrained(tmp_path / "export")
-    loaded = Embedder.from_pretrained(tmp_path / "export", progress=False)
-    assert loaded.weights == embedder.weights and loaded.config == embedder.config
-    np.testing.assert_array_equal(loaded.encode_queries(FEW, context), embedder.encode_queries(FEW, context))
-    with pytest.raises(ValueError, match=r"run in JAX only.*statistics_size"):
-        embedder.export_corpus(context, tmp_path / "baked", onnx=False)
-    assert not (tmp_path / "baked").exists()
 
 
 # --- whitening

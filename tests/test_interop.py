@@ -88,13 +88,7 @@ def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
-# What the PyTorch module does not run.
-NO_SLOTS = ContextualConfig(None, ROTARY, context_size=0, statistics_size=9, tie_token_embeddings=True)
-JAX_ONLY = {
-    "statistics beside slots": contextual(ROTARY, statistics_size=9),
-    "statistics without slots": NO_SLOTS,
-    "no soft prompt": contextual(LEARNED, soft_prompt=0),
-}
+JAX_ONLY = {"no soft prompt": contextual(LEARNED, soft_prompt=0)}  # the PyTorch module does not run it
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *JAX_ONLY])
@@ -411,10 +405,23 @@ def test_a_directory_without_a_tokenizer_cannot_be_exported(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_an_export_of_a_newer_version_names_what_it_does_not_know(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    ("where", "field"), [("second_stage", {"flux": 1}), (None, {"statistics_size": 512})], ids=["newer", "older"]
+)
+def test_an_export_of_another_version_names_what_it_does_not_know(tmp_path, tokenizer, where, field):
     save_pretrained(random_model(CONFIGS["isolated"]), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
     config = json.loads((tmp_path / "x/config.json").read_text())
-    config["cde_jax"]["model"]["second_stage"]["flux"] = 1
+    model = config["cde_jax"]["model"]
+    (model[where] if where else model).update(field)
     (tmp_path / "x/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"unknown fields flux.*newer cde_jax"):
+    with pytest.raises(ValueError, match=rf"unknown fields {next(iter(field))}.*another version of cde_jax"):
         load_model(tmp_path / "x")
+
+
+def test_an_export_from_before_token_statistics_were_removed_is_read(tmp_path, tokenizer):
+    model = random_model(CONFIGS["isolated"])
+    save_pretrained(model, tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    config["cde_jax"]["model"]["statistics_size"] = 0
+    (tmp_path / "x/config.json").write_text(json.dumps(config))
+    assert equal(load_model(tmp_path / "x"), model)

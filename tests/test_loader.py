@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_pairs import tiny_pairs, tiny_plan, tiny_vectors
 
-from cde_jax.batching.loader import CONTEXT_STREAM, STATISTICS_STREAM, Loader
+from cde_jax.batching.loader import Loader
 
 ROOT = Path(__file__).resolve().parents[1]
 B, K, LQ, LD = 4, 1, 5, 7
@@ -106,53 +106,6 @@ def test_context_is_drawn_from_its_source_without_replacement(made, source):
         context = loader.context(place).tolist()
         drawn = [document for document in context if document >= 0]
         assert set(drawn) <= allowed and len(set(drawn)) == len(drawn) == min(5, len(allowed))
-
-
-STATISTICS = OPTIONS | {"statistics_size": 6, "vocab_size": 100}
-
-
-@pytest.mark.parametrize("source", ["batch", "domain"])
-def test_frequencies_are_counted_over_documents_of_the_context_s_source(made, source):
-    """As many as there are, so that which ones is known; text by text."""
-    _, pairs = made
-    size = {"statistics_size": 100, "vocab_size": 100, "context_source": source}
-    batch = Loader(*made, **(OPTIONS | size)).batch(1)
-    everything = Loader(*made, **(OPTIONS | {"context_size": 100, "context_source": source}))
-    assert batch["frequencies"].dtype == np.float32 and batch["frequencies"].shape == (2, 100)
-    documents = pairs.ragged("document_tokens")
-    for g, place in enumerate(batch["plan_batch"].tolist()):
-        rows = [row for row in everything.context(place).tolist() if row >= 0]
-        held = [set(documents.row(row)[:LD].tolist()) for row in rows]
-        for token in range(100):
-            count = sum(token in one for one in held)
-            expected = np.log((len(rows) + 1) / (count + 0.5)) / np.log(2 * (len(rows) + 1))
-            np.testing.assert_allclose(batch["frequencies"][g, token], expected, rtol=1e-6)
-
-
-def test_frequencies_are_a_sample_of_their_own_by_seed_and_place(made):
-    options = STATISTICS | {"context_source": "domain"}
-    loader, again = Loader(*made, **options), Loader(*made, **options)
-    for step in (3, 0):
-        assert_equal(loader.batch(step), again.batch(step))
-    assert any(not np.array_equal(loader.frequencies(0), loader.frequencies(p)) for p in range(1, 4))
-    other = Loader(*made, **(options | {"seed": 2}))
-    assert any(not np.array_equal(loader.frequencies(p), other.frequencies(p)) for p in range(4))
-    context, counted = (loader._sample(0, 6, stream) for stream in (CONTEXT_STREAM, STATISTICS_STREAM))
-    assert sorted(context) != sorted(counted)
-
-
-def test_frequencies_change_nothing_else_of_a_batch_and_do_not_depend_on_its_form(made):
-    with_them, without = Loader(*made, **STATISTICS).batch(2), Loader(*made, **OPTIONS).batch(2)
-    frequencies = with_them.pop("frequencies")
-    assert_equal(with_them, without)
-    in_chunks = Loader(*made, **(STATISTICS | {"text_lengths": 2, "context_size": 0})).batch(2)
-    np.testing.assert_array_equal(in_chunks["frequencies"], frequencies)
-    assert "context" not in in_chunks
-
-
-def test_a_vocabulary_that_is_too_small_is_an_error(made):
-    with pytest.raises(ValueError, match="below the vocabulary size 20, got"):
-        Loader(*made, **(STATISTICS | {"vocab_size": 20})).batch(0)
 
 
 def test_the_loader_is_imported_without_the_libraries_that_make_plans():
@@ -268,7 +221,7 @@ def test_iteration_gives_the_batches_in_order_from_any_start(made, threads, pref
 
 @pytest.mark.parametrize(("workers", "source"), [(1, "batch"), (2, "domain")])
 def test_processes_give_the_same_batches_in_order(made, workers, source):
-    loader = Loader(*made, **(STATISTICS | {"context_source": source}))
+    loader = Loader(*made, **(OPTIONS | {"context_source": source}))
     batches = list(loader.iterate(5, 13, threads=0, workers=workers, prefetch=4))
     assert len(batches) == 8
     for step, batch in zip(range(5, 13), batches, strict=True):
@@ -354,8 +307,6 @@ def test_an_error_in_a_thread_reaches_the_caller(made):
         ({"query_length": 0}, "query_length ≥ 1"),
         ({"text_lengths": 0}, "text_lengths ≥ 1"),
         ({"seed": -1}, "seed ≥ 0"),
-        ({"statistics_size": -1}, "statistics_size ≥ 0"),
-        ({"statistics_size": 3}, "vocab_size ≥ 1, got 0"),
         ({"context_source": "corpus"}, "batch or domain, got 'corpus'"),
     ],
 )

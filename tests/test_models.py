@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny_models import (
-    SLOTLESS,
-    VOCABULARY,
     J,
     biencoder,
     contextual,
     contextual_config,
     encoder_config,
     fill,
-    frequencies,
     tokens,
 )
 
@@ -206,71 +203,6 @@ def test_padding_and_batch_mates_do_not_change_a_vector(kind, texts, context):
     assert difference(vectors, embed(model, ids, jnp.ones_like(mask), *given)) > 1e-3
 
 
-# --- token statistics, and models without slots
-
-STATISTICS = {
-    "joint": {"statistics_size": 9},
-    "isolated": {"statistics_size": 9},
-    "no slots": SLOTLESS,
-    "no soft prompt": {"statistics_size": 9, "soft_prompt": 0},
-}
-
-
-def with_statistics(kind: str) -> ContextualEncoder:
-    return contextual("joint" if kind == "joint" else "isolated", **STATISTICS[kind])
-
-
-@nnx.jit
-def embed_with(model, ids, mask, context, frequencies):
-    return model.embed(ids, mask, model.prepare_context(context, frequencies))
-
-
-@pytest.mark.parametrize("kind", STATISTICS)
-def test_new_statistics_change_nothing_and_later_ones_do(kind, texts, context):
-    model = with_statistics(kind)
-    given = None if kind == "no slots" else context
-    new = nnx.clone(model)
-    new.statistics[...], new.statistics_pooling[...] = jnp.zeros(16), jnp.zeros(())
-    without = embed_with(new, *texts, given, None)
-    np.testing.assert_array_equal(embed_with(new, *texts, given, frequencies()), without)
-    if kind in PATTERNS:  # the very model that has none
-        graph = nnx.split(contextual(kind))[0]
-        plain = nnx.from_flat_state([x for x in nnx.to_flat_state(nnx.state(new)) if "statistics" not in x[0][0]])
-        assert difference(without, embed(nnx.merge(graph, plain), *texts, context)) <= 1e-6
-    one, other = (embed_with(model, *texts, given, frequencies(seed)) for seed in (0, 1))
-    assert difference(one, other) > 1e-3 and difference(one, embed_with(model, *texts, given, None)) > 1e-3
-
-
-def test_each_statistic_counts_by_itself(texts):
-    for name in ("statistics", "statistics_pooling"):
-        model = contextual("isolated", **SLOTLESS)
-        setattr(model, name, nnx.Param(jnp.zeros_like(getattr(model, name)[...])))
-        one, other = (embed_with(model, *texts, None, frequencies(seed)) for seed in (0, 1))
-        assert difference(one, other) > 1e-3, name
-
-
-def test_a_model_starts_with_statistics_of_zero_and_without_what_it_does_not_need():
-    config = contextual_config("isolated", **SLOTLESS)
-    made = ContextualEncoder(config, rngs=nnx.Rngs(0))
-    assert made.statistics.shape == (16,) and made.statistics_pooling.shape == ()
-    assert not made.statistics[...].any() and not made.statistics_pooling[...]
-    top = {path[0] for path, _ in nnx.to_flat_state(nnx.state(made))}
-    assert top == {"encoder", "project_in", "project_out", "statistics", "statistics_pooling"}
-    bare = {path[0] for path, _ in nnx.to_flat_state(nnx.state(contextual("joint", soft_prompt=0)))}
-    assert {"null", "slot_bias", "first_stage"} < bare and not {"prompt_in", "prompt_out"} & bare
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_model_without_slots_is_its_second_stage(pattern, texts):
-    """A biencoder of the same encoder, and the output projection: nothing is read beside the text."""
-    model = contextual(pattern, **SLOTLESS)
-    ids, mask = texts
-    pooled = biencoder().pool(model.encoder(ids, mask), mask)
-    expected = model.project_out(jax.nn.relu(model.project_in(pooled)))
-    assert difference(embed(model, ids, mask), pooled + expected) <= EXACT
-    assert prepare_context(model, None).slots.shape == (0, 16)
-
-
 def test_slots_without_a_soft_prompt_are_the_context_alone(texts, context):
     for pattern in PATTERNS:
         model = contextual(pattern, soft_prompt=0)
@@ -279,17 +211,9 @@ def test_slots_without_a_soft_prompt_are_the_context_alone(texts, context):
         vectors = embed(model, *texts, cache)
         assert difference(vectors, embed(model, *texts, context[::-1])) <= EXACT
         assert difference(vectors, embed(model, *texts, context * -0.7)) > 1e-3
-        nothing = embed(model, *texts, context[:0])  # not even one slot
-        assert jnp.isfinite(nothing).all() and difference(nothing, vectors) > 1e-3
-
-
-def test_frequencies_are_carried_by_the_prepared_context(texts, context):
-    model = with_statistics("isolated")
-    cache = jax.jit(model.prepare_context)(context, np.asarray(frequencies()))
-    np.testing.assert_array_equal(cache.frequencies, frequencies())
-    assert difference(embed(model, *texts, cache), embed_with(model, *texts, context, frequencies())) <= EXACT
-    assert not prepare_context(model, context).frequencies.any()  # not known
-    assert prepare_context(contextual("isolated"), context).frequencies is None
+        assert not {"prompt_in", "prompt_out"} & {path[0] for path, _ in nnx.to_flat_state(nnx.state(model))}
+        with pytest.raises(ValueError, match="at least one context document, got none: pass None"):
+            model.embed(*texts, context[:0])
 
 
 # --- chunks, precision, depth
@@ -298,36 +222,26 @@ def test_frequencies_are_carried_by_the_prepared_context(texts, context):
 def plan_vectors(model, texts, documents, chunk, context_chunk):
     """Both stages, in chunks: what a training step does with a plan batch. The last context document is missing."""
     context = map_chunks(model.embed_context, *documents, context_chunk)
-    statistics = frequencies() if model.config.statistics_size else None
-    context = model.prepare_context(model.with_null(context, jnp.arange(len(context)) < len(context) - 1), statistics)
-    return map_chunks(lambda ids, mask: model.embed(ids, mask, context), *texts, chunk)
-
-
-def slotless_vectors(model, texts, chunk):
-    context = model.prepare_context(None, frequencies())
+    context = model.prepare_context(model.with_null(context, jnp.arange(len(context)) < len(context) - 1))
     return map_chunks(lambda ids, mask: model.embed(ids, mask, context), *texts, chunk)
 
 
 @pytest.mark.parametrize(
     ("pattern", "remat"),
-    [("joint", True), ("joint", "auto"), ("isolated", "none"), ("isolated", "dots"), ("no slots", "auto")],
+    [("joint", True), ("joint", "auto"), ("isolated", "none"), ("isolated", "dots")],
 )
 def test_chunks_and_recomputed_layers_change_neither_vectors_nor_gradients(pattern, remat, texts):
     documents = tokens(J, 6, seed=3)
     pull = jnp.asarray(np.random.default_rng(2).normal(0, 1, (7, 16)), jnp.float32)
 
     def loss(model, chunk, context_chunk):
-        if pattern == "no slots":
-            vectors = slotless_vectors(model, texts, chunk)
-        else:
-            vectors = plan_vectors(model, texts, documents, chunk, context_chunk)
+        vectors = plan_vectors(model, texts, documents, chunk, context_chunk)
         return (vectors * pull).sum(), vectors
 
     run = nnx.jit(nnx.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
-    attention, changes = ("isolated", SLOTLESS) if pattern == "no slots" else (pattern, {"statistics_size": 9})
-    (_, whole), expected = run(contextual(attention, **changes), 0, 0)
+    (_, whole), expected = run(contextual(pattern), 0, 0)
     # 3 does not divide 7, nor 2 five
-    (_, vectors), gradients = run(contextual(attention, encoder={"remat": remat}, **changes), 3, 2)
+    (_, vectors), gradients = run(contextual(pattern, encoder={"remat": remat}), 3, 2)
     assert difference(vectors, whole) <= EXACT * float(jnp.abs(whole).max())
     gradients = dict(nnx.to_flat_state(gradients))
     for path, a in nnx.to_flat_state(expected):
@@ -415,12 +329,8 @@ def test_impossible_shapes_are_refused_in_words():
     narrow = BiencoderConfig(encoder_config(width=8), head=True)
     with pytest.raises(ValueError, match="one width; got 8 and 16"):
         ContextualConfig(narrow, encoder_config(), context_size=J)
-    with pytest.raises(ValueError, match="or both, got 0 and 0; use a Biencoder"):
+    with pytest.raises(ValueError, match="context_size J ≥ 1, got 0; use a Biencoder"):
         contextual_config("isolated", context_size=0)
-    with pytest.raises(ValueError, match="None with context_size 0, got context_size 3 and first_stage None"):
-        ContextualConfig(None, encoder_config(), context_size=3)
-    with pytest.raises(ValueError, match="imported models, which read no statistics"):
-        contextual_config("joint", statistics_size=4, pool_slots=True)
 
 
 def test_a_biencoder_refuses_a_context(texts, context):
@@ -432,30 +342,6 @@ def test_a_biencoder_refuses_a_context(texts, context):
 def test_a_model_without_null_embedding_asks_for_a_context(texts):
     with pytest.raises(ValueError, match="no null embedding: give the model a context"):
         contextual("joint", null_embedding=False).embed(*texts)
-
-
-def test_frequencies_that_do_not_fit_are_refused(texts, context):
-    model = with_statistics("isolated")
-    short = jnp.zeros(VOCABULARY - 1)
-    for call in (
-        lambda: model.prepare_context(context, short),
-        lambda: model.embed(*texts, model.prepare_context(context)._replace(frequencies=short)),
-    ):
-        with pytest.raises(ValueError, match=r"frequencies of 50 tokens, got \(49,\): count them with the model's own"):
-            call()
-    with pytest.raises(ValueError, match="reads no token statistics: leave `frequencies` out"):
-        contextual("isolated").prepare_context(context, frequencies())
-
-
-def test_a_model_without_slots_refuses_a_context_of_documents(texts, context):
-    model = contextual("isolated", **SLOTLESS)
-    with pytest.raises(ValueError, match="reads no context documents: give it None"):
-        model.embed(*texts, context)
-    with pytest.raises(ValueError, match="no first stage: its context is token statistics alone"):
-        model.embed_context(*texts)
-    for other in PATTERNS:
-        with pytest.raises(ValueError, match="this cache has 7 slots and this model reads none"):
-            model.embed(*texts, contextual(other).prepare_context(context))
 
 
 def test_texts_longer_than_the_learned_positions_are_an_error():

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny_models import SLOTLESS, VOCABULARY, WIDTH, contextual, contextual_config
+from tiny_models import VOCABULARY, WIDTH, contextual, contextual_config
 
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.training import sharding
@@ -315,19 +315,17 @@ def test_dropping_the_whole_context_equals_no_context():
     assert float(jnp.abs(dropped - read).max()) > 1e-3
 
 
-# --- the first stage's rate, and token statistics
+# --- the first stage's rate
 
 
-def one_step(rate: float, devices: int = 1, gate_rate: float = 1.0, **changes):
+def one_step(rate: float, **changes):
     """Parameters before and after a step of AdamW with weight decay."""
-    rates = {"first_stage_rate": rate, "gate_rate": gate_rate}
-    optimizer = make_optimizer(learning_rate=1e-2, warmup_steps=0, steps=10, weight_decay=0.1, clip_norm=1e9, **rates)
+    about = {"warmup_steps": 0, "steps": 10, "weight_decay": 0.1, "clip_norm": 1e9, "first_stage_rate": rate}
+    optimizer = make_optimizer(learning_rate=1e-2, **about)
     graph, state = init_state(contextual("isolated", encoder={"layers": 1}, **changes), optimizer[0])
     before = jax.device_get(state.params)
     config = StepConfig(temperature=0.1, sequence_dropout=0.0, first_stage_rate=rate)
-    mesh, batch = sharding.make_mesh(devices), step_batch(0, 2)
-    if "statistics_size" in changes:
-        batch["frequencies"] = np.random.default_rng(6).random((2, VOCABULARY), np.float32)
+    mesh, batch = sharding.make_mesh(1), step_batch(0, 2)
     state, key = sharding.replicate(mesh, (state, KEY))
     step = make_train_step(graph, *optimizer, config, mesh)
     state, metrics = step(state, sharding.shard_batch(mesh, batch), key)
@@ -351,71 +349,10 @@ def test_a_first_stage_at_a_tenth_moves_a_tenth_and_the_rest_as_before():
         np.testing.assert_allclose(tenth[path] - value, rate * (whole[path] - value), atol=2e-7, err_msg=str(path))
 
 
-def test_gates_move_at_their_own_rate():
-    (before, plain), (_, fast) = (one_step(1.0, gate_rate=rate, statistics_size=9) for rate in (1.0, 30.0))
-    for path, value in before.items():
-        rate = 30.0 if path[0] in ("slot_bias", "statistics_pooling") else 1.0
-        np.testing.assert_allclose(fast[path] - value, rate * (plain[path] - value), atol=2e-6, err_msg=str(path))
-    assert np.abs(fast[("slot_bias",)] - before[("slot_bias",)]).min() > 0.1
-
-
 def test_a_frozen_first_stage_leaves_a_shared_token_table_to_the_second():
     before, after = one_step(0.0, tie_token_embeddings=True)
     table = ("encoder", "word", "embedding")
     assert np.abs(after[table] - before[table]).max() > 1e-4
-
-
-def test_a_model_of_statistics_alone_trains_alike_on_one_device_and_on_two():
-    (before, one), (_, two) = one_step(1.0, **SLOTLESS), one_step(1.0, devices=2, **SLOTLESS)
-    for path, value in before.items():
-        assert np.abs(one[path] - value).max() > 1e-4, path
-        np.testing.assert_allclose(two[path], one[path], atol=1e-5, err_msg=str(path))
-
-
-def statistics_batch() -> dict[str, jax.Array]:
-    batch = step_batch(0) | {"frequencies": np.random.default_rng(6).random((G, VOCABULARY), np.float32)}
-    return jax.tree.map(lambda x: jnp.asarray(x[0]), batch)
-
-
-@pytest.mark.parametrize("changes", [{"statistics_size": 9}, SLOTLESS], ids=["with slots", "without slots"])
-def test_frequencies_are_read_and_dropped_as_a_whole(changes):
-    made, batch = contextual("isolated", encoder={"layers": 1}, **changes), statistics_batch()
-
-    @nnx.jit(static_argnums=2)
-    def queries(model, batch, p):
-        return embed_plan_batch(model, batch, KEY, StepConfig(sequence_dropout=p))[0]
-
-    read, dropped = queries(made, batch, 0.0), queries(made, batch, 1.0)
-    nothing = batch | {"frequencies": jnp.zeros(VOCABULARY)}
-    np.testing.assert_array_equal(dropped, queries(made, nothing, 1.0))
-    assert float(jnp.abs(read - dropped).max()) > 1e-3
-    assert float(jnp.abs(read - queries(made, nothing, 0.0)).max()) > 1e-3
-
-
-def test_a_batch_without_its_frequencies_is_an_error():
-    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), step_batch(0))
-    with pytest.raises(KeyError, match="frequencies"):
-        embed_plan_batch(contextual("isolated", **SLOTLESS), batch, KEY, StepConfig())
-
-
-@pytest.mark.parametrize("changes", [{"statistics_size": 9}, SLOTLESS], ids=["with slots", "without slots"])
-def test_gradients_in_chunks_are_those_of_the_whole_batch_with_frequencies(changes):
-    graph, params = nnx.split(contextual("isolated", encoder={"layers": 1}, **changes), nnx.Param)
-
-    def gradients(config):
-        def loss(params):
-            queries, documents = embed_plan_batch(nnx.merge(graph, params), statistics_batch(), KEY, config)
-            return info_nce(queries, documents, None, 0.1)[0]
-
-        return dict(nnx.to_flat_state(jax.jit(jax.grad(loss))(params)))
-
-    whole = gradients(StepConfig(sequence_dropout=0.0))
-    chunked = gradients(StepConfig(sequence_dropout=0.0, query_chunk=3, document_chunk=3, context_chunk=2))
-    assert ("statistics",) in whole and ("statistics_pooling",) in whole
-    for path, gradient in whole.items():
-        largest = float(jnp.abs(gradient[...]).max())
-        assert largest > 0, path
-        np.testing.assert_allclose(chunked[path][...], gradient[...], atol=1e-5 * largest, err_msg=str(path))
 
 
 # --- devices

@@ -36,16 +36,7 @@ def biencoder(seed: int = 0, **changes) -> Biencoder:
 def contextual_config(attention: str, *, encoder: dict | None = None, **changes) -> ContextualConfig:
     one = encoder_config(**(encoder or {}))
     rest = {"context_size": J, "soft_prompt": 2} | changes
-    first = BiencoderConfig(one, head=True) if rest["context_size"] else None
-    return ContextualConfig(first, one, context_attention=attention, **rest)
-
-
-SLOTLESS = {"context_size": 0, "statistics_size": 9}
-
-
-def frequencies(seed: int = 0) -> jax.Array:
-    """As rare as `batching.statistics.document_frequencies` says tokens are, between 0 and 1."""
-    return jnp.asarray(np.random.default_rng([seed, 8]).random(VOCABULARY), jnp.float32)
+    return ContextualConfig(BiencoderConfig(one, head=True), one, context_attention=attention, **rest)
 
 
 def contextual(attention: str, *, seed: int = 0, spread: float = 0.2, **changes) -> ContextualEncoder:

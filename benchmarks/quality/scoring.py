@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from cde_jax.batching.statistics import document_frequencies
 from cde_jax.config import Config
 from cde_jax.data.store import Ragged
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
@@ -22,7 +21,7 @@ SAME, OTHER, NONE = "same corpus", "other corpus", "none"
 SAME_QUERIES, OTHER_QUERIES = "same, queries", "other, queries"
 SAME_BEGINNINGS, OTHER_BEGINNINGS = "same, beginnings", "other, beginnings"
 # Keep these draws apart from other random numbers of the same seed.
-CONTEXT_STREAM, STATISTICS_STREAM, WHITENING_STREAM = 62, 63, 64
+CONTEXT_STREAM, WHITENING_STREAM = 62, 64
 CUTOFF = 10
 SCORES_HELD = 1 << 24  # similarities in memory at once
 
@@ -33,10 +32,10 @@ PerQuery = dict[str, dict[str, np.ndarray]]  # {set: {kind: NDCG@10 of each quer
 def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config: Config, pad_id: int) -> PerQuery:
     """NDCG@10 of each query by set and kind of context; a biencoder has no "same corpus" and "other corpus".
 
-    "same corpus" samples context and token statistics from the set's own documents, "other corpus" from those of the
-    set half the list away, "none" is null slots and unknown statistics. "same, queries" is "same corpus" (of a
-    biencoder "none") with vectors whitened by the set's own queries and documents, "other, queries" by the other's;
-    "same, beginnings" and "other, beginnings" have the beginnings of documents instead of queries.
+    "same corpus" samples context from the set's own documents, "other corpus" from those of the set half the list
+    away, "none" is null slots. "same, queries" is "same corpus" (of a biencoder "none") with vectors whitened by the
+    set's own queries and documents, "other, queries" by the other's; "same, beginnings" and "other, beginnings" have
+    the beginnings of documents instead of queries.
     """
     graph, state = nnx.split(model)
     contextual = isinstance(model, ContextualEncoder)
@@ -146,22 +145,16 @@ def _ranked(scores: Float[np.ndarray, " n"], k: int) -> Int[np.ndarray, " k"]:
 
 
 def _cache(graph: Any, state: Any, corpus: TokenSet | None, config: Config, pad_id: int) -> Any:
-    """What the second stage reads of a sample of the corpus; null slots and unknown statistics without one."""
-    m, frequencies, vectors, present = config.model, None, None, None
-    vocab_size = state["encoder"]["word"]["embedding"].shape[0]
-    if m.statistics_size:
-        frequencies = np.zeros(vocab_size, np.float32)
-        if corpus is not None:
-            rows = _sample(corpus.documents, m.statistics_size, config.seed, STATISTICS_STREAM)
-            frequencies = document_frequencies(corpus.documents, rows, config.data.document_length, vocab_size)
-    if corpus is not None and m.context_size:
-        rows = _sample(corpus.documents, m.context_size, config.seed, CONTEXT_STREAM)
+    """What the second stage reads of a sample of the corpus; null slots without one."""
+    size, vectors, present = config.model.context_size, None, None
+    if corpus is not None:
+        rows = _sample(corpus.documents, size, config.seed, CONTEXT_STREAM)
         run = partial(_first_stage, graph, state)
         drawn = _encode(run, corpus.documents, config.data.document_length, pad_id, rows)
-        vectors = np.zeros((m.context_size, drawn.shape[1]), np.float32)
+        vectors = np.zeros((size, drawn.shape[1]), np.float32)
         vectors[: len(drawn)] = drawn
-        present = np.arange(m.context_size) < len(drawn)
-    return _prepare(graph, state, vectors, present, frequencies)
+        present = np.arange(size) < len(drawn)
+    return _prepare(graph, state, vectors, present)
 
 
 def _sample(documents: Ragged, size: int, seed: int, stream: int) -> Int[np.ndarray, " m"]:
@@ -204,10 +197,9 @@ def _first_stage(graph, state, ids, mask):
 
 
 @partial(jax.jit, static_argnames="graph")
-def _prepare(graph, state, vectors, present, frequencies):
+def _prepare(graph, state, vectors, present):
     model = nnx.merge(graph, state)
-    context = None if vectors is None else model.with_null(vectors, present)
-    return model.prepare_context(context) if frequencies is None else model.prepare_context(context, frequencies)
+    return model.prepare_context(None if vectors is None else model.with_null(vectors, present))
 
 
 @partial(jax.jit, static_argnames="graph")

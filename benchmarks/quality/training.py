@@ -56,13 +56,12 @@ def train(
     `save_every` steps (0: at the end only) and at the end. Raises ValueError for a state that is damaged or of another
     run, and FloatingPointError for a loss that is not finite.
     """
-    vocab_size = lab.about["vocab_size"]
-    model = build_model(config, vocab_size, compute_dtype(config))
+    model = build_model(config, lab.about["vocab_size"], compute_dtype(config))
     if start is not None:
         put_start(model, start)
-    config = fit_chunks(config, model, plan, lab.pairs, vocab_size)
+    config = fit_chunks(config, model, plan, lab.pairs)
     training = make_training(config, model, plan)
-    loader = make_loader(config, plan, lab.pairs, vocab_size)
+    loader = make_loader(config, plan, lab.pairs)
     del model
     state, losses, seconds = training.state, np.zeros(0, np.float32), 0.0
     if file.exists():

@@ -21,17 +21,12 @@ PLANS: dict[str, dict[str, Any]] = {
     **{f"margin-{m}": {"batching.filter_margin": m} for m in (-0.1, 0.0, 0.1, 0.2)},
 }
 
-# Gates that can open within some hundred steps, and those that cannot.
-OPEN = {"model.slot_bias": -2.0, "train.gate_rate": 100.0}
-CLOSED = {"model.slot_bias": -5.0, "train.gate_rate": 1.0}
-
 MODELS: dict[str, dict[str, Any]] = {
     "biencoder": {"model.kind": "biencoder"},
-    "isolated": {"model.kind": "contextual", "model.context_attention": "isolated", **OPEN},
-    "joint": {"model.kind": "contextual", "model.context_attention": "joint", **OPEN},
+    "isolated": {"model.kind": "contextual", "model.context_attention": "isolated", "model.slot_bias": None},
+    "joint": {"model.kind": "contextual", "model.context_attention": "joint", "model.slot_bias": None},
 }
 BIENCODER, ISOLATED = MODELS["biencoder"], MODELS["isolated"]
-NO_SLOTS = {"model.context_size": 0, "model.soft_prompt": 0}
 
 
 def _table1() -> dict[str, Variant]:
@@ -49,32 +44,6 @@ def _isolated(prefix: str, key: str, values: Sequence[Any]) -> dict[str, Variant
     return {f"{prefix}-{value}".lower().replace("--", "-minus-"): {**ISOLATED, key: value} for value in values}
 
 
-def _statistics() -> dict[str, Variant]:
-    """Token statistics alone, by the documents they are counted over, and beside slots."""
-    alone = {f"statistics-{size}": {**ISOLATED, **NO_SLOTS, "model.statistics_size": size} for size in (64, 512, 4096)}
-    domain = {"model.statistics_size": 512, "batching.context_source": "domain"}
-    return {
-        **alone,
-        "statistics-512-domain": {**ISOLATED, **NO_SLOTS, **domain},
-        "statistics-512-slots": {**ISOLATED, "model.statistics_size": 512},
-        "statistics-512-slots-domain": {**ISOLATED, **domain},
-    }
-
-
-def _open() -> dict[str, Variant]:
-    """No gates, as in the paper, and what paid beside gates."""
-    open_, domain = {**ISOLATED, "model.slot_bias": None}, {"batching.context_source": "domain"}
-    slots, null = {"model.context_size": 64}, {"train.sequence_dropout": 0.5}
-    return {
-        "bias-none": open_,
-        "joint-none": {**open_, "model.context_attention": "joint"},
-        "open-64": {**open_, **slots},
-        "open-domain": {**open_, **domain},
-        "open-64-domain": {**open_, **slots, **domain},
-        "open-64-domain-null": {**open_, **slots, **domain, **null},
-    }
-
-
 def _batches() -> dict[str, Variant]:
     """Each plan other than the two of table 1, for a biencoder and with context."""
     others = [name for name in PLANS if name not in ("random", "clustered")]
@@ -87,12 +56,7 @@ _BASE = {"clustered-biencoder": BIENCODER, "clustered-isolated": ISOLATED}  # st
 _BY_GROUP: dict[str, dict[str, Variant]] = {
     "table1": _table1(),
     "source": {**_BASE, **_isolated("source", "batching.context_source", ("batch", "domain"))},
-    "bias": {
-        **_BASE,
-        **_isolated("bias", "model.slot_bias", (None, -5.0, 0.0)),
-        "bias-closed": {**ISOLATED, **CLOSED},
-    },
-    "statistics": {**_BASE, **_statistics()},
+    "bias": {**_BASE, **_isolated("bias", "model.slot_bias", (-5.0, -2.0, 0.0))},
     "first": {
         **_BASE,
         "first-frozen": {**ISOLATED, "train.first_stage_rate": 0.0},
@@ -104,13 +68,12 @@ _BY_GROUP: dict[str, dict[str, Variant]] = {
         **_isolated("prompt", "model.soft_prompt", (0, 8)),
         **_isolated("null", "train.sequence_dropout", (0.005, 0.05, 0.2, 0.5)),
     },
-    "open": {**_BASE, **_open()},
     "batches": {**_BASE, **_batches()},
 }
-# Isolated slots with gates on clustered batches, without each of these parts in turn, and with statistics beside.
+# Isolated slots on clustered batches, and without each of these parts in turn.
 _ABLATIONS = (
     "random-biencoder", "clustered-isolated", "clustered-biencoder", "random-isolated", "clustered-joint",
-    "bias-closed", "scratch-clustered-isolated", "statistics-512-slots",
+    "bias-minus-5.0", "scratch-clustered-isolated",
 )  # fmt: skip
 GROUPS: dict[str, tuple[str, ...]] = {group: tuple(variants) for group, variants in _BY_GROUP.items()}
 GROUPS["ablations"] = _ABLATIONS

@@ -18,18 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
 from cde_jax.batching.groups import domain_groups
 from cde_jax.batching.lengths import Layout, choose_layout, chunked
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.batching.statistics import document_frequencies
 from cde_jax.data.store import Ragged, Store
 
 log = logging.getLogger(__name__)
 
-# Keep the draws of context and token statistics apart from the other random numbers of the same seed.
-CONTEXT_STREAM, STATISTICS_STREAM = 31, 32
+CONTEXT_STREAM = 31  # keeps the draws of context apart from the other random numbers of the same seed
 SOURCES = ("batch", "domain")  # of context documents
 NO_DOCUMENT = -1  # a missing context document: all padding, mask all False
 
@@ -40,8 +38,6 @@ class Loader:
     batches_per_step G: plan batches in a step. context_size J: context documents of a plan batch, drawn without
     replacement from the batch's own documents (context_source "batch") or from the positives of its domain ("domain");
     the small domains that share batches count as one. query_length, document_length: tokens kept of a text, Lq and Ld.
-    statistics_size: documents, drawn likewise, over which each plan batch's document frequencies are counted, of
-    vocab_size V tokens; 0: none.
 
     text_lengths: how many padded lengths texts run at; more than 1 gives batches in chunks (`lengths`), 1 as plain
     arrays. chunk_tokens, context_chunk_tokens: of a chunk of queries and documents, or context documents; 0: chosen.
@@ -58,8 +54,6 @@ class Loader:
         query_length: int,
         document_length: int,
         seed: int,
-        statistics_size: int = 0,
-        vocab_size: int = 0,
         text_lengths: int = 1,
         chunk_tokens: int = 0,
         context_chunk_tokens: int = 0,
@@ -70,8 +64,6 @@ class Loader:
             ("query_length", query_length, 1),
             ("document_length", document_length, 1),
             ("seed", seed, 0),
-            ("statistics_size", statistics_size, 0),
-            ("vocab_size", vocab_size, int(statistics_size > 0)),
             ("text_lengths", text_lengths, 1),
         ):
             if value < smallest:
@@ -91,8 +83,6 @@ class Loader:
         self.query_length = query_length
         self.document_length = document_length
         self.seed = seed
-        self.statistics_size = statistics_size
-        self.vocab_size = vocab_size
         self._queries = pairs.ragged("query_tokens")
         self._documents = pairs.ragged("document_tokens")
         self._group_rows: list[np.ndarray] = []
@@ -119,8 +109,7 @@ class Loader:
 
         query_ids int32 [G, B, Lq], query_mask bool [G, B, Lq]; document_ids int32 [G, N, Ld], document_mask bool
         [G, N, Ld]; context_ids int32 [G, J, Ld], context_mask bool [G, J, Ld], a missing context document being all
-        False; keep bool [G, B, N]; plan_batch int32 [G], the batches' places in the plan; with token statistics
-        frequencies float32 [G, V] (`statistics.document_frequencies`).
+        False; keep bool [G, B, N]; plan_batch int32 [G], the batches' places in the plan.
 
         With several text lengths, instead of ids and masks: "texts", the B queries and then the N documents as
         `lengths.chunked` has them, and "context", the J context documents. The shapes are the same at every step.
@@ -139,8 +128,6 @@ class Loader:
             "keep": np.stack([self.plan.keep(place) for place in places]),
             "plan_batch": np.array(places, np.int32),
         }
-        if self.statistics_size:
-            batch["frequencies"] = np.stack([self.frequencies(place) for place in places])
         if not self.layouts:
             return {
                 "query_ids": query_ids,
@@ -159,23 +146,15 @@ class Loader:
 
     def context(self, place: int) -> Int64[np.ndarray, " J"]:
         """The context documents of plan batch `place`, by the seed and the place alone; −1 where there are too few."""
-        drawn = self._sample(place, self.context_size, CONTEXT_STREAM)
-        context = np.full(self.context_size, NO_DOCUMENT, np.int64)
-        context[: len(drawn)] = drawn
-        return context
-
-    def frequencies(self, place: int) -> Float32[np.ndarray, " V"]:
-        """Document frequencies for plan batch `place`, by the seed and the place alone."""
-        drawn = self._sample(place, self.statistics_size, STATISTICS_STREAM)
-        return document_frequencies(self._documents, drawn, self.document_length, self.vocab_size)
-
-    def _sample(self, place: int, count: int, stream: int) -> Int64[np.ndarray, " drawn"]:
         if self.context_source == "batch":
             documents = np.unique(self.plan.documents(place))
         else:
             documents = self._group_rows[self.plan.groups[place]]
-        random = np.random.default_rng([self.seed, stream, place])
-        return random.choice(documents, min(count, len(documents)), replace=False)
+        random = np.random.default_rng([self.seed, CONTEXT_STREAM, place])
+        drawn = random.choice(documents, min(self.context_size, len(documents)), replace=False)
+        context = np.full(self.context_size, NO_DOCUMENT, np.int64)
+        context[: len(drawn)] = drawn
+        return context
 
     def _text_sizes(self) -> Iterator[Int64[np.ndarray, " texts"]]:
         """Tokens of each plan batch's queries and documents."""

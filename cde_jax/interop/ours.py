@@ -8,6 +8,7 @@ from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
 
 FORMAT = 1
+_RETIRED = {"statistics_size": 0}  # fields of before, and the value at which a model is the same without
 
 
 def own_keys(model: BiencoderConfig | ContextualConfig, settings: Any) -> dict[str, Any]:
@@ -26,10 +27,9 @@ def jax_only(model: BiencoderConfig | ContextualConfig) -> list[str]:
     contextual = isinstance(model, ContextualConfig)
     first = model.first_stage if contextual else model
     odd = {
-        "prenorm": (first and first.encoder.prenorm) or (contextual and model.second_stage.prenorm),
-        "tokens_per_document": first and first.tokens_per_document > 1,
-        "statistics_size": contextual and model.statistics_size > 0,
-        "soft_prompt": contextual and model.slots and not model.soft_prompt,
+        "prenorm": first.encoder.prenorm or (contextual and model.second_stage.prenorm),
+        "tokens_per_document": first.tokens_per_document > 1,
+        "soft_prompt": contextual and not model.soft_prompt,
         "pool_slots": contextual and model.pool_slots,
         "pool_after_token": contextual and model.pool_after_token is not None,
     }
@@ -46,18 +46,18 @@ def reference_keys(model: BiencoderConfig | ContextualConfig) -> dict[str, Any]:
         "embedder": "cde_jax",
         "embedding_output_dim": None if contextual else model.output_width,
         "limit_layers": None,
-        "limit_layers_first_stage": first.encoder.layers if contextual and first else None,
+        "limit_layers_first_stage": first.encoder.layers if contextual else None,
         "logit_scale": 50.0,
         "disable_dropout": True,
         "transductive_corpus_size": model.context_size if contextual else 1,
-        "transductive_tokens_per_document": first.tokens_per_document if first else 1,
+        "transductive_tokens_per_document": first.tokens_per_document,
         "transductive_sequence_dropout_prob": 0.005 if contextual and model.null_embedding else 0.0,
         "transductive_tie_token_embeddings": contextual and model.tie_token_embeddings,
         "disable_transductive_rotary_embedding": not (
             contextual and model.absolute_positions and model.rotary_start == 0
         ),
         "autoregressive_backbone": False,
-        "pooling_strategy": first.pooling if first else "mean",
+        "pooling_strategy": first.pooling,
         "backbone_config": backbone_keys(backbone),
     }
     if contextual and numerics_of(model) == "training":
@@ -110,7 +110,7 @@ def to_dict(model: BiencoderConfig | ContextualConfig) -> dict[str, Any]:
 
     if isinstance(model, BiencoderConfig):
         return dataclasses.asdict(dataclasses.replace(model, encoder=plain(model.encoder)))
-    first = model.first_stage and dataclasses.replace(model.first_stage, encoder=plain(model.first_stage.encoder))
+    first = dataclasses.replace(model.first_stage, encoder=plain(model.first_stage.encoder))
     return dataclasses.asdict(dataclasses.replace(model, first_stage=first, second_stage=plain(model.second_stage)))
 
 
@@ -119,10 +119,11 @@ def from_dict(fields: Mapping[str, Any], source: str) -> BiencoderConfig | Conte
 
     def build(kind: type, fields: Mapping[str, Any]):
         known = {field.name: field.type for field in dataclasses.fields(kind)}
+        fields = {name: value for name, value in fields.items() if _RETIRED.get(name, ...) != value}
         unknown = sorted(fields.keys() - known.keys())
         if unknown:
             raise ValueError(
-                f"{source}: unknown fields {', '.join(unknown)}; it was written by a newer cde_jax: update"
+                f"{source}: unknown fields {', '.join(unknown)}; it was written by another version of cde_jax: use that"
             )
         values = dict(fields)
         for name, inner in (

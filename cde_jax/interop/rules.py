@@ -93,10 +93,7 @@ SECOND_STAGE = (
     *_dense("project_in", "second_stage_model.output_projection.0"),
     *_dense("project_out", "second_stage_model.output_projection.2"),
     Rule("null", ("second_stage_model.sequence_dropout_null_embedding",)),
-    # Ours; the reference has none of these.
-    Rule("slot_bias", ("second_stage_model.slot_bias",)),
-    Rule("statistics", ("second_stage_model.statistics",)),
-    Rule("statistics_pooling", ("second_stage_model.statistics_pooling",)),  # a number: [1] in a file
+    Rule("slot_bias", ("second_stage_model.slot_bias",)),  # ours; the reference has none
 )
 
 # Both names of one table where both stages share their word embeddings.
@@ -123,7 +120,7 @@ def biencoder_rules(config: EncoderConfig, naming: str = "reference", prefix: st
 
 def contextual_rules(config: ContextualConfig) -> tuple[Rule, ...]:
     """The table of a `ContextualEncoder`: the reference's key names."""
-    first = biencoder_rules(config.first_stage.encoder, prefix="embedder.") if config.first_stage else ()
+    first = biencoder_rules(config.first_stage.encoder, prefix="embedder.")
     rules = (
         *_under("first_stage.", "first_stage_model.", first),
         *_under("encoder.", "second_stage_model.backbone.", encoder_rules(config.second_stage)),

@@ -176,7 +176,7 @@ def _write_reference(model: ContextualEncoder | Biencoder, folder: Path, setting
     config = model.config
     if isinstance(model, ContextualEncoder):
         tensors = to_torch(contextual_rules(config), parameters(model))
-        if config.slots and config.tie_token_embeddings:  # the reference's state dict has the table under both names
+        if config.tie_token_embeddings:  # the reference's state dict has the table under both names
             tensors[TIED[0]] = tensors[TIED[1]]
     else:
         tensors = to_torch(biencoder_rules(config.encoder, prefix="embedder."), parameters(model))

@@ -12,19 +12,16 @@ class ContextCache(NamedTuple):
     """The context as the second stage reads it; computed once per corpus, or once per batch in training."""
 
     slots: Float[Array, "*B P D"]
-    prefix: Prefix | None  # isolated, and P > 0: keys and values, [layers, *B, P, H, d]
-    frequencies: Float[Array, " V"] | None = None  # of the corpus' tokens; None as zeros: not known
+    prefix: Prefix | None  # isolated: keys and values, [layers, *B, P, H, d]
 
 
-def check_cache(cache: ContextCache, encoder: EncoderConfig, *, isolated: bool, slots: int) -> None:
-    """ValueError for the cache of another model: one with another second stage, attention, or with (no) slots.
+def check_cache(cache: ContextCache, encoder: EncoderConfig, *, isolated: bool) -> None:
+    """ValueError for the cache of another model: one with another second stage or attention.
 
     Shapes tell most other models; a `retrieval.Context` carries a fingerprint of the weights, and tells all.
     """
-    e, of_isolated, count = encoder, cache.prefix is not None, cache.slots.shape[-2]
-    if count and not slots:
-        raise ValueError(f"this cache has {count} slots and this model reads none: call prepare_context of this model")
-    if count and of_isolated != isolated:
+    e, of_isolated = encoder, cache.prefix is not None
+    if of_isolated != isolated:
         kinds = {True: "isolated", False: "joint"}
         raise ValueError(
             f"this context cache is of a model with {kinds[of_isolated]} attention, this one's is "

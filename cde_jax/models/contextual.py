@@ -1,12 +1,11 @@
-"""The two-stage contextual encoder (paper, section 4), which may read token statistics of the corpus too.
+"""The two-stage contextual encoder (paper, section 4).
 
 `M1` embeds J context documents, once; `M2` reads `[c_1 … c_J | s_1 … s_8 | t_1 … t_L]`: J context slots, a soft
-prompt, the text, and pools the text. Token statistics are a second channel, ours: the document frequencies of a sample
-of the corpus, read at the token embeddings and in pooling. A model has slots, statistics, or both.
+prompt, the text, and pools the text.
 
 Axis letters, used everywhere: `B` texts, `K` hard negatives per query, `N` documents in a batch = B(1+K),
 `J` context documents, `L` tokens, `D` width, `S` steps in a plan, `G` plan batches per step; here also
-`P` = slots and soft prompt together (0: neither), `H` heads of `d` features, `V` tokens of the vocabulary.
+`P` = slots and soft prompt together, `H` heads of `d` features.
 """
 
 import dataclasses
@@ -27,24 +26,17 @@ from cde_jax.models.pooling import mean_pool
 
 # Vectors of the first stage: shared by all texts, or one set a text.
 Context = Float[Array | np.ndarray, "J D"] | Float[Array | np.ndarray, "B J D"]
-# Of `batching.statistics.document_frequencies`; all zeros where nothing is known.
-Frequencies = Float[Array | np.ndarray, " V"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ContextualConfig:
-    """Shape and habits of a contextual encoder. The last block of fields exists for imported weights.
+    """Shape and habits of a contextual encoder. The last block of fields exists for imported weights."""
 
-    With context_size 0 there are no slots, and what is said of slots, soft prompt, null embedding and tied embeddings
-    means nothing: the statistics are the only context.
-    """
-
-    first_stage: BiencoderConfig | None  # None with context_size 0
+    first_stage: BiencoderConfig
     second_stage: EncoderConfig
     context_size: int  # J
     context_attention: Literal["joint", "isolated"] = "isolated"
     soft_prompt: int = 8  # learned tokens between the slots and the text; 0: none
-    statistics_size: int = 0  # documents that the document frequencies are counted over; 0: the model reads none
     slot_bias: float | None = -5.0  # first value of the learned bias from text to slots; None: no such bias
     null_embedding: bool = True  # one learned vector that stands in for a missing context document
     tie_token_embeddings: bool = False  # both stages share one table of word embeddings
@@ -59,25 +51,15 @@ class ContextualConfig:
     fixed_context: Literal["no", "at most", "exactly"] = "no"  # the reference reads the first J documents only
 
     def __post_init__(self):
-        if self.context_size < 0 or self.statistics_size < 0 or not (self.context_size or self.statistics_size):
+        if self.context_size < 1:
             raise ValueError(
-                f"a contextual model reads context documents (context_size J ≥ 1), token statistics (statistics_size "
-                f"≥ 1) or both, got {self.context_size} and {self.statistics_size}; use a Biencoder to train without "
-                f"context"
+                f"a contextual model reads context documents: expected context_size J ≥ 1, got {self.context_size}; "
+                f"use a Biencoder to train without context"
             )
-        if (self.first_stage is None) != (self.context_size == 0):
-            raise ValueError(
-                f"a first stage embeds the context documents: give one with context_size ≥ 1 and None with "
-                f"context_size 0, got context_size {self.context_size} and first_stage {self.first_stage}"
-            )
-        if self.first_stage and self.first_stage.encoder.width != self.second_stage.width:
+        if self.first_stage.encoder.width != self.second_stage.width:
             raise ValueError(
                 f"context vectors of the first stage stand beside the second stage's tokens, so both need one "
                 f"width; got {self.first_stage.encoder.width} and {self.second_stage.width}"
-            )
-        if self.statistics_size and (self.pool_slots or self.pool_after_token is not None):
-            raise ValueError(
-                "pooled slots and skipped instructions belong to imported models, which read no statistics"
             )
         if self.context_attention == "isolated" and (self.absolute_positions or self.pool_slots):
             raise ValueError("absolute positions and pooled slots belong to imported joint models, not to isolated")
@@ -85,7 +67,7 @@ class ContextualConfig:
     @property
     def slots(self) -> int:
         """How many context slots a whole context fills."""
-        return self.context_size * self.first_stage.tokens_per_document if self.first_stage else 0
+        return self.context_size * self.first_stage.tokens_per_document
 
 
 class ContextualEncoder(nnx.Module):
@@ -94,52 +76,45 @@ class ContextualEncoder(nnx.Module):
     def __init__(self, config: ContextualConfig, *, rngs: nnx.Rngs):
         c, second = config, config.second_stage
         self.config = c
-        if c.slots:
-            self.first_stage = Biencoder(c.first_stage, rngs=rngs)
+        self.first_stage = Biencoder(c.first_stage, rngs=rngs)
         self.encoder = Encoder(second, rngs=rngs)
-        if c.slots and c.tie_token_embeddings:
+        if c.tie_token_embeddings:
             self.encoder.word = self.first_stage.encoder.word
-        if c.slots and c.soft_prompt:
+        if c.soft_prompt:
             self.prompt_in = linear(second.width, second.width, second, rngs)
             self.prompt_out = linear(second.width, second.width * c.soft_prompt, second, rngs)
         self.project_in = linear(second.width, second.width, second, rngs)
         self.project_out = linear(second.width, second.width, second, rngs)
-        if c.slots and c.null_embedding:
+        if c.null_embedding:
             self.null = nnx.Param(0.01 * jax.random.normal(rngs.params(), (second.width,)))
-        if c.slots and c.slot_bias is not None:
+        if c.slot_bias is not None:
             self.slot_bias = nnx.Param(jnp.full((second.layers, second.heads), c.slot_bias, jnp.float32))
-        if c.statistics_size:  # zeros: training starts as without them
-            self.statistics = nnx.Param(jnp.zeros(second.width))
-            self.statistics_pooling = nnx.Param(jnp.zeros(()))
 
     def embed_context(
         self, ids: Integer[Array | np.ndarray, "J L"], mask: Shaped[Array | np.ndarray, "J L"]
     ) -> Float[Array, "JT D"]:
         """First stage: one float32 vector per context document (T of them for imported multi-token models)."""
-        if not self.config.slots:
-            raise ValueError("this model has no first stage: its context is token statistics alone")
         return self.first_stage.embed(ids, mask)
 
     def with_null(self, context: Float[Array, "*B J D"], present: Bool[Array, "*B J"]) -> Float[Array, "*B J D"]:
         """Put the null embedding where no document is present (missing context, sequence dropout)."""
         return jnp.where(present[..., None], context, self._null())
 
-    def prepare_context(self, context: Context | None, frequencies: Frequencies | None = None) -> ContextCache:
+    def prepare_context(self, context: Context | None) -> ContextCache:
         """What `embed` needs of a context: slots with the soft prompt and, if isolated, their keys and values.
 
         `context` is [J, D], shared by all texts, or [B, J, D], one a text; None is a context of null slots.
-        `frequencies` of a model with token statistics: those of the corpus; None: not known.
         """
-        slots, frequencies = self._slots(context), self._frequencies(frequencies)
-        if self.config.context_attention == "joint" or not slots.shape[-2]:
-            return ContextCache(slots, None, frequencies)
+        slots = self._slots(context)
+        if self.config.context_attention == "joint":
+            return ContextCache(slots, None)
         x = slots if slots.ndim == 3 else slots[None]
         mask = jnp.ones(x.shape[:2], bool)
         positions = jnp.full(x.shape[1], -1, jnp.int32)
         _, prefix = self.encoder.run(x, mask, self.encoder.angles(positions), collect="keys_values")
         if slots.ndim == 2:
             prefix = Prefix(*(y[:, 0] for y in prefix))
-        return ContextCache(slots, prefix, frequencies)
+        return ContextCache(slots, prefix)
 
     def embed(
         self,
@@ -153,25 +128,20 @@ class ContextualEncoder(nnx.Module):
         """
         c, (ids, mask) = self.config, as_tokens(ids, mask)
         if isinstance(context, ContextCache):
-            self._frequencies(context.frequencies)
-            check_cache(context, c.second_stage, isolated=c.context_attention == "isolated", slots=c.slots)
+            check_cache(context, c.second_stage, isolated=c.context_attention == "isolated")
         else:
             context = self.prepare_context(context)
         return self.output(*self.hidden(ids, mask, context))
 
     def hidden(
         self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache
-    ) -> tuple[Float[Array, "B S D"], Shaped[Array, "B S"]]:
-        """Last hidden states and their weights in pooling: S = L text tokens, or P + L with `pool_slots`."""
+    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
+        """Last hidden states and which of them are pooled: S = L text tokens, or P + L with `pool_slots`."""
         c, count = self.config, cache.slots.shape[-2]
         text = self.encoder.embed_tokens(ids, mask, times_token_type=c.text_token_types)
         pooled = mask & self._after_instruction(ids, mask)
-        if cache.frequencies is not None:
-            frequencies = cache.frequencies[ids][..., None]  # [B, L, 1]
-            text = (text.astype(jnp.float32) + frequencies * self.statistics[...]).astype(text.dtype)
-            pooled = pooled * jnp.exp(self.statistics_pooling[...] * frequencies[..., 0])
-        bias = self.slot_bias[...] if count and c.slot_bias is not None else None
-        if cache.prefix is not None or not count:
+        bias = self.slot_bias[...] if c.slot_bias is not None else None
+        if cache.prefix is not None:
             angles = self.encoder.angles(self.encoder.positions(mask))
             return self.encoder.run(text, mask, angles, prefix=cache.prefix, bias=bias)[0], pooled
 
@@ -196,8 +166,8 @@ class ContextualEncoder(nnx.Module):
             positions = jnp.concatenate([jnp.full((batch, count), -1, jnp.int32), of_text], axis=1)
         return jnp.concatenate([slots, text], axis=1), seen, positions
 
-    def output(self, hidden: Float[Array, "B S D"], pooled: Shaped[Array, "B S"]) -> Float[Array, "B D"]:
-        """Weighted mean over the tokens, then the output projection."""
+    def output(self, hidden: Float[Array, "B S D"], pooled: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+        """Mean over the tokens, then the output projection."""
         vectors = mean_pool(hidden, pooled)
         projected = self.project_out(jax.nn.relu(self.project_in(vectors))).astype(jnp.float32)
         return vectors + projected if self.config.residual_output else projected
@@ -205,10 +175,6 @@ class ContextualEncoder(nnx.Module):
     def _slots(self, context):
         """Context slots and soft prompt, [*B, P, D], before the embedding norm."""
         c, width = self.config, self.config.second_stage.width
-        if not c.slots:
-            if context is not None:
-                raise ValueError("this model reads no context documents: give it None and the corpus' frequencies")
-            return jnp.zeros((0, width))
         if context is None:
             context = jnp.broadcast_to(self._null(), (c.slots, width))
         slots = self._fixed(context).astype(jnp.float32)
@@ -219,6 +185,8 @@ class ContextualEncoder(nnx.Module):
             slots = jnp.concatenate([slots, prompt], axis=-2)
         if c.slot_token_types:
             slots += c.slot_token_types * self.encoder.token_type(jnp.zeros((), jnp.int32)).astype(jnp.float32)
+        if not slots.shape[-2]:
+            raise ValueError("expected at least one context document, got none: pass None for null slots")
         return slots
 
     def _fixed(self, context):
@@ -233,24 +201,8 @@ class ContextualEncoder(nnx.Module):
             )
         return context[..., : c.slots, :]
 
-    def _frequencies(self, frequencies):
-        """The document frequencies [V], zeros where they are not known; None for a model that reads none."""
-        vocabulary = self.config.second_stage.vocab_size
-        if not self.config.statistics_size:
-            if frequencies is not None:
-                raise ValueError("this model reads no token statistics: leave `frequencies` out")
-            return None
-        if frequencies is None:
-            return jnp.zeros(vocabulary)
-        if frequencies.shape != (vocabulary,):
-            raise ValueError(
-                f"expected the document frequencies of {vocabulary} tokens, got {frequencies.shape}: count them with "
-                f"the model's own tokenizer and vocabulary size"
-            )
-        return jnp.asarray(frequencies, jnp.float32)
-
     def _null(self):
-        if not (self.config.slots and self.config.null_embedding):
+        if not self.config.null_embedding:
             raise ValueError("these weights have no null embedding: give the model a context of the corpus")
         return self.null[...]
 

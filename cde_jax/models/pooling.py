@@ -1,12 +1,12 @@
 """Hidden states of a text to one vector, or to several."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 
-def mean_pool(hidden: Float[Array, "B L D"], weights: Shaped[Array, "B L"]) -> Float[Array, "B D"]:
-    """Mean of the hidden states by `weights` (a mask, or numbers ≥ 0), in float32; zeros for a text without tokens."""
-    weights = weights.astype(jnp.float32)
+def mean_pool(hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+    """Mean of the hidden states where `mask` is True, in float32; zeros for a text without tokens."""
+    weights = mask.astype(jnp.float32)
     total = jnp.einsum("bld,bl->bd", hidden.astype(jnp.float32), weights)
     return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
 

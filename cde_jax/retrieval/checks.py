@@ -39,7 +39,7 @@ def check_fit(model: ContextualEncoder | Biencoder, tokenizer: Tokenizer, settin
     """A wrong tokenizer or length would give wrong vectors without a word: look-ups outside a table are clipped."""
     c = model.config
     encoders = [c.encoder] if isinstance(model, Biencoder) else [c.second_stage]
-    if isinstance(model, ContextualEncoder) and c.first_stage:
+    if isinstance(model, ContextualEncoder):
         encoders.append(c.first_stage.encoder)
     for encoder in encoders:
         if tokenizer.vocab_size > encoder.vocab_size:

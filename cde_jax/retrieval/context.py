@@ -18,7 +18,7 @@ from cde_jax.models.contextual import ContextCache
 from cde_jax.retrieval.whiten import Whitening
 
 FORMAT = "cde_jax context 5"
-# Centres without a matrix; without centres; and without frequencies.
+# Centres without a matrix; without centres.
 _BEFORE = ("cde_jax context 4", "cde_jax context 3", "cde_jax context 2")
 _WITHOUT_CACHE = "cde_jax context 1"  # vectors only, and their digest
 
@@ -30,7 +30,7 @@ class Context:
     Queries and documents must be encoded with the same context for their vectors to be comparable.
     """
 
-    # Float32, read-only, m ≤ J (times the vectors a document, for imported models); m = 0 for a model without slots.
+    # Float32, read-only, m ≤ J (times the vectors a document, for imported models); m = 0 for a biencoder.
     vectors: Float[np.ndarray, "m D"]
     seed: int  # of the sample
     corpus_size: int  # how many documents it was drawn from
@@ -39,15 +39,12 @@ class Context:
     # What isolated attention reads, in the embedder's compute type: 19 MB in bfloat16 for 512 slots of the base model.
     # None for joint attention; without it, it is computed where the context is first used.
     cache: ContextCache | None = None
-    # Of a model with token statistics: float32, read-only (`batching.statistics.document_frequencies`).
-    frequencies: Float[np.ndarray, " V"] | None = None
     # Of queries and documents (`retrieval.whiten`), read-only; None: vectors stay as they are.
     whitening: Whitening | None = None
 
     def __post_init__(self):
-        for array in (self.vectors, self.frequencies, *(self.whitening or ())):
-            if array is not None:
-                array.flags.writeable = False  # what was prepared from them would not follow a change
+        for array in (self.vectors, *(self.whitening or ())):
+            array.flags.writeable = False  # what was prepared from them would not follow a change
         if self.cache is not None and self.cache.prefix is None:
             raise ValueError("expected a cache with keys and values; joint attention has none, leave `cache` out")
 
@@ -56,8 +53,6 @@ class Context:
         tensors = {"vectors": np.asarray(self.vectors, np.float32)}
         if self.cache is not None:
             tensors |= {"slots": self.cache.slots, "keys": self.cache.prefix.keys, "values": self.cache.prefix.values}
-        if self.frequencies is not None:
-            tensors["frequencies"] = np.asarray(self.frequencies, np.float32)
         if self.whitening is not None:
             tensors |= {f"whitening.{name}": array for name, array in self.whitening._asdict().items()}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -108,7 +103,6 @@ class Context:
             metadata["weights"],
             metadata["documents"],
             cache,
-            tensors.get("frequencies"),
             _whitening(tensors),
         )
 

@@ -17,9 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from cde_jax.batching.statistics import document_frequencies
 from cde_jax.data.files import fingerprint
-from cde_jax.data.store import Ragged
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.baked import export_corpus
 from cde_jax.interop.read import TextSettings, load_pretrained
@@ -34,8 +32,7 @@ from cde_jax.retrieval.whiten import SIZE, whitening
 
 __all__ = ["Context", "Embedder"]
 
-# Keep the samples that tokens are counted in, and that whitening is of, apart from that of the context documents.
-STATISTICS_STREAM, WHITENING_STREAM = 51, 52
+WHITENING_STREAM = 52  # keeps the sample that whitening is of apart from that of the context documents
 
 
 class Embedder:
@@ -118,7 +115,7 @@ class Embedder:
 
     @property
     def context_size(self) -> int:
-        """J, how many documents of a corpus `embed_context` embeds; 0 for a biencoder and a model without slots."""
+        """J, how many documents of a corpus `embed_context` embeds; 0 for a biencoder."""
         return self.config.context_size if self.contextual else 0
 
     @property
@@ -142,11 +139,10 @@ class Embedder:
         """Embed a sample of the corpus, to be read beside its queries and documents.
 
         Draws min(J, len(corpus)) documents without replacement (`seed`), each encoded with the document prefix at
-        the document length. With fewer than J documents the other slots are null slots. A model with token statistics
-        gets those of a second sample, of min(statistics_size, len(corpus)) documents.
+        the document length. With fewer than J documents the other slots are null slots.
 
         `queries`, some dozens that people ask of this corpus (nobody needs to know their answers), have vectors
-        whitened (`retrieval.whiten`), by these and a third sample of documents. Where there are none yet,
+        whitened (`retrieval.whiten`), by these and a second sample of documents. Where there are none yet,
         `cde_jax.beginnings(corpus)` stands in for them. This is all that a context of a biencoder is.
 
         Raises ValueError for an empty corpus, no queries in `queries`, a biencoder without them, and too few documents
@@ -155,17 +151,16 @@ class Embedder:
         corpus, queries = check_texts(corpus), None if queries is None else check_texts(queries)
         self._check_sample(corpus, queries)
         documents = _sample(corpus, self.context_size, [seed])
-        counted = _sample(corpus, self.config.statistics_size if self.contextual else 0, [seed, STATISTICS_STREAM])
         typical = _sample(corpus, 0 if queries is None else SIZE, [seed, WHITENING_STREAM])
-        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + counted + typical)))
-        context = Context(self._context_vectors(documents), *about, frequencies=self._frequencies(counted))
+        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + typical)))
+        context = Context(self._context_vectors(documents), *about)
         prepared = self._computed(context) if self.contextual else None
         if queries is not None:
             vectors = self._encode_queries(queries, prepared), self._encode_documents(typical, prepared)
             context = dataclasses.replace(context, whitening=whitening(*vectors))
         if prepared is not None:
             if prepared.prefix is not None:
-                context = dataclasses.replace(context, cache=jax.device_get(prepared._replace(frequencies=None)))
+                context = dataclasses.replace(context, cache=jax.device_get(prepared))
             self._prepared[context] = prepared
         return context
 
@@ -200,16 +195,6 @@ class Embedder:
         about = {"slots": 0, "width": pieces * self.width, "what": "context", "progress": self.progress}
         vectors = encode(documents, s.document_prefix, lengths, run, self.tokenizer, **about)
         return vectors.reshape(-1, self.width)
-
-    def _frequencies(self, documents: list[str]) -> Float[np.ndarray, " V"] | None:
-        """The document frequencies of a sample; None for a model without token statistics."""
-        if not documents:
-            return None
-        s = self.settings
-        tokens = self.tokenizer.encode([s.document_prefix + text for text in documents], s.document_length)
-        ragged = Ragged(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]))
-        vocab_size = self.config.second_stage.vocab_size
-        return document_frequencies(ragged, np.arange(len(documents)), s.document_length, vocab_size)
 
     def encode_queries(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
         """Query vectors, float32, unit norm, in the order of `texts`; `context=None` means null slots.
@@ -264,7 +249,7 @@ class Embedder:
             return None
         dtype = jnp.dtype(self.config.second_stage.dtype)
         prefix = Prefix(*(x.astype(dtype) for x in context.cache.prefix))
-        cache = ContextCache(context.cache.slots, prefix, context.frequencies)
+        cache = ContextCache(context.cache.slots, prefix)
         return jax.device_put(cache, jax.local_devices()[0])
 
     def _computed(self, context: Context) -> ContextCache:
@@ -272,11 +257,11 @@ class Embedder:
         if missing := max(0, self.config.slots - len(vectors)):
             vectors = np.pad(vectors, ((0, missing), (0, 0)))
             present = np.arange(len(vectors)) < len(vectors) - missing
-        return _prepare(self._graph, self._state, vectors if self.context_size else None, present, context.frequencies)
+        return _prepare(self._graph, self._state, vectors, present)
 
     @cached_property
     def _null_context(self) -> ContextCache:
-        return _prepare(self._graph, self._state, None, None, None)
+        return _prepare(self._graph, self._state, None, None)
 
 
 def _sample(corpus: list[str], size: int, seed: list[int]) -> list[str]:
@@ -292,10 +277,10 @@ def _first_stage(graph, state, ids, mask):
 
 
 @partial(jax.jit, static_argnames="graph")
-def _prepare(graph, state, vectors, present, frequencies):
+def _prepare(graph, state, vectors, present):
     """What the second stage reads of a context; null slots where `present` is False, or everywhere without one."""
     model = nnx.merge(graph, state)
-    return model.prepare_context(vectors if present is None else model.with_null(vectors, present), frequencies)
+    return model.prepare_context(vectors if present is None else model.with_null(vectors, present))
 
 
 @partial(jax.jit, static_argnames="graph")

@@ -58,7 +58,7 @@ def step_flops(
     pass.
     """
     forward, frozen, slots = 2.0 * scores * _width(config), 0.0, 0
-    if isinstance(config, ContextualConfig) and config.first_stage:
+    if isinstance(config, ContextualConfig):
         forward += context_flops(config, context)
         slots = _slots(config, context.shape[-1])
         if first_stage_frozen:
@@ -99,8 +99,6 @@ def _layers(encoder: EncoderConfig, tokens, keys):
 
 
 def _slots(config: ContextualConfig, documents: int) -> int:
-    if config.first_stage is None:
-        return 0
     return documents * config.first_stage.tokens_per_document + config.soft_prompt
 
 

@@ -19,8 +19,6 @@ from cde_jax.training.accounting import step_flops
 from cde_jax.training.losses import info_nce
 
 _STREAMS = ("params", "context", "dropout", "data")
-_GATES = ("slot_bias", "statistics_pooling")  # what context has a say through, a number each or one a head
-STATISTICS_STREAM = 1  # of a plan batch's dropout key: whether it knows its document frequencies
 
 
 def stream(seed: int, name: str) -> jax.Array:
@@ -57,15 +55,13 @@ def make_optimizer(
     weight_decay: float,
     clip_norm: float,
     first_stage_rate: float = 1.0,
-    gate_rate: float = 1.0,
     b1: float = 0.9,
     b2: float = 0.999,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with linear warm-up and linear decay to zero (paper, appendix), and gradient clipping by global norm.
 
     Weight decay touches matrices only: norms, biases, the null embedding and the slot bias are left alone. The first
-    stage learns at `first_stage_rate` of the learning rate, the gates (`_GATES`) at `gate_rate` of it: Adam moves a
-    parameter by about the learning rate a step, so that at 1 and 1e-4 a bias of −5 needs ten thousand steps to −4.
+    stage learns at `first_stage_rate` of the learning rate.
     """
     warmup_steps = min(warmup_steps, steps)
     schedule = optax.join_schedules(
@@ -81,8 +77,6 @@ def make_optimizer(
     ]
     if first_stage_rate != 1:
         parts.append(optax.masked(optax.scale(first_stage_rate), _of_first_stage))
-    if gate_rate != 1:
-        parts.append(optax.masked(optax.scale(gate_rate), _gates))
     return optax.chain(*parts), schedule
 
 
@@ -95,10 +89,6 @@ def _matrices(params: nnx.State) -> nnx.State:
 
 def _of_first_stage(params: nnx.State) -> nnx.State:
     return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[0], "key", None) == "first_stage", params)
-
-
-def _gates(params: nnx.State) -> nnx.State:
-    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[0], "key", None) in _GATES, params)
 
 
 def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
@@ -117,18 +107,11 @@ def embed_plan_batch(
 
     A context document is null where there is none, or by sequence dropout. One draw serves the whole plan batch, so
     that the slots' keys and values are computed once; the reference draws per text, at a rate (0.005) where both
-    only make sure that the null embedding is trained. The document frequencies are dropped at that rate too, all
-    together, so that the model knows texts without any.
+    only make sure that the null embedding is trained.
     """
     context = None
     if isinstance(model, ContextualEncoder):
-        vectors, frequencies = None, None
-        if model.config.slots:
-            vectors = _context_vectors(model, batch, key, config)
-        if model.config.statistics_size:
-            known = ~jax.random.bernoulli(jax.random.fold_in(key, STATISTICS_STREAM), config.sequence_dropout)
-            frequencies = batch["frequencies"] * known
-        context = model.prepare_context(vectors, frequencies)
+        context = model.prepare_context(_context_vectors(model, batch, key, config))
     encode = partial(model.embed, context=context)
     if "texts" in batch:
         vectors, _ = map_ready_chunks(encode, **batch["texts"])
