@@ -36,7 +36,8 @@ def main() -> None:
     axes.axhline(0, color="grey", linewidth=0.8)
     gain = args.gain.replace("first", content["first"])
     axes.set(xlabel="IDF shift between training data and corpus (nats)", ylabel=f"NDCG@10, {gain}")
-    axes.legend(fontsize=7)
+    if len(chosen) > 1:
+        axes.legend(fontsize=7)
     drawn.savefig(args.out, dpi=150)
 
 

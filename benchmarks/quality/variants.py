@@ -53,12 +53,15 @@ def _batches() -> dict[str, Variant]:
 
 
 _BASE = {"clustered-biencoder": BIENCODER, "clustered-isolated": ISOLATED}  # stand in table 1 too
+# What a contextual encoder is without its context: a biencoder with the same output projection.
+_HEAD = {"clustered-head": {**BIENCODER, "model.head": True}}
 _BY_GROUP: dict[str, dict[str, Variant]] = {
     "table1": _table1(),
     "source": {**_BASE, **_isolated("source", "batching.context_source", ("batch", "domain"))},
     "bias": {**_BASE, **_isolated("bias", "model.slot_bias", (-5.0, -2.0, 0.0))},
     "first": {
         **_BASE,
+        **_HEAD,
         "first-frozen": {**ISOLATED, "train.first_stage_rate": 0.0},
         "first-fast": {**ISOLATED, "train.first_stage_rate": 3.0},
     },
@@ -66,14 +69,14 @@ _BY_GROUP: dict[str, dict[str, Variant]] = {
         **_BASE,
         **_isolated("slots", "model.context_size", (16, 64, 128, 256, 512)),
         **_isolated("prompt", "model.soft_prompt", (0, 8)),
-        **_isolated("null", "train.sequence_dropout", (0.005, 0.05, 0.2, 0.5)),
+        **_isolated("null", "train.sequence_dropout", (0.05, 0.2, 0.5, 1.0)),
     },
     "batches": {**_BASE, **_batches()},
 }
 # Isolated slots on clustered batches, and without each of these parts in turn.
 _ABLATIONS = (
-    "random-biencoder", "clustered-isolated", "clustered-biencoder", "random-isolated", "clustered-joint",
-    "bias-minus-5.0", "scratch-clustered-isolated",
+    "random-biencoder", "clustered-isolated", "clustered-biencoder", "clustered-head", "null-1.0", "random-isolated",
+    "clustered-joint", "bias-minus-5.0", "scratch-clustered-isolated",
 )  # fmt: skip
 GROUPS: dict[str, tuple[str, ...]] = {group: tuple(variants) for group, variants in _BY_GROUP.items()}
 GROUPS["ablations"] = _ABLATIONS
