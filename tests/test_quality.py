@@ -112,6 +112,12 @@ def test_each_run_has_a_line_with_every_set_and_kind_of_context(trained):
     assert not list(trained.glob("*.safetensors"))
 
 
+def test_a_model_that_never_read_a_context_is_measured_without_one(lab, tmp_path):
+    train.run(train_arguments(lab, tmp_path, variants=["null-1.0"], steps=1))
+    (line,) = results.read(tmp_path)
+    assert set(line["ndcg@10"]["one"]) == {scoring.NONE, *summary.WHITENED}
+
+
 def test_a_second_call_trains_nothing_and_summarises(lab, trained, capsys):
     before = (trained / results.LINES).read_bytes()
     train.run(train_arguments(lab, trained))

@@ -30,20 +30,21 @@ PerQuery = dict[str, dict[str, np.ndarray]]  # {set: {kind: NDCG@10 of each quer
 
 
 def score(model: Biencoder | ContextualEncoder, sets: Sequence[TokenSet], config: Config, pad_id: int) -> PerQuery:
-    """NDCG@10 of each query by set and kind of context; a biencoder has no "same corpus" and "other corpus".
+    """NDCG@10 of each query by set and kind of context; what never read a context has no "same" and "other corpus".
 
     "same corpus" samples context from the set's own documents, "other corpus" from those of the set half the list
-    away, "none" is null slots. "same, queries" is "same corpus" (of a biencoder "none") with vectors whitened by the
+    away, "none" is null slots. "same, queries" is "same corpus" (of these "none") with vectors whitened by the
     set's own queries and documents, "other, queries" by the other's; "same, beginnings" and "other, beginnings" have
     the beginnings of documents instead of queries.
     """
     graph, state = nnx.split(model)
     contextual = isinstance(model, ContextualEncoder)
+    reads = contextual and config.train.sequence_dropout < 1  # at 1 it knows null slots only: a biencoder with a prefix
     found: PerQuery = {}
     encoded: dict[str, Vectors] = {}  # under the first kind of context
     for number, one in enumerate(sets):
         caches: dict[str, Any] = {NONE: _cache(graph, state, None, config, pad_id) if contextual else None}
-        if contextual:
+        if reads:
             other = _other(sets, number)
             caches = {SAME: _cache(graph, state, one, config, pad_id)} | caches
             if other is not one:

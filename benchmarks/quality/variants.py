@@ -68,7 +68,7 @@ _BY_GROUP: dict[str, dict[str, Variant]] = {
     "slots": {
         **_BASE,
         **_isolated("slots", "model.context_size", (16, 64, 128, 256, 512)),
-        **_isolated("prompt", "model.soft_prompt", (0, 8)),
+        **_isolated("prompt", "model.soft_prompt", (0, 32)),
         **_isolated("null", "train.sequence_dropout", (0.05, 0.2, 0.5, 1.0)),
     },
     "batches": {**_BASE, **_batches()},
