@@ -22,7 +22,7 @@ from cde_jax.batching.plan import BatchPlan
 from cde_jax.data.files import NewFolder, fingerprint, read_json
 from cde_jax.data.store import Ragged, Store
 
-FORMAT = 2  # rises with every change of what is in the file, the keys of its configuration too
+FORMAT = 3  # rises with every change of what is in the file, the keys of its configuration too
 ABOUT, CONFIG, STORE, PLANS, SETS, START = (
     "lab.json", "config.json", "store", "plans", "evaluation", "start.safetensors",
 )  # fmt: skip
