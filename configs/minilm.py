@@ -14,6 +14,7 @@ other sets, context from the right corpus (quality_cpu.jsonl and quality_centred
   biencoder, random batches              200      3      0.567                          0.597                  0.609
   biencoder, clustered batches           200      1      0.569                          0.597                  0.611
   isolated, no gates                     200      3      0.586                          0.610                  0.621
+  the same, all slots null (p = 1)       200      1      0.588                          0.609                  0.622
   isolated, gates from -2, rate 100      200      1      0.579                          0.609                  0.617
   biencoder, random batches               60      3      0.514                          0.561                  0.580
   isolated, no gates                      60      2      0.533                          0.574                  0.590

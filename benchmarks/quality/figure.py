@@ -33,6 +33,7 @@ def main() -> None:
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o", label=name)
         for x, y, one in points if len(chosen) == 1 else []:
             axes.annotate(one, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.margins(x=0.1)  # room for the names
     axes.axhline(0, color="grey", linewidth=0.8)
     gain = args.gain.replace("first", content["first"])
     axes.set(xlabel="IDF shift between training data and corpus (nats)", ylabel=f"NDCG@10, {gain}")
