@@ -21,8 +21,8 @@ other sets, context from the right corpus (quality_cpu.jsonl and quality_centred
   isolated, gates from -2, rate 100       60      3      0.525                          0.568                  0.586
   isolated, shut gates                    60      1      0.515
 
-(A rate of 100: gates learned at 100 times the learning rate, a setting that is gone.) Without any context a model without
-gates falls behind the biencoder: 0.542 after 200 steps, with another corpus' documents in its slots 0.584.
+(A rate of 100: gates learned at 100 times the learning rate, a setting that is gone.) Without any context a model
+without gates falls behind the biencoder: 0.542 after 200 steps, with another corpus' documents in its slots 0.584.
 """
 
 from configs import base, demo
