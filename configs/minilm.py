@@ -1,6 +1,6 @@
 """A short contextual fine-tuning of a real pretrained encoder, all-MiniLM-L6-v2, on the demo's docstrings.
 
-Command: python benchmarks/variants.py --config=minilm --start=DIR --steps=0 --variants isolated (three seeds, and
+Command: python benchmarks/variants.py --config=minilm --start=DIR --steps=0 --variants isolated --seeds 0 1 (and
 MiniLM itself; DIR a folder or the hub name), or
 python -m cde_jax.main --config=configs/minilm.py --workdir=DIR [--config.model.init.second_stage=… and so on: a path]
 Hardware: 2 CPU cores. Time: about 6 minutes a seed, evaluation included (12 on one core).

@@ -53,15 +53,13 @@ def _batches() -> dict[str, Variant]:
 
 
 _BASE = {"clustered-biencoder": BIENCODER, "clustered-isolated": ISOLATED}  # stand in table 1 too
-# What a contextual encoder is without its context: a biencoder with the same output projection.
-_HEAD = {"clustered-head": {**BIENCODER, "model.head": True}}
 _BY_GROUP: dict[str, dict[str, Variant]] = {
     "table1": _table1(),
     "source": {**_BASE, **_isolated("source", "batching.context_source", ("batch", "domain"))},
     "bias": {**_BASE, **_isolated("bias", "model.slot_bias", (-5.0, -2.0, 0.0))},
     "first": {
         **_BASE,
-        **_HEAD,
+        "clustered-head": {**BIENCODER, "model.head": True},  # no first stage, but the same output projection
         "first-frozen": {**ISOLATED, "train.first_stage_rate": 0.0},
         "first-fast": {**ISOLATED, "train.first_stage_rate": 3.0},
     },

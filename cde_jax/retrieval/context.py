@@ -18,7 +18,7 @@ from cde_jax.models.contextual import ContextCache
 from cde_jax.retrieval.whiten import Whitening
 
 FORMAT = "cde_jax context 5"
-# Centres without a matrix; without centres.
+# Centres without a matrix; the other two without centres.
 _BEFORE = ("cde_jax context 4", "cde_jax context 3", "cde_jax context 2")
 _WITHOUT_CACHE = "cde_jax context 1"  # vectors only, and their digest
 
