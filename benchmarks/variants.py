@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from about import about
 from quality.settings import override, parse
 
-from cde_jax import stages
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json
 from cde_jax.data.tokens import Tokenizer
+from cde_jax.evaluation import beir as measure
 from cde_jax.interop.read import TextSettings, load_pretrained
-from cde_jax.prepare import evaluation_sets
-from cde_jax.retrieval import evaluate as measure
 from cde_jax.retrieval.embedder import Embedder
+from cde_jax.stages import run as stages
+from cde_jax.stages.prepare import evaluation_sets
 
 KINDS = ("same corpus", "random training documents", "none", "same corpus, whitened")
 

@@ -2,7 +2,7 @@
 
     python benchmarks/whiten.py --model all-MiniLM-L6-v2 --evaluation SETS [--strengths 0 8 16 32] [--documents 400]
 
-Each set is embedded once, then whitened (`cde_jax.retrieval.whiten`) by 512 of its documents and
+Each set is embedded once, then whitened (`cde_jax.adapters.whitening`) by 512 of its documents and
   queries     the set's queries, each half by the other half;
   beginnings  the first plain words of those documents: what a corpus alone gives;
   documents   the documents in place of queries: one centre for both.
@@ -20,11 +20,11 @@ from about import about
 from quality.evaluation import cut, read_all
 from quality.scoring import halves
 
+from cde_jax.adapters.whitening import SIZE, STRENGTH, beginnings, whitening
 from cde_jax.data.sources.beir import EvaluationSet
+from cde_jax.evaluation.beir import ndcg
 from cde_jax.retrieval.embedder import Embedder
-from cde_jax.retrieval.evaluate import ndcg
 from cde_jax.retrieval.index import as_run, search
-from cde_jax.retrieval.whiten import SIZE, STRENGTH, beginnings, whitening
 
 KINDS = ("queries", "beginnings", "documents")
 Vectors = tuple[np.ndarray, np.ndarray, np.ndarray]  # of queries, documents, beginnings of documents

@@ -8,9 +8,9 @@ from importlib import import_module
 _HOMES = {
     "Embedder": "cde_jax.retrieval.embedder",
     "Context": "cde_jax.retrieval.embedder",
-    "beginnings": "cde_jax.retrieval.whiten",
+    "beginnings": "cde_jax.adapters.whitening",
     "load_model": "cde_jax.interop.read",
-    "whitening": "cde_jax.retrieval.whiten",
+    "whitening": "cde_jax.adapters.whitening",
 }
 __all__ = ["Context", "Embedder", "beginnings", "load_model", "whitening"]
 

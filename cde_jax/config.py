@@ -1,340 +1,474 @@
-"""The run's configuration as frozen dataclasses, built from a ConfigDict and checked; nothing else reads a ConfigDict.
+"""Every setting of a run, declared once: type, default, range, meaning. `configs/base.py` derives from it.
 
-What each key means is said once, in `configs/base.py`.
+`from_config_dict` turns a ConfigDict (or a nested dict) into a checked `Config`; nothing else reads a ConfigDict. The
+defaults are those of the paper's large setting where it has one (arXiv 2410.02525, section 5 and appendix).
 """
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from typing import Any, get_origin
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from cde_jax.training.memory import AUTO
+AUTO = -1  # a chunk size that is chosen by the device's memory
+
+# What a setting changes. A work directory refuses to go on with another value, except for "nothing" and "evaluation".
+Affects = Literal["pairs", "vectors", "plan", "training", "evaluation", "nothing"]
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    low: int | float | None = None,
+    high: int | float | None = None,
+    choices: tuple[str, ...] = (),
+    affects: Affects | None = None,
+) -> Any:
+    """A dataclass field with its range (both ends included) or choices; `affects` None: as the section says."""
+    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "affects": affects}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class SettingsError(ValueError):
+    """One or more settings that cannot be used; `problems` has a line for each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("the configuration cannot be used:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+
+class _Section:
+    """Checks its fields when it is made. Raises SettingsError."""
+
+    name: ClassVar[str] = ""
+    affects: ClassVar[Affects] = "nothing"
+
+    def __post_init__(self):
+        problems = []
+        for field in dataclasses.fields(self):
+            problems += _range_problems(f"{self.name}.{field.name}".lstrip("."), getattr(self, field.name), field)
+        problems = problems or list(self.conflicts())
+        if problems:
+            raise SettingsError(problems)
+
+    def conflicts(self) -> Iterator[str]:
+        """Settings that are allowed each by itself, but not together."""
+        return iter(())
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Data(_Section):
     """Where pairs and evaluation sets come from, and how they are tokenised."""
 
-    source: str
-    paths: tuple[str, ...]
-    collections: tuple[str, ...]
-    columns: tuple[str, ...]
-    packages: str
-    standard_library: bool
-    held_out: tuple[str, ...]
-    evaluation: tuple[str, ...]
-    tokenizer: str
-    vocab_size: int
-    query_prefix: str
-    document_prefix: str
-    query_length: int
-    document_length: int
+    name: ClassVar[str] = "data"
+    affects: ClassVar[Affects] = "pairs"
+
+    source: str = setting(
+        "docstrings",
+        '"docstrings" of installed packages; "jsonl" files of pairs; "tfds": published collections in their own '
+        'formats; "huggingface": data sets or Parquet files by name or path',
+        choices=("docstrings", "jsonl", "tfds", "huggingface"),
+    )
+    paths: tuple[str, ...] = setting(
+        (),
+        'jsonl: files or folders of {"query", "document", "domain"?, "negatives"?} lines, plain or .gz; huggingface: '
+        "data sets or Parquet files; tfds: the one folder of the collections' files",
+    )
+    collections: tuple[str, ...] = setting((), "tfds: names from the table in data/sources/collections.py")
+    columns: tuple[str, ...] = setting((), 'huggingface: columns under other names, ("query=question", …)')
+    packages: str = setting(
+        "core",
+        'docstrings: of our "core" dependencies (repeatable), or of all "installed" packages',
+        choices=("core", "installed"),
+    )
+    standard_library: bool = setting(False, "docstrings: read Python's own too (they differ between Python versions)")
+    held_out: tuple[str, ...] = setting((), "docstrings: packages kept out of training as evaluation sets")
+    evaluation: tuple[str, ...] = setting((), "folders of evaluation sets in BEIR form", affects="evaluation")
+    tokenizer: str = setting("wordpiece", '"wordpiece" trained on the pairs, or a pretrained one by name or path')
+    vocab_size: int = setting(8192, "tokens of a trained WordPiece", low=64, high=2**24)
+    query_prefix: str = setting("search_query: ", "put before every query")
+    document_prefix: str = setting("search_document: ", "put before every document, context documents too")
+    query_length: int = setting(512, "tokens kept of a query, [CLS] and [SEP] included", low=3, high=2**16)
+    document_length: int = setting(512, "tokens kept of a document", low=3, high=2**16)
+
+    def conflicts(self) -> Iterator[str]:
+        """Each source needs its inputs."""
+        if self.source == "jsonl" and not self.paths:
+            yield "`data.paths` is empty: name the jsonl files, e.g. --config.data.paths=\"('pairs.jsonl.gz',)\""
+        if self.source == "huggingface" and not self.paths:
+            yield "`data.paths` is empty: name data sets or Parquet files, e.g. --config.data.paths=\"('me/pairs',)\""
+        if self.source == "tfds" and (len(self.paths) != 1 or not self.collections):
+            yield (
+                "`data.source` 'tfds' needs `data.collections` by name and the one folder of their files in "
+                f"`data.paths`, got {self.collections} and {self.paths}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
-class Batching:
-    """How pairs become a plan."""
+class Batching(_Section):
+    """How pairs become a plan. The settings that affect "plan" stand in the plan's manifest."""
 
-    surrogate: str
-    surrogate_prompts: tuple[str, ...]
-    filter_surrogate: str
-    filter_prompts: tuple[str, ...]
-    surrogate_width: int
-    method: str
-    batch_size: int
-    cluster_size: int
-    cluster_dimensions: int
-    cluster_rows: int
-    iterations: int
-    tries: int
-    packing: str
-    epochs: int
-    domain_weights: tuple[str, ...]
-    hard_negatives: int
-    mine_first: int
-    mine_last: int
-    mine_margin: float
-    filter_margin: float | None
-    context_source: str
-    threads: int
-    workers: int
-    prefetch: int
+    name: ClassVar[str] = "batching"
+    affects: ClassVar[Affects] = "plan"
+
+    surrogate: str = setting(
+        "lsa",
+        'model whose vectors are clustered: "lsa", "sentence-transformers:NAME", "checkpoint:DIR"',
+        affects="vectors",
+    )
+    surrogate_prompts: tuple[str, ...] = setting(
+        (), "its prompts for (queries, documents); (): those saved with the model", affects="vectors"
+    )
+    filter_surrogate: str = setting(
+        "", 'model that scores false and hard negatives; "": the surrogate', affects="vectors"
+    )
+    filter_prompts: tuple[str, ...] = setting(
+        (), 'its prompts; nomic-embed: ("search_query: ", "search_document: ")', affects="vectors"
+    )
+    surrogate_width: int = setting(128, "dimensions of the LSA vectors", low=2, high=2**16, affects="vectors")
+    method: str = setting(
+        "clustered",
+        'batches from "clustered" neighbourhoods, or "random" within a domain',
+        choices=("clustered", "random"),
+    )
+    batch_size: int = setting(512, "B, queries of a plan batch: the unit of contrast", low=2, high=2**24)
+    cluster_size: int = setting(512, "pairs of a cluster, on average over centroids", low=1, high=2**40)
+    cluster_dimensions: int = setting(0, "of the vectors that are clustered, reduced by SVD; 0: all", low=0, high=2**16)
+    cluster_rows: int = setting(
+        2**20, "pairs of a domain that clusters are trained on; the others are assigned to them", low=1, high=2**40
+    )
+    iterations: int = setting(100, "of k-means, at most", low=1, high=10**6)
+    tries: int = setting(3, "k-means runs from different seeds; the best is kept", low=1, high=10**4)
+    packing: str = setting(
+        "tsp",
+        'order of the clusters: "random", or a greedy travelling-salesman tour ("tsp")',
+        choices=("random", "tsp"),
+    )
+    epochs: int = setting(3, "arrangements of all pairs in the plan, each different", low=1, high=10**6)
+    domain_weights: tuple[str, ...] = setting(
+        (), '("NAME=0.5",): half of that domain\'s batches in an epoch; 2: each row twice'
+    )
+    hard_negatives: int = setting(
+        0, "K per query: the data's own negatives, then mined ones, then random ones of the group", low=0, high=2**16
+    )
+    mine_first: int = setting(
+        0,
+        "mined negatives: documents from this rank among the query's nearest in its domain, from 1 …",
+        low=0,
+        high=2**20,
+    )
+    mine_last: int = setting(0, "… to this rank; 0: none are mined", low=0, high=2**20)
+    mine_margin: float = setting(0.05, "… and only where f(q, d′) ≤ f(q, d) − margin", low=-2.0, high=2.0)
+    filter_margin: float | None = setting(
+        0.0,
+        "ε of the false-negative filter (paper eq. 4) on the surrogate's cosine: documents at least this much closer "
+        "to the query than its own document are no negatives. None: only equal texts are masked",
+        low=-2.0,
+        high=2.0,
+    )
+    context_source: str = setting(
+        "batch",
+        'context documents are drawn from the plan "batch" (paper) or its "domain"',
+        choices=("batch", "domain"),
+        affects="training",
+    )
+    threads: int = setting(4, "threads that read batches", low=1, high=1024, affects="nothing")
+    workers: int = setting(0, "processes that read batches", low=0, high=1024, affects="nothing")
+    prefetch: int = setting(8, "batches ready ahead", low=1, high=2**16, affects="nothing")
+
+    def conflicts(self) -> Iterator[str]:
+        """Prompts come in pairs, ranks in order."""
+        for name in ("surrogate_prompts", "filter_prompts"):
+            if len(prompts := getattr(self, name)) not in (0, 2):
+                yield f"`batching.{name}` must be empty or (of queries, of documents), got {prompts!r}"
+        if self.mine_last and not 1 <= self.mine_first <= self.mine_last:
+            yield (
+                f"`batching.mine_first` {self.mine_first} … `batching.mine_last` {self.mine_last} must be ranks "
+                "from 1, in order"
+            )
+
+    def plan_settings(self, seed: int) -> dict[str, Any]:
+        """What the plan is made by, as its manifest has it (JSON types only)."""
+        return {name: getattr(self, name) for name in names_affecting(type(self), "plan")} | {
+            "domain_weights": list(self.domain_weights),
+            "seed": seed,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
-class Init:
+class Init(_Section):
     """Pretrained encoders to start from."""
 
-    first_stage: str
-    second_stage: str
-    layers: int
+    name: ClassVar[str] = "model.init"
+    affects: ClassVar[Affects] = "training"
+
+    first_stage: str = setting("", 'pretrained encoder (name or path) the first stage starts from; "": random')
+    second_stage: str = setting("", "… the second stage, or the biencoder")
+    layers: int = setting(0, "only its first layers; 0: all", low=0, high=4096)
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(_Section):
     """Shape of the encoder(s)."""
 
-    kind: str
-    context_attention: str
-    context_size: int
-    backbone: str
-    vocab_size: int
-    width: int
-    layers: int
-    first_stage_layers: int
-    heads: int
-    mlp_width: int
-    max_positions: int
-    head: bool
-    soft_prompt: int
-    slot_bias: float | None
-    dtype: str
-    attention: str
-    remat: str
-    init: Init
+    name: ClassVar[str] = "model"
+    affects: ClassVar[Affects] = "training"
+
+    kind: str = setting(
+        "contextual", '"contextual" (two stages), or a plain "biencoder"', choices=("contextual", "biencoder")
+    )
+    context_attention: str = setting(
+        "isolated",
+        '"isolated": slots are computed once per context; "joint": as the paper',
+        choices=("isolated", "joint"),
+    )
+    context_size: int = setting(512, "J context documents", low=0, high=2**20)
+    backbone: str = setting("nomic", '"nomic": rotary positions, SwiGLU, no biases; "bert"', choices=("nomic", "bert"))
+    vocab_size: int = setting(0, "rows of the token embeddings; 0: as many as the tokenizer has", low=0, high=2**24)
+    width: int = setting(768, "D", low=1, high=2**16)
+    layers: int = setting(12, "of the second stage (and of a biencoder)", low=1, high=4096)
+    first_stage_layers: int = setting(0, "of the first stage; 0: as many as the second", low=0, high=4096)
+    heads: int = setting(12, "attention heads", low=1, high=2**12)
+    mlp_width: int = setting(3072, "hidden width of the MLP", low=1, high=2**20)
+    max_positions: int = setting(2048, "longest text, in tokens", low=1, high=2**20)
+    head: bool = setting(
+        False,
+        "of a biencoder: an MLP with a residual on its vector, as a contextual model's second stage always has; "
+        "without it the export is a plain encoder that needs no code of ours",
+    )
+    soft_prompt: int = setting(8, "learned tokens between slots and text; 0: none", low=0, high=2**16)
+    slot_bias: float | None = setting(
+        -5.0,
+        "first value of a learned bias per layer and head from text to slots: training starts as a biencoder. None: no "
+        "such bias (the paper)",
+    )
+    dtype: str = setting(
+        "auto",
+        'of the computation; "auto": bfloat16 on accelerators and float32 on CPU',
+        choices=("float32", "bfloat16", "auto"),
+    )
+    attention: str = setting(
+        "auto",
+        'attention kernel: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16; not '
+        'yet run on one); "auto": "blocks" on CPU, else "xla"',
+        choices=("auto", "xla", "blocks", "cudnn"),
+    )
+    remat: str = setting(
+        "auto",
+        'what each layer computes again in the backward pass: "none"; "full", everything: less memory, about a third '
+        'more time; "dots", all but products with weights and attention; "auto", by the platform',
+        choices=("auto", "none", "dots", "full"),
+    )
+    init: Init = dataclasses.field(default_factory=Init)
+
+    def conflicts(self) -> Iterator[str]:
+        """Heads divide the width; a contextual model has a context."""
+        if self.width % self.heads:
+            yield f"`model.width` {self.width} is not a multiple of `model.heads` {self.heads}"
+        if self.kind == "contextual" and not self.context_size:
+            yield "`model.context_size` is 0, so there is no context to read: choose `model.kind` 'biencoder'"
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(_Section):
     """Optimisation, memory, and how often things happen."""
 
-    steps: int
-    devices: int
-    batches_per_step: int
-    learning_rate: float
-    first_stage_rate: float
-    warmup_steps: int
-    weight_decay: float
-    clip_norm: float
-    temperature: float
-    sequence_dropout: float
-    share_negatives: bool
-    text_lengths: int
-    query_chunk: int
-    document_chunk: int
-    context_chunk: int
-    memory_gib: float
-    peak_tflops: float
-    profile_steps: int
-    log_every: int
-    checkpoint_every: int
-    evaluate_every: int
+    name: ClassVar[str] = "train"
+    affects: ClassVar[Affects] = "training"
+
+    steps: int = setting(0, "0: once through the plan", low=0, high=2**31 - 1)
+    devices: int = setting(0, "how many share a step; 0: all there are", low=0, high=2**20)
+    batches_per_step: int = setting(1, "G plan batches per step, shared by the devices", low=1, high=2**20)
+    learning_rate: float = setting(2e-5, "peak, of AdamW", low=0.0, high=1.0)
+    first_stage_rate: float = setting(
+        1.0, "the first stage's learning rate as a share of it; 0: the first stage is frozen", low=0.0, high=1000.0
+    )
+    warmup_steps: int = setting(1000, "linear, then linear decay to zero", low=0, high=2**31 - 1)
+    weight_decay: float = setting(0.01, "of matrices", low=0.0, high=1.0)
+    clip_norm: float = setting(1.0, "largest global norm of the gradient", low=1e-9, high=1e9)
+    temperature: float = setting(0.02, "τ", low=1e-4, high=10.0)
+    sequence_dropout: float = setting(
+        0.005, "p that a context document is replaced by the null embedding", low=0.0, high=1.0
+    )
+    share_negatives: bool = setting(False, "contrast across all plan batches of a step instead of within each")
+    text_lengths: int = setting(
+        12,
+        "padded lengths that texts run at, chosen to fit the plan; each takes time to compile. Texts are sorted by "
+        "length into chunks that are recomputed in the backward pass",
+        low=1,
+        high=256,
+    )
+    query_chunk: int = setting(0, "texts of a chunk of queries, where text_lengths is 1", low=AUTO, high=2**24)
+    document_chunk: int = setting(
+        0,
+        "texts of the longest length whose tokens one chunk of queries and documents holds; 0: a fitting number (8192 "
+        "tokens on accelerators); -1: as many as the device's memory holds",
+        low=AUTO,
+        high=2**24,
+    )
+    context_chunk: int = setting(0, "the same for context documents", low=AUTO, high=2**24)
+    memory_gib: float = setting(
+        0.0, "GiB that a step may need, for chunks of -1; 0: 0.9 of what the device says it has", low=0.0, high=1e6
+    )
+    peak_tflops: float = setting(
+        0.0,
+        "of a device, for the utilisation in metrics.jsonl; 0: the maker's number, if known",
+        low=0.0,
+        high=1e9,
+        affects="nothing",
+    )
+    profile_steps: int = setting(
+        0, "steps traced by jax.profiler into profile/, from the 4th of a run on", low=0, high=10**6, affects="nothing"
+    )
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", low=1, high=2**31 - 1, affects="nothing")
+    checkpoint_every: int = setting(500, "steps; 0: only at the end", low=0, high=2**31 - 1, affects="nothing")
+    evaluate_every: int = setting(
+        0, "steps between scores on the development set; 0: only at the end", low=0, high=2**31 - 1, affects="nothing"
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Warm-up ends before the last step."""
+        if self.steps and self.warmup_steps >= self.steps:
+            yield f"`train.warmup_steps` {self.warmup_steps} must be fewer than `train.steps` {self.steps}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
+class Evaluate(_Section):
     """What is measured at the end, and by which set the best checkpoint is chosen."""
 
-    development: str
-    checkpoint: str
-    cutoff: int
-    baselines: bool
+    name: ClassVar[str] = "evaluate"
+    affects: ClassVar[Affects] = "evaluation"
+
+    development: str = setting(
+        "", 'evaluation set whose score picks the best checkpoint and which is not reported; "": the newest is the best'
+    )
+    checkpoint: str = setting("best", "which checkpoint is evaluated and exported", choices=("best", "newest"))
+    cutoff: int = setting(10, "k of NDCG@k", low=1, high=10**6)
+    baselines: bool = setting(True, "BM25 and the LSA surrogate beside the model")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(_Section):
     """A whole run."""
 
-    seed: int
-    data: Data
-    batching: Batching
-    model: Model
-    train: Train
-    evaluate: Evaluate
+    affects: ClassVar[Affects] = "training"
+
+    seed: int = setting(
+        0, "the one seed of data order, clusters, parameters, context draws and dropout", low=0, high=2**32 - 1
+    )
+    data: Data = dataclasses.field(default_factory=Data)
+    batching: Batching = dataclasses.field(default_factory=Batching)
+    model: Model = dataclasses.field(default_factory=Model)
+    train: Train = dataclasses.field(default_factory=Train)
+    evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested dict, as written to config.json."""
         return dataclasses.asdict(self)
 
+    def conflicts(self) -> Iterator[str]:
+        """Settings of different sections that do not fit each other."""
+        longest = max(self.data.query_length, self.data.document_length)
+        if longest > self.model.max_positions:
+            yield f"texts of {longest} tokens do not fit `model.max_positions` = {self.model.max_positions}"
+        development = self.evaluate.development
+        sets = (*self.data.held_out, *map(evaluation_name, self.data.evaluation))
+        if development and development not in sets:
+            yield f"`evaluate.development` {development!r} is none of the evaluation sets {sets}"
 
-_CHOICES = {
-    "data.source": ("docstrings", "jsonl", "tfds", "huggingface"),
-    "data.packages": ("core", "installed"),
-    "batching.method": ("clustered", "random"),
-    "batching.packing": ("random", "tsp"),
-    "batching.context_source": ("batch", "domain"),
-    "model.kind": ("contextual", "biencoder"),
-    "model.context_attention": ("isolated", "joint"),
-    "model.backbone": ("nomic", "bert"),
-    "model.dtype": ("float32", "bfloat16", "auto"),
-    "model.attention": ("auto", "xla", "blocks", "cudnn"),
-    "model.remat": ("auto", "none", "dots", "full"),
-    "evaluate.checkpoint": ("best", "newest"),
-}
-# key: smallest value allowed; the largest where there is one
-_RANGES = {
-    "seed": (0,),
-    "data.vocab_size": (64,),
-    "data.query_length": (3,),
-    "data.document_length": (3,),
-    "batching.surrogate_width": (2,),
-    "batching.batch_size": (2,),
-    "batching.cluster_size": (1,),
-    "batching.cluster_dimensions": (0,),
-    "batching.cluster_rows": (1,),
-    "batching.iterations": (1,),
-    "batching.tries": (1,),
-    "batching.epochs": (1,),
-    "batching.hard_negatives": (0,),
-    "batching.mine_first": (0,),
-    "batching.mine_last": (0,),
-    "batching.mine_margin": (-2.0, 2.0),
-    "batching.filter_margin": (-2.0, 2.0),
-    "batching.threads": (1,),
-    "batching.workers": (0,),
-    "batching.prefetch": (1,),
-    "model.context_size": (0,),
-    "model.vocab_size": (0,),
-    "model.width": (1,),
-    "model.layers": (1,),
-    "model.first_stage_layers": (0,),
-    "model.heads": (1,),
-    "model.mlp_width": (1,),
-    "model.max_positions": (1,),
-    "model.soft_prompt": (0,),
-    "model.init.layers": (0,),
-    "train.steps": (0,),
-    "train.devices": (0,),
-    "train.batches_per_step": (1,),
-    "train.learning_rate": (0.0, 1.0),
-    "train.first_stage_rate": (0.0, 1000.0),
-    "train.warmup_steps": (0,),
-    "train.weight_decay": (0.0,),
-    "train.clip_norm": (1e-9,),
-    "train.temperature": (1e-4, 10.0),
-    "train.sequence_dropout": (0.0, 1.0),
-    "train.text_lengths": (1,),
-    "train.query_chunk": (AUTO,),
-    "train.document_chunk": (AUTO,),
-    "train.context_chunk": (AUTO,),
-    "train.memory_gib": (0.0,),
-    "train.peak_tflops": (0.0,),
-    "train.profile_steps": (0,),
-    "train.log_every": (1,),
-    "train.checkpoint_every": (0,),
-    "train.evaluate_every": (0,),
-    "evaluate.cutoff": (1,),
-}
-# Keys that may differ between two runs of one work directory: they do not change any number that training computes.
-FREE = {
-    "data.evaluation",
-    "evaluate.development",
-    "batching.threads",
-    "batching.workers",
-    "batching.prefetch",
-    "train.peak_tflops",
-    "train.profile_steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.evaluate_every",
-    "evaluate.checkpoint",
-    "evaluate.cutoff",
-    "evaluate.baselines",
-}
+
+def evaluation_name(path: str) -> str:
+    """Name of the evaluation set in a folder."""
+    return path.rstrip("/").split("/")[-1]
+
+
+def names_affecting(section: type[_Section], *what: Affects) -> tuple[str, ...]:
+    """Fields of a section that affect one of `what`, in the order of their declaration."""
+    fields = [field for field in dataclasses.fields(section) if not dataclasses.is_dataclass(field.type)]
+    return tuple(field.name for field in fields if (field.metadata["affects"] or section.affects) in what)
+
+
+def affected(section: type[_Section] = Config, prefix: str = "") -> dict[str, Affects]:
+    """{"section.key": what it affects} of every setting."""
+    table: dict[str, Affects] = {}
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.type):
+            table |= affected(field.type, f"{prefix}{field.name}.")
+        else:
+            table[prefix + field.name] = field.metadata["affects"] or section.affects
+    return table
 
 
 def from_config_dict(config: Any) -> Config:
-    """Build and check a `Config` from a ConfigDict or a nested dict.
+    """Build and check a `Config` from a ConfigDict or a nested dict that has every key.
 
-    Raises ValueError that names every unknown key (with the nearest known one) and every bad value.
+    Raises SettingsError, a ValueError that names every unknown key (with the nearest known one) and every bad value.
     """
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     problems: list[str] = []
-    built = _build(Config, plain, "", problems)
-    if not problems:
-        problems += _problems(built)
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    built = _build(Config, values, "", problems)
     if problems:
-        raise ValueError("the configuration cannot be used:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise SettingsError(problems)
     return built
 
 
-def _build(kind: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+def _build(section: type[_Section], values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    fields = {field.name: field.type for field in dataclasses.fields(section)}
     for name in sorted(values.keys() - fields.keys()):
         near = difflib.get_close_matches(name, fields, n=1)
         hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known keys here: {', '.join(fields)}"
         problems.append(f"unknown key `{prefix}{name}`: {hint}")
-    built = {}
+    before, arguments = len(problems), {}
     for name, expected in fields.items():
         if name not in values:
-            problems.append(f"`{prefix}{name}` is missing: start from configs/base.py, which declares every key")
-        elif dataclasses.is_dataclass(expected) and not isinstance(values[name], Mapping):
-            problems.append(f"`{prefix}{name}` must be a section of keys, got {values[name]!r}")
-        elif dataclasses.is_dataclass(expected):
-            built[name] = _build(expected, values[name], f"{prefix}{name}.", problems)
+            problems.append(f"`{prefix}{name}` is missing: start from configs/base.py, which has every key")
+        elif not dataclasses.is_dataclass(expected):
+            arguments[name] = _converted(values[name], expected)
+            problems += _type_problems(prefix + name, arguments[name], expected)
+        elif isinstance(values[name], Mapping):
+            arguments[name] = _build(expected, values[name], f"{prefix}{name}.", problems)
         else:
-            built[name] = _value(values[name], expected, prefix + name, problems)
-    return None if problems else kind(**built)
+            problems.append(f"`{prefix}{name}` must be a section of keys, got {values[name]!r}")
+    if len(problems) > before:
+        return None
+    try:
+        return section(**arguments)
+    except SettingsError as error:
+        problems += error.problems
+        return None
 
 
-def _value(value: Any, expected: Any, name: str, problems: list[str]) -> Any:
+def _converted(value: Any, expected: Any) -> Any:
+    """Lists as tuples, and whole numbers as floats where a float is expected."""
     if isinstance(value, list):
-        value = tuple(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in getattr(expected, "__args__", (expected,)):
-        value = float(value)
-    if get_origin(expected) is tuple:
-        fits = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    else:
-        fits = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
-    if not fits:
-        problems.append(f"`{name}` must be {_type_name(expected)}, got {value!r}")
+        return tuple(value)
+    if isinstance(value, int) and not isinstance(value, bool) and float in (get_args(expected) or (expected,)):
+        return float(value)
     return value
 
 
-def _type_name(expected: Any) -> str:
+def _type_problems(name: str, value: Any, expected: Any) -> list[str]:
     if get_origin(expected) is tuple:
-        return "a tuple of texts, e.g. ('one',)"
-    return getattr(expected, "__name__", str(expected))
+        fits = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        kind = "a tuple of texts, e.g. ('a',)"
+    else:
+        fits = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
+        kind = getattr(expected, "__name__", str(expected))
+    return [] if fits else [f"`{name}` must be {kind}, got {value!r}"]
 
 
-def _problems(config: Config) -> list[str]:
-    flat = flatten(config.as_dict())
-    problems = [
-        f"`{name}` must be one of {', '.join(map(repr, choices))}, got {flat[name]!r}"
-        for name, choices in _CHOICES.items()
-        if flat[name] not in choices
-    ]
-    for name, (low, *high) in _RANGES.items():
-        value = flat[name]
-        if value is not None and not (low <= value and (not high or value <= high[0])):
-            problems.append(f"`{name}` must be ≥ {low}{f' and ≤ {high[0]}' if high else ''}, got {value}")
-    data, model, train = config.data, config.model, config.train
-    if data.source == "jsonl" and not data.paths:
-        problems.append("`data.paths` is empty: name the jsonl files, e.g. --config.data.paths=\"('pairs.jsonl.gz',)\"")
-    if data.source == "huggingface" and not data.paths:
-        problems.append(
-            "`data.paths` is empty: name data sets or Parquet files, e.g. --config.data.paths=\"('me/pairs',)\""
-        )
-    if data.source == "tfds" and (len(data.paths) != 1 or not data.collections):
-        problems.append(
-            "`data.source` 'tfds' needs `data.collections` by name and the one folder of their files in `data.paths`, "
-            f"got {data.collections} and {data.paths}"
-        )
-    b = config.batching
-    for name, prompts in (("surrogate_prompts", b.surrogate_prompts), ("filter_prompts", b.filter_prompts)):
-        if len(prompts) not in (0, 2):
-            problems.append(f"`batching.{name}` must be empty or (of queries, of documents), got {prompts!r}")
-    if b.mine_last and not 1 <= b.mine_first <= b.mine_last:
-        problems.append(
-            f"`batching.mine_first` {b.mine_first} … `batching.mine_last` {b.mine_last} must be ranks from 1, in order"
-        )
-    longest = max(data.query_length, data.document_length)
-    if longest > model.max_positions:
-        problems.append(f"texts of {longest} tokens do not fit `model.max_positions` = {model.max_positions}")
-    if model.width % model.heads:
-        problems.append(f"`model.width` {model.width} is not a multiple of `model.heads` {model.heads}")
-    if model.kind == "contextual" and not model.context_size:
-        problems.append("`model.context_size` is 0, so there is no context to read: choose `model.kind` 'biencoder'")
-    if train.steps and train.warmup_steps >= train.steps:
-        problems.append(f"`train.warmup_steps` {train.warmup_steps} must be fewer than `train.steps` {train.steps}")
-    development, sets = config.evaluate.development, (*data.held_out, *map(_set_name, data.evaluation))
-    if development and development not in sets:
-        problems.append(f"`evaluate.development` {development!r} is none of the evaluation sets {sets}")
-    return problems
-
-
-def _set_name(path: str) -> str:
-    return path.rstrip("/").split("/")[-1]
+def _range_problems(name: str, value: Any, field: dataclasses.Field) -> list[str]:
+    if value is None or not field.metadata:
+        return []
+    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
+    if choices and value not in choices:
+        return [f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}"]
+    if low is not None and not low <= value <= high:  # NaN too
+        return [f"`{name}` must be ≥ {low} and ≤ {high}, got {value}"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"`{name}` must be a finite number, got {value}"]
+    return []
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -347,12 +481,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check_same_run(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -> None:
     """ValueError when a work directory was made with other settings that change results; lists each."""
-    now, before = flatten(now), flatten(before)
-    listed = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731  (JSON has no tuples)
+    now, before, effect = flatten(now), flatten(before), affected()
+    as_json = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731  (JSON has no tuples)
     different = [
-        f"- {name}: {before.get(name, '(not there)')!r} there, {listed(now.get(name, '(not there)'))!r} now"
+        f"- {name}: {before.get(name, '(not there)')!r} there, {as_json(now.get(name, '(not there)'))!r} now"
         for name in sorted(now.keys() | before.keys())
-        if name not in FREE and listed(now.get(name)) != listed(before.get(name))
+        if effect.get(name) not in ("nothing", "evaluation") and as_json(now.get(name)) != as_json(before.get(name))
     ]
     if different:
         raise ValueError(

@@ -19,7 +19,7 @@ _REBUILD = flags.DEFINE_bool("rebuild", False, "Make store and plan again; check
 
 def main(argv: list[str]) -> None:
     """Run the stages; a mistake of the user is told in words, without a traceback."""
-    from cde_jax import stages
+    from cde_jax.stages import run as stages
 
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}: every setting is a flag, --config.SECTION.KEY=VALUE")

@@ -8,10 +8,11 @@ import pytest
 from test_stages import config_of, go
 from tiny_run import write_data
 
-from cde_jax import assemble, stages
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json, write_json
-from cde_jax.prepare import load_plan
+from cde_jax.stages import assemble
+from cde_jax.stages import run as stages
+from cde_jax.stages.prepare import load_plan
 from cde_jax.training import sharding
 from cde_jax.training.memory import program_bytes
 from cde_jax.training.step import stream

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from cde_jax.adapters.whitening import whitening
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
@@ -22,7 +23,6 @@ from cde_jax.retrieval import encode, padding
 from cde_jax.retrieval.checks import check_texts
 from cde_jax.retrieval.embedder import Context, Embedder
 from cde_jax.retrieval.padding import batches, padded_lengths
-from cde_jax.retrieval.whiten import whitening
 
 TEXT = "the cat sat on a mat while seven grey whales sang deep songs of cold water and old ships"
 WORDS = TEXT.split(" ")

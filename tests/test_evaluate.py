@@ -8,16 +8,13 @@ import pytest
 from conftest import shared
 from flax import nnx
 
+from cde_jax.adapters.whitening import beginnings
 from cde_jax.batching.surrogate import lsa
 from cde_jax.data.sources import beir
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.store import read_json, write_json
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.interop.read import TextSettings
-from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
-from cde_jax.models.encoder import EncoderConfig
-from cde_jax.retrieval.embedder import Embedder
-from cde_jax.retrieval.evaluate import (
+from cde_jax.evaluation.beir import (
     bm25,
     combine,
     evaluate_baselines,
@@ -28,7 +25,10 @@ from cde_jax.retrieval.evaluate import (
     table,
     vectors_baseline,
 )
-from cde_jax.retrieval.whiten import beginnings
+from cde_jax.interop.read import TextSettings
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
+from cde_jax.models.encoder import EncoderConfig
+from cde_jax.retrieval.embedder import Embedder
 
 ANIMALS = EvaluationSet(
     "animals",

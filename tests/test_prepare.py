@@ -17,7 +17,7 @@ from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.prepare import load_plan
+from cde_jax.stages.prepare import load_plan
 
 
 @pytest.fixture(scope="module")
@@ -143,5 +143,5 @@ def test_a_work_directory_that_cannot_be_written_to_is_named(data, tmp_path):
 
 
 def test_collections_cost_nothing_to_those_who_use_none(tmp_path):
-    code = "import sys, cde_jax.prepare; sys.exit('tensorflow_datasets' in sys.modules or 'datasets' in sys.modules)"
+    code = "import sys, cde_jax.stages.prepare\nsys.exit(bool({'tensorflow_datasets', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

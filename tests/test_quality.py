@@ -19,10 +19,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from quality import arrays, evaluation, prepare, results, scoring, settings, summary, train, training, variants  # noqa: E402
 
+from cde_jax.adapters.whitening import beginnings  # noqa: E402
 from cde_jax.config import flatten, from_config_dict  # noqa: E402
 from cde_jax.data.tokens import Tokenizer  # noqa: E402
-from cde_jax.prepare import TOKENIZER  # noqa: E402
-from cde_jax.retrieval.whiten import beginnings  # noqa: E402
+from cde_jax.stages.prepare import TOKENIZER  # noqa: E402
 from configs import minilm  # noqa: E402
 
 TINY = [

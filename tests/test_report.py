@@ -7,8 +7,8 @@ import pytest
 from matplotlib.image import imread
 from tiny_pairs import tiny_pairs, tiny_plan, tiny_vectors
 
-from cde_jax import report
 from cde_jax.data.files import read_json
+from cde_jax.stages import report
 
 
 @pytest.fixture(scope="module")

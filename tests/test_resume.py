@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from tiny_run import get_config, write_data
 
-from cde_jax import stages
 from cde_jax.data.files import read_json
+from cde_jax.stages import run as stages
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 24

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from tiny_run import SIZES, get_config, texts, write_data, write_lines
 
-from cde_jax import Embedder, stages
-from cde_jax.assemble import build_model
+from cde_jax import Embedder
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import fingerprint, read_json, write_json
 from cde_jax.models.contextual import ContextualEncoder
+from cde_jax.stages import run as stages
+from cde_jax.stages.assemble import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cde_jax.retrieval.whiten import LETTERS, SHARE, SIZE, STRENGTH, beginnings, whitening
+from cde_jax.adapters.whitening import LETTERS, SHARE, SIZE, STRENGTH, beginnings, whitening
 
 
 def unit(vectors):

@@ -36,7 +36,7 @@ class TokenSet:
     name: str
     queries: Ragged
     documents: Ragged
-    beginnings: Ragged  # of documents, as queries (`cde_jax.retrieval.whiten`)
+    beginnings: Ragged  # of documents, as queries (`cde_jax.adapters.whitening`)
     judged: Int[np.ndarray, " j"]  # the query of each judgement …
     relevant: Int[np.ndarray, " j"]  # … its document …
     grades: Int32[np.ndarray, " j"]  # … and how relevant that is

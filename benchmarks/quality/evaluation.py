@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from cde_jax.adapters.whitening import beginnings
 from cde_jax.config import Config
 from cde_jax.data.sources import beir
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.store import Ragged, StoreWriter
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.retrieval.whiten import beginnings
 
 CUT_STREAM = 61  # keeps these draws apart from other random numbers of the same seed
 

@@ -28,7 +28,7 @@ from cde_jax.config import Config, from_config_dict  # noqa: E402
 from cde_jax.data.files import fingerprint, write_file, write_json  # noqa: E402
 from cde_jax.data.store import Store, StoreWriter  # noqa: E402
 from cde_jax.data.tokens import Tokenizer  # noqa: E402
-from cde_jax.prepare import PAIRS, PLAN, TOKENIZER, plan_settings, prepare  # noqa: E402
+from cde_jax.stages.prepare import PAIRS, PLAN, TOKENIZER, plan_settings, prepare  # noqa: E402
 from quality import arrays, evaluation  # noqa: E402
 from quality import variants as grid  # noqa: E402
 from quality.settings import override, parse  # noqa: E402
@@ -165,8 +165,8 @@ def _portable(config: Config) -> Config:
 
 def _start(name: str, layers: int, config: Config):
     """The pretrained encoder, of the shape that the configuration's model has."""
-    from cde_jax.assemble import encoder_config
     from cde_jax.interop.read import load_encoder
+    from cde_jax.stages.assemble import encoder_config
 
     encoder = load_encoder(name, layers)
     ours = encoder_config(config.model, encoder.config.vocab_size, layers, "float32")

@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
+from cde_jax.adapters.whitening import SIZE, whitening
 from cde_jax.config import Config
 from cde_jax.data.store import Ragged
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
 from cde_jax.retrieval.padding import full_batch, padded, padded_lengths
-from cde_jax.retrieval.whiten import SIZE, whitening
 from quality.arrays import TokenSet
 
 SAME, OTHER, NONE = "same corpus", "other corpus", "none"

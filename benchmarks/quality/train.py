@@ -21,10 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import jax  # noqa: E402
 from about import about  # noqa: E402
 
-from cde_jax.assemble import CHUNKS  # noqa: E402
 from cde_jax.batching.plan import BatchPlan  # noqa: E402
-from cde_jax.config import FREE, Config, flatten, from_config_dict  # noqa: E402
+from cde_jax.config import Config, affected, flatten, from_config_dict  # noqa: E402
 from cde_jax.data.files import fingerprint  # noqa: E402
+from cde_jax.stages.assemble import CHUNKS  # noqa: E402
 from quality import arrays, results, scoring, summary, training  # noqa: E402
 from quality import variants as grid  # noqa: E402
 from quality.settings import override, parse  # noqa: E402
@@ -161,7 +161,11 @@ def checked_plan(lab: arrays.Lab, variant: grid.Variant, config: Config) -> Batc
 
 def run_identity(lab: arrays.Lab, config: Config, plan: BatchPlan, start: Path | None) -> str:
     """The digest of everything that decides what a run computes."""
-    settings = {key: value for key, value in flatten(config.as_dict()).items() if key not in FREE | MEMORY}
+    settings = {
+        key: value
+        for key, value in flatten(config.as_dict()).items()
+        if affected().get(key) != "nothing" and key not in MEMORY
+    }
     return fingerprint([lab.fingerprint, settings, plan.fingerprint, start is not None])
 
 

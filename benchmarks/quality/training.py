@@ -1,7 +1,7 @@
 """One run: a variant and a seed from its start to its last step, going on where a killed one stopped.
 
-The model, the loss and the step are the project's own (`cde_jax.assemble`); here is only the loop around them, without
-what a bare image lacks.
+The model, the loss and the step are the project's own (`cde_jax.stages.assemble`); here is only the loop around them,
+without what a bare image lacks.
 """
 
 import time
@@ -17,11 +17,11 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
-from cde_jax.assemble import CHUNKS, Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import Config
 from cde_jax.data.files import write_file
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
+from cde_jax.stages.assemble import CHUNKS, Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
 from cde_jax.training import sharding
 from cde_jax.training.step import TrainState, stream
 from quality.arrays import Lab

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from cde_jax.adapters.whitening import Whitening
 from cde_jax.data.files import write_file
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import ContextCache
-from cde_jax.retrieval.whiten import Whitening
 
 FORMAT = "cde_jax context 5"
 # Centres without a matrix; the other two without centres.

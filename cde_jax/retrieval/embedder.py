@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from cde_jax.adapters.whitening import SIZE, whitening
 from cde_jax.data.files import fingerprint
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.baked import export_corpus
@@ -28,7 +29,6 @@ from cde_jax.retrieval.checks import check_fit, check_texts
 from cde_jax.retrieval.context import Context, weights_fingerprint
 from cde_jax.retrieval.encode import encode
 from cde_jax.retrieval.padding import padded_lengths
-from cde_jax.retrieval.whiten import SIZE, whitening
 
 __all__ = ["Context", "Embedder"]
 

@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 import jax
 
+from cde_jax.config import AUTO
+
 log = logging.getLogger(__name__)
 
-AUTO = -1  # a chunk size to be found
+
 SHARE = 0.9  # of a device's memory for the step: the rest is for batches on their way and for scores in between
 _GIB = 2**30
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytrec_eval
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
+from cde_jax.adapters.whitening import SIZE, beginnings, whitening
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.retrieval.embedder import WHITENING_STREAM, Context, Embedder
 from cde_jax.retrieval.index import as_run, search
-from cde_jax.retrieval.whiten import SIZE, beginnings, whitening
 
 SAME_CORPUS, RANDOM_DOCUMENTS, NO_CONTEXT = "same corpus", "random training documents", "none"
 WHITENED = "same corpus, whitened"

@@ -14,21 +14,21 @@ import jax
 import numpy as np
 from flax import nnx
 
-from cde_jax.assemble import CHUNKS, Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
 from cde_jax.batching.loader import Loader
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.batching.surrogate import Lsa, Texts
-from cde_jax.config import FREE, Config, check_same_run, from_config_dict
+from cde_jax.config import Config, Train, check_same_run, from_config_dict, names_affecting
 from cde_jax.data.files import fingerprint, read_json, write_json
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
+from cde_jax.evaluation import beir as measure
 from cde_jax.interop.read import TextSettings, load_encoder
 from cde_jax.models.attention import pick
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
 from cde_jax.models.encoder import Encoder, pick_remat
-from cde_jax.prepare import LSA, TOKENIZER, Encoders, evaluation_sets, load_plan, prepare
-from cde_jax.retrieval import evaluate as measure
 from cde_jax.retrieval.embedder import Embedder
+from cde_jax.stages.assemble import CHUNKS, Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
+from cde_jax.stages.prepare import LSA, TOKENIZER, Encoders, evaluation_sets, load_plan, prepare
 from cde_jax.training import loop, sharding
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import TrainState, stream
@@ -265,7 +265,7 @@ def _describe(config: Config, run: _Run, loader: Loader) -> dict[str, Any]:
 
 def _training_fingerprint(config: Config) -> str:
     """Of the settings that shape parameters or optimiser: how often things are logged or saved is not among them."""
-    train = {k: v for k, v in config.as_dict()["train"].items() if f"train.{k}" not in FREE}
+    train = {name: getattr(config.train, name) for name in names_affecting(Train, "training")}
     return fingerprint({"seed": config.seed, "model": config.as_dict()["model"], "train": train})
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from cde_jax import report
 from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan
 from cde_jax.batching.plan import BatchPlan
@@ -23,6 +22,7 @@ from cde_jax.data.pairs import Pair, clean, write_pairs
 from cde_jax.data.sources import beir, docstrings, huggingface, jsonl
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
+from cde_jax.stages import report
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from flax import nnx
 
 from cde_jax.batching.loader import Loader
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.config import Config, Model
+from cde_jax.config import AUTO, Config, Model
 from cde_jax.data.store import Store
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 from cde_jax.training import sharding
-from cde_jax.training.memory import AUTO, device_limit, largest_chunk, program_bytes
+from cde_jax.training.memory import device_limit, largest_chunk, program_bytes
 from cde_jax.training.step import StepConfig, TrainState, init_state, make_optimizer, make_train_step, stream
 
 CHUNKS = ("query_chunk", "document_chunk", "context_chunk")

@@ -1,0 +1,1 @@
+"""Retrieval quality: metrics, baselines, evaluation sets under each kind of context."""
