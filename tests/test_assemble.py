@@ -12,7 +12,7 @@ from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json, write_json
 from cde_jax.stages import assemble
 from cde_jax.stages import run as stages
-from cde_jax.stages.prepare import load_plan
+from cde_jax.stages.prepare import load_prepared
 from cde_jax.training import sharding
 from cde_jax.training.memory import program_bytes
 from cde_jax.training.step import stream
@@ -35,7 +35,7 @@ def prepared(data, tmp_path_factory) -> Path:
 
 def step_bytes(config, prepared) -> int:
     """What the compiler says of the step with the config's chunks."""
-    pairs, plan = load_plan(config, prepared)
+    pairs, plan, _ = load_prepared(config, prepared)
     training = assemble.make_training(config, assemble.build_model(config, 150, "float32"), plan)
     batch = assemble.make_loader(config, plan, pairs).batch(0)
     batch = sharding.shard_batch(training.mesh, {k: v for k, v in batch.items() if k != "plan_batch"})
@@ -43,7 +43,7 @@ def step_bytes(config, prepared) -> int:
 
 
 def fitted(config, prepared):
-    pairs, plan = load_plan(config, prepared)
+    pairs, plan, _ = load_prepared(config, prepared)
     return assemble.fit_chunks(config, assemble.build_model(config, 150, "float32"), plan, pairs)
 
 

@@ -17,7 +17,7 @@ from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.stages.prepare import load_plan
+from cde_jax.stages.prepare import load_prepared
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_hard_negatives_are_mined(data, workdir):
     mined = {"hard_negatives": 2, "mine_first": 1, "mine_last": 6, "mine_margin": -0.5}
     config = {f"batching__{name}": value for name, value in mined.items()}
     go(data, workdir, "prepare", **config)
-    pairs, plan = load_plan(from_config_dict(config_of(data, **config)), workdir)
+    pairs, plan, _ = load_prepared(from_config_dict(config_of(data, **config)), workdir)
     assert plan.hard_negatives.shape[2] == 2
     vectors = Store.open(workdir / "store/vectors")
     queries, documents = (vectors.array(name).astype(np.float32) for name in ("queries", "documents"))
@@ -115,7 +115,7 @@ def test_what_differs_is_named_where_a_store_does_not_fit(data, workdir):
 def test_pairs_of_another_tokenizer_are_refused(data, workdir):
     Tokenizer.train(["other words"] * 9, 70).save(workdir / "store/tokenizer")
     with pytest.raises(ValueError, match="made with another tokenizer: expected fingerprint"):
-        load_plan(from_config_dict(config_of(data)), workdir)
+        load_prepared(from_config_dict(config_of(data)), workdir)
 
 
 @pytest.mark.parametrize(

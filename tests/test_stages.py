@@ -18,6 +18,9 @@ from cde_jax.data.files import fingerprint, read_json, write_json
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.stages import run as stages
 from cde_jax.stages.assemble import build_model
+from cde_jax.stages.evaluate import trained as restore
+from cde_jax.stages.prepare import load_prepared
+from cde_jax.stages.train import initial_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,7 +113,8 @@ def test_domains_that_are_too_small_together_are_dropped_and_counted(data, tmp_p
 
 def test_the_export_gives_the_trained_model_s_vectors(data, done):
     workdir, _ = done
-    trained = stages.trained(from_config_dict(config_of(data)), workdir)
+    config = from_config_dict(config_of(data))
+    trained = restore(config, workdir, load_prepared(config, workdir))
     exported = Embedder.from_pretrained(workdir / "export")
     corpus, queries = [d for _, d in texts("sea", 9, seed=3)], [q for q, _ in texts("sky", 5, seed=3)]
     for contexts in ((None, None), (trained.embed_context(corpus), exported.embed_context(corpus))):
@@ -332,10 +336,10 @@ def test_the_command_tells_a_mistake_in_one_line_without_a_traceback(tmp_path):
 def test_training_starts_from_the_encoders_that_the_config_names(data, done, tmp_path):
     exported = str(done[0] / "export")
     config = from_config_dict(config_of(data))
-    plain = stages._initial_model(config, done[0])
+    plain = initial_model(config, 150)
     changed = config_of(data)
     changed.model.init.second_stage = exported
-    started = stages._initial_model(from_config_dict(changed), done[0])
+    started = initial_model(from_config_dict(changed), 150)
     source = Embedder.from_pretrained(exported).model
     word = lambda encoder: np.asarray(encoder.word.embedding[...])  # noqa: E731
     np.testing.assert_array_equal(word(started.encoder), word(source.encoder))
@@ -344,4 +348,4 @@ def test_training_starts_from_the_encoders_that_the_config_names(data, done, tmp
     with pytest.raises(
         ValueError, match=r"model\.init\.second_stage .* mlp_width: the config says 64, the checkpoint 32"
     ):
-        stages._initial_model(from_config_dict(changed), done[0])
+        initial_model(from_config_dict(changed), 150)

@@ -7,7 +7,7 @@ one that belongs to others is an error, unless it is to be rebuilt.
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,13 +16,12 @@ from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.batching.settings import PlanSettings
-from cde_jax.config import Config, flatten
+from cde_jax.config import Config, evaluation_name, flatten
 from cde_jax.data.files import fingerprint
 from cde_jax.data.pairs import Pair, clean, write_pairs
 from cde_jax.data.sources import beir, docstrings, huggingface, jsonl
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.stages import report
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +34,30 @@ PLAN = "plan"
 Encoders = tuple[surrogate.Encode, surrogate.Encode]  # of queries, of documents
 
 
+class Prepared(NamedTuple):
+    """What the stages after `prepare` read; opened and verified once in a run."""
+
+    pairs: Store
+    plan: BatchPlan
+    tokenizer: Tokenizer
+
+
 def prepare(
     config: Config, workdir: Path, *, rebuild: bool = False, checkpoint: Callable[[str], Encoders] | None = None
-) -> str:
-    """Make or keep `store/` and `plan/`, and report them: as `report.json`, `report.png` and the text returned.
+) -> Prepared:
+    """Make or keep `store/` and `plan/`.
 
     `checkpoint` gives the encoders of one of our own models by its directory, for a surrogate "checkpoint:DIR".
     """
     b = config.batching
     pairs = _pairs(config, workdir, rebuild)
     vectors = _vectors(config, workdir / VECTORS, pairs, b.surrogate, b.surrogate_prompts, rebuild, checkpoint)
-    judge = vectors
+    filter_vectors = vectors
     if _has_filter(config):
         name, prompts = b.filter_surrogate or b.surrogate, b.filter_prompts
-        judge = _vectors(config, workdir / FILTER_VECTORS, pairs, name, prompts, rebuild, checkpoint)
-    plan = _plan(config, workdir, pairs, vectors, judge, rebuild)
-    return report.write(pairs, plan, workdir)
+        filter_vectors = _vectors(config, workdir / FILTER_VECTORS, pairs, name, prompts, rebuild, checkpoint)
+    plan = _plan(config, workdir, pairs, vectors, filter_vectors, rebuild)
+    return Prepared(pairs, plan, _tokenizer(workdir, pairs))
 
 
 def plan_settings(config: Config) -> PlanSettings:
@@ -60,25 +67,31 @@ def plan_settings(config: Config) -> PlanSettings:
     return PlanSettings(**{name: getattr(config.batching, name) for name in names}, **ours)
 
 
-def load_plan(config: Config, workdir: Path) -> tuple[Store, BatchPlan]:
-    """The pairs and the plan of this work directory, checked against each other, the tokenizer and the config."""
+def load_prepared(config: Config, workdir: Path) -> Prepared:
+    """What `prepare` left in a work directory, checked against each other and the config."""
     pairs = Store.open(workdir / PAIRS, kind="pairs")
-    tokenizer = Tokenizer.load(workdir / TOKENIZER).fingerprint
-    if tokenizer != pairs.manifest["tokenizer"]:
-        raise ValueError(
-            f"{workdir / PAIRS} was made with another tokenizer: expected fingerprint {tokenizer}, that of "
-            f"{workdir / TOKENIZER}, it has {pairs.manifest['tokenizer']}; run --stage=prepare --rebuild"
-        )
+    tokenizer = _tokenizer(workdir, pairs)
     plan = BatchPlan.load(workdir / PLAN)
     plan.verify(pairs.fingerprint, plan_settings(config).as_dict())
-    return pairs, plan
+    return Prepared(pairs, plan, tokenizer)
 
 
-def evaluation_sets(config: Config, workdir: Path) -> list[beir.EvaluationSet]:
-    """The held-out packages that `prepare` wrote, and the folders that the config names."""
+def _tokenizer(workdir: Path, pairs: Store) -> Tokenizer:
+    tokenizer = Tokenizer.load(workdir / TOKENIZER)
+    if tokenizer.fingerprint != pairs.manifest["tokenizer"]:
+        raise ValueError(
+            f"{workdir / PAIRS} was made with another tokenizer: expected fingerprint {tokenizer.fingerprint}, that of "
+            f"{workdir / TOKENIZER}, it has {pairs.manifest['tokenizer']}; run --stage=prepare --rebuild"
+        )
+    return tokenizer
+
+
+def evaluation_sets(config: Config, workdir: Path, names: Sequence[str] | None = None) -> list[beir.EvaluationSet]:
+    """The held-out packages that `prepare` wrote, and the folders that the config names; all, or those of `names`."""
     held_out = config.data.held_out if config.data.source == "docstrings" else ()
-    folders = [workdir / SETS / name for name in held_out] + [Path(path) for path in config.data.evaluation]
-    return [beir.read(folder) for folder in folders]
+    folders = {name: workdir / SETS / name for name in held_out}
+    folders |= {evaluation_name(path): Path(path) for path in config.data.evaluation}
+    return [beir.read(folder) for name, folder in folders.items() if names is None or name in names]
 
 
 class _Source(NamedTuple):
@@ -211,15 +224,17 @@ def _vectors(
     return surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings)
 
 
-def _plan(config: Config, workdir: Path, pairs: Store, vectors: Store, judge: Store, rebuild: bool) -> BatchPlan:
+def _plan(
+    config: Config, workdir: Path, pairs: Store, vectors: Store, filter_vectors: Store, rebuild: bool
+) -> BatchPlan:
     settings = plan_settings(config)
     if (workdir / PLAN).exists() and not rebuild:
         plan = BatchPlan.load(workdir / PLAN)
-        plan.verify(pairs.fingerprint, settings.as_dict(), vectors.fingerprint, judge.fingerprint)
+        plan.verify(pairs.fingerprint, settings.as_dict(), vectors.fingerprint, filter_vectors.fingerprint)
         log.info("the plan is there and fits: kept")
         return plan
     log.info("building the batch plan")
-    return build_plan(workdir / PLAN, pairs, vectors, settings, filter_vectors=judge)
+    return build_plan(workdir / PLAN, pairs, vectors, settings, filter_vectors=filter_vectors)
 
 
 def _keep(folder: Path, kind: str, about: dict, found: Callable[[dict], dict], rebuild: bool) -> bool:
