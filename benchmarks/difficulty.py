@@ -15,7 +15,7 @@ from about import about
 
 from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan
-from cde_jax.batching.settings import PlanSettings
+from cde_jax.config import Batching
 from cde_jax.data.pairs import clean, write_pairs
 from cde_jax.data.sources import jsonl
 from cde_jax.data.store import Store
@@ -34,7 +34,6 @@ PLAN = {
     "mine_first": 0,
     "mine_last": 0,
     "mine_margin": 0.0,
-    "seed": 0,
 }
 
 
@@ -51,9 +50,9 @@ def main() -> None:
     pairs, vectors = prepared(args.pairs, args.workdir)
     rows = []
     for size in [0, *args.sizes]:
-        changes = {"batch_size": args.batch, "margin": args.margin, "cluster_size": size or 1}
-        settings = PlanSettings(**(PLAN | changes), method="clustered" if size else "random")
-        plan = build_plan(args.workdir / f"plan-{size}", pairs, vectors, settings)
+        changes = {"batch_size": args.batch, "filter_margin": args.margin, "cluster_size": size or 1}
+        settings = Batching(**(PLAN | changes), method="clustered" if size else "random")
+        plan = build_plan(args.workdir / f"plan-{size}", pairs, vectors, settings, 0)
         groups = {
             group["name"]: group["difficulty"]["in_batch_negative_similarity"] for group in plan.manifest["groups"]
         }

@@ -24,7 +24,7 @@ import numpy as np
 from about import about
 
 from cde_jax.batching import build
-from cde_jax.batching.settings import PlanSettings
+from cde_jax.config import Batching
 from cde_jax.data.store import Store, StoreWriter
 
 SHARES = np.array([30, 20, 14, 10, 8, 6, 5, 4, 2, 1]) / 100  # of the pairs, by domain
@@ -43,8 +43,7 @@ SETTINGS = {
     "mine_last": 0,
     "mine_first": 0,
     "mine_margin": 0.05,
-    "margin": 0.1,
-    "seed": 0,
+    "filter_margin": 0.1,
 }
 TARGET_SECONDS, TARGET_BYTES = 30 * 60, 8 * 2**30
 SECONDS: Counter[str] = Counter()
@@ -70,7 +69,7 @@ def main() -> None:
         subprocess.run(command, check=True)
         pairs, vectors = (Store.open(Path(folder) / kind, kind=kind) for kind in ("pairs", "vectors"))
         start = time.perf_counter()
-        plan = build.build_plan(Path(folder) / "plan", pairs, vectors, PlanSettings(**settings))
+        plan = build.build_plan(Path(folder) / "plan", pairs, vectors, Batching(**settings), 0)
         SECONDS["all"] = time.perf_counter() - start
         difficulty, batches = plan.manifest["difficulty"], len(plan)
         clusters = sum(group["clusters"] for group in plan.manifest["groups"])

@@ -5,8 +5,8 @@ import zlib
 import numpy as np
 
 from cde_jax.batching.build import build_plan
-from cde_jax.batching.settings import PlanSettings
 from cde_jax.batching.surrogate import write_vectors
+from cde_jax.config import Batching
 from cde_jax.data.store import StoreWriter, fingerprint
 
 WORDS = ("file", "open", "graph", "node", "matrix", "sum", "thread", "lock", "socket", "read", "parse", "token")
@@ -21,13 +21,12 @@ PLAN = {
     "tries": 2,
     "packing": "tsp",
     "epochs": 2,
-    "domain_weights": [],
+    "domain_weights": (),
     "hard_negatives": 2,
     "mine_first": 0,
     "mine_last": 0,
     "mine_margin": 0.0,
-    "margin": 0.1,
-    "seed": 7,
+    "filter_margin": 0.1,
 }
 
 
@@ -97,6 +96,6 @@ def tiny_vectors(directory, pairs, encode=bag_of_words):
     return write_vectors(directory, pairs, encode, name=encode.__name__, settings={})
 
 
-def tiny_plan(directory, pairs, vectors, filter_vectors=None, **changes):
+def tiny_plan(directory, pairs, vectors, filter_vectors=None, seed=7, **changes):
     """The plan by the settings `PLAN` with these changes."""
-    return build_plan(directory, pairs, vectors, PlanSettings(**(PLAN | changes)), filter_vectors=filter_vectors)
+    return build_plan(directory, pairs, vectors, Batching(**(PLAN | changes)), seed, filter_vectors=filter_vectors)

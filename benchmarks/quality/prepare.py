@@ -28,7 +28,7 @@ from cde_jax.config import Config, from_config_dict  # noqa: E402
 from cde_jax.data.files import fingerprint, write_file, write_json  # noqa: E402
 from cde_jax.data.store import Store, StoreWriter  # noqa: E402
 from cde_jax.data.tokens import Tokenizer  # noqa: E402
-from cde_jax.stages.prepare import PAIRS, PLAN, TOKENIZER, plan_settings, prepare  # noqa: E402
+from cde_jax.stages.prepare import PAIRS, PLAN, TOKENIZER, prepare  # noqa: E402
 from quality import arrays, evaluation  # noqa: E402
 from quality import variants as grid  # noqa: E402
 from quality.settings import override, parse  # noqa: E402
@@ -126,7 +126,7 @@ def _plan(config: Config, work: Path, name: str) -> None:
     place = _place(work, name)
     if place.exists():
         pairs = Store.open(work / PAIRS, kind="pairs", verify=False)
-        BatchPlan.load(place).verify(pairs.fingerprint, plan_settings(config).as_dict())
+        BatchPlan.load(place).verify(pairs.fingerprint, config.batching.plan_settings(config.seed))
         return
     log.info("plan %s", name)
     report = prepare(config, work)

@@ -34,7 +34,6 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Settings that change memory and not results, so that what ran out of it can go on in the same directory.
 MEMORY = {*(f"train.{name}" for name in CHUNKS), "train.memory_gib", "model.remat"}
 # Of a plan's settings, the configuration's key; the others have the same name. A plan's seed is its own.
-PLAN_KEYS = {"margin": "filter_margin"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -150,7 +149,7 @@ def checked_plan(lab: arrays.Lab, variant: grid.Variant, config: Config) -> Batc
     plan = lab.plan(variant["plan"])
     ours = flatten(config.as_dict())
     for key, theirs in plan.manifest["settings"].items():
-        name = f"batching.{PLAN_KEYS.get(key, key)}"
+        name = f"batching.{key}"
         if name in ours and fingerprint(ours[name]) != fingerprint(theirs):
             raise ValueError(
                 f"the plan {variant['plan']!r} was made with {name} = {theirs!r}, not {ours[name]!r}: choose a variant "

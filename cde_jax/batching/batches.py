@@ -19,7 +19,7 @@ from cde_jax.batching.groups import Group
 from cde_jax.batching.mine import mine_hard_negatives
 from cde_jax.batching.negatives import Positives, choose_hard_negatives, cosine, false_negative_mask, positives
 from cde_jax.batching.pack import document_centroids, epoch_batches, epoch_size
-from cde_jax.batching.settings import PlanSettings
+from cde_jax.config import Batching
 from cde_jax.data.files import explained, write_all
 from cde_jax.data.store import Ragged, Store
 
@@ -76,7 +76,7 @@ class Filter(NamedTuple):
 
 
 def cluster_groups(
-    groups: Sequence[Group], weights: Sequence[float], vectors: Store, settings: PlanSettings
+    groups: Sequence[Group], weights: Sequence[float], vectors: Store, settings: Batching, seed: int
 ) -> list[Part]:
     """The groups with their clusters; with method "random" a group is one cluster."""
     clustered = iter(())
@@ -91,7 +91,7 @@ def cluster_groups(
                 cluster_size=settings.cluster_size,
                 iterations=settings.iterations,
                 tries=settings.tries,
-                seed=settings.seed,
+                seed=seed,
             )
         )
     parts = []
@@ -109,7 +109,8 @@ def plan_arrays(
     parts: Sequence[Part],
     vectors: Store,
     judge: Filter,
-    settings: PlanSettings,
+    settings: Batching,
+    seed: int,
     difficulty: Difficulty,
     scratch: Path,
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -119,11 +120,11 @@ def plan_arrays(
     """
     yield "clusters", _global_clusters(parts, len(judge.queries))
     centroids = [_centroids(part, vectors, settings) for part in parts]
-    mined = [_mine(part, judge, settings, scratch) for part in parts]
+    mined = [_mine(part, judge, settings, seed, scratch) for part in parts]
     per_epoch, threads = sum(part.batches for part in parts), ThreadpoolController()
     with tqdm(total=settings.epochs * per_epoch, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
         for epoch in range(settings.epochs):
-            rows, numbers = _arrange(parts, centroids, epoch, settings)
+            rows, numbers = _arrange(parts, centroids, epoch, settings, seed)
             yield "rows", rows
             yield "groups", numbers
             # One thread: for matrices of this size more give little, and cost much on a busy machine.
@@ -131,12 +132,12 @@ def plan_arrays(
                 for step, batch, number in zip(count(epoch * per_epoch), rows, numbers.tolist(), strict=False):
                     pool = parts[number].group.rows
                     candidates = mined[number][np.searchsorted(pool, batch)]
-                    random = np.random.default_rng([settings.seed, NEGATIVES_STREAM, step])
+                    random = np.random.default_rng([seed, NEGATIVES_STREAM, step])
                     hard, given = judge.hard_negatives(batch, settings.hard_negatives, candidates, pool, random)
                     columns = np.concatenate([batch, hard.ravel()])
                     scores = cosine(judge.queries[batch], judge.documents[columns])
                     keys = judge.query_keys[batch], judge.document_keys[columns]
-                    keep = false_negative_mask(scores, *keys, judge.known, margin=settings.margin, exempt=given)
+                    keep = false_negative_mask(scores, *keys, judge.known, margin=settings.filter_margin, exempt=given)
                     difficulty.add(number, scores, keep)
                     yield "hard_negatives", hard[None]
                     yield "keep_bits", np.packbits(keep, axis=-1)[None]
@@ -152,13 +153,13 @@ def _global_clusters(parts: Sequence[Part], n: int) -> Int32[np.ndarray, " n"]:
     return clusters
 
 
-def _centroids(part: Part, vectors: Store, settings: PlanSettings) -> Float[np.ndarray, "k D"] | None:
+def _centroids(part: Part, vectors: Store, settings: Batching) -> Float[np.ndarray, "k D"] | None:
     if settings.packing != "tsp" or not part.batches:
         return None
     return document_centroids(vectors.array("documents"), part.assignments, part.group.rows)
 
 
-def _mine(part: Part, judge: Filter, settings: PlanSettings, scratch: Path) -> Int64[np.ndarray, "rows window"]:
+def _mine(part: Part, judge: Filter, settings: Batching, seed: int, scratch: Path) -> Int64[np.ndarray, "rows window"]:
     """Mined candidates of each row of the group, −1 for none; no columns where nothing is to be mined."""
     rows, (first, last) = part.group.rows, (settings.mine_first, settings.mine_last)
     if not (settings.hard_negatives and last and part.batches):
@@ -172,7 +173,7 @@ def _mine(part: Part, judge: Filter, settings: PlanSettings, scratch: Path) -> I
         first=first,
         last=last,
         margin=settings.mine_margin,
-        seed=settings.seed,
+        seed=seed,
     )
     try:
         with tempfile.TemporaryFile(dir=scratch, buffering=0) as file:  # it has no name: a kill frees it
@@ -183,10 +184,10 @@ def _mine(part: Part, judge: Filter, settings: PlanSettings, scratch: Path) -> I
 
 
 def _arrange(
-    parts: Sequence[Part], centroids: Sequence[np.ndarray | None], epoch: int, settings: PlanSettings
+    parts: Sequence[Part], centroids: Sequence[np.ndarray | None], epoch: int, settings: Batching, seed: int
 ) -> tuple[Int64[np.ndarray, "S B"], Int32[np.ndarray, " S"]]:
     """The rows of an epoch's batches and the number of their group, mixed: the same clusters arranged anew."""
-    random = np.random.default_rng([settings.seed, EPOCH_STREAM, epoch])
+    random = np.random.default_rng([seed, EPOCH_STREAM, epoch])
     batches = [
         epoch_batches(part.group.rows, part.assignments, points, settings.batch_size, part.weight, random)
         for part, points in zip(parts, centroids, strict=True)

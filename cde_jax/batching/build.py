@@ -15,7 +15,7 @@ from cde_jax.batching.difficulty import Difficulty, random_similarity, size_hist
 from cde_jax.batching.groups import Group, domain_groups
 from cde_jax.batching.pack import parse_weights
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.batching.settings import PlanSettings
+from cde_jax.config import Batching
 from cde_jax.data.store import Store, StoreWriter, fingerprint
 
 BLOCK = 8192  # rows looked at at once by the checks
@@ -25,7 +25,8 @@ def build_plan(
     directory: str | Path,
     pairs: Store,
     vectors: Store,
-    settings: PlanSettings,
+    settings: Batching,
+    seed: int,
     *,
     filter_vectors: Store | None = None,
 ) -> BatchPlan:
@@ -52,7 +53,7 @@ def build_plan(
         "pairs": pairs.fingerprint,
         "vectors": vectors.fingerprint,
         "filter_vectors": filter_vectors.fingerprint,
-        "settings": settings.as_dict(),
+        "settings": settings.plan_settings(seed),
     }
     surrogates = {
         "surrogate": vectors.manifest.get("surrogate"),
@@ -60,12 +61,14 @@ def build_plan(
     }
     difficulty, content, scratch = Difficulty(len(groups)), hashlib.sha256(), Path(directory).absolute().parent
     with StoreWriter(directory, "plan") as writer:  # opened now: a place that cannot be written to is found at once
-        parts = cluster_groups(groups, weights, vectors, settings)
-        for name, array in plan_arrays(parts, vectors, judge, settings, difficulty, scratch):
+        parts = cluster_groups(groups, weights, vectors, settings, seed)
+        for name, array in plan_arrays(parts, vectors, judge, settings, seed, difficulty, scratch):
             writer.append(name, array)
             content.update(np.ascontiguousarray(array))
         whole = {"fingerprint": fingerprint(identity | {"content": content.hexdigest()})}
-        writer.finish(whole | identity | surrogates | _summary(parts, left_out, names, judge, difficulty, settings))
+        writer.finish(
+            whole | identity | surrogates | _summary(parts, left_out, names, judge, difficulty, settings, seed)
+        )
     return BatchPlan.load(directory)
 
 
@@ -75,7 +78,8 @@ def _summary(
     names: list[str],
     judge: Filter,
     difficulty: Difficulty,
-    settings: PlanSettings,
+    settings: Batching,
+    seed: int,
 ) -> dict[str, Any]:
     """For a reader of the manifest: what an epoch is made of, what it leaves out, and how hard the batches are."""
     groups = [
@@ -92,7 +96,7 @@ def _summary(
         for part in parts
     ]
     per_epoch = sum(part.batches for part in parts)
-    in_random = random_similarity(judge.queries, judge.documents[: len(judge.queries)], settings.seed)
+    in_random = random_similarity(judge.queries, judge.documents[: len(judge.queries)], seed)
     return {
         "batches": per_epoch * settings.epochs,
         "batches_per_epoch": per_epoch,
@@ -106,7 +110,7 @@ def _summary(
     }
 
 
-def _check_cluster_size(settings: PlanSettings, pairs: int) -> None:
+def _check_cluster_size(settings: Batching, pairs: int) -> None:
     if settings.method == "clustered" and settings.cluster_size > pairs:
         raise ValueError(
             f"expected cluster_size ≤ {pairs}, the number of pairs, got {settings.cluster_size}; use smaller "

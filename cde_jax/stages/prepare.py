@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.batching.settings import PlanSettings
 from cde_jax.config import Config, evaluation_name, flatten
 from cde_jax.data.files import fingerprint
 from cde_jax.data.pairs import Pair, clean, write_pairs
@@ -60,19 +59,12 @@ def prepare(
     return Prepared(pairs, plan, _tokenizer(workdir, pairs))
 
 
-def plan_settings(config: Config) -> PlanSettings:
-    """What the config says of the plan, which the plan's manifest repeats."""
-    ours = {"margin": config.batching.filter_margin, "seed": config.seed}
-    names = (field.name for field in dataclasses.fields(PlanSettings) if field.name not in ours)
-    return PlanSettings(**{name: getattr(config.batching, name) for name in names}, **ours)
-
-
 def load_prepared(config: Config, workdir: Path) -> Prepared:
     """What `prepare` left in a work directory, checked against each other and the config."""
     pairs = Store.open(workdir / PAIRS, kind="pairs")
     tokenizer = _tokenizer(workdir, pairs)
     plan = BatchPlan.load(workdir / PLAN)
-    plan.verify(pairs.fingerprint, plan_settings(config).as_dict())
+    plan.verify(pairs.fingerprint, config.batching.plan_settings(config.seed))
     return Prepared(pairs, plan, tokenizer)
 
 
@@ -227,14 +219,18 @@ def _vectors(
 def _plan(
     config: Config, workdir: Path, pairs: Store, vectors: Store, filter_vectors: Store, rebuild: bool
 ) -> BatchPlan:
-    settings = plan_settings(config)
     if (workdir / PLAN).exists() and not rebuild:
         plan = BatchPlan.load(workdir / PLAN)
-        plan.verify(pairs.fingerprint, settings.as_dict(), vectors.fingerprint, filter_vectors.fingerprint)
+        plan.verify(
+            pairs.fingerprint,
+            config.batching.plan_settings(config.seed),
+            vectors.fingerprint,
+            filter_vectors.fingerprint,
+        )
         log.info("the plan is there and fits: kept")
         return plan
     log.info("building the batch plan")
-    return build_plan(workdir / PLAN, pairs, vectors, settings, filter_vectors=filter_vectors)
+    return build_plan(workdir / PLAN, pairs, vectors, config.batching, config.seed, filter_vectors=filter_vectors)
 
 
 def _keep(folder: Path, kind: str, about: dict, found: Callable[[dict], dict], rebuild: bool) -> bool:
