@@ -3,9 +3,13 @@
 The names below are what most users hold; they are imported on first use, so that reading data needs no device.
 """
 
+import os
+import sys
+import warnings
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
-_HOMES = {
+_MODULES = {
     "Embedder": "cde_jax.retrieval.embedder",
     "Context": "cde_jax.retrieval.embedder",
     "beginnings": "cde_jax.adapters.whitening",
@@ -14,8 +18,37 @@ _HOMES = {
 }
 __all__ = ["Context", "Embedder", "beginnings", "load_model", "whitening"]
 
+_YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'cde_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def _disable_ynn_fusions() -> None:
+    """Turn off XLA's YNNPACK fusions on CPU, unless the user has set that flag.
+
+    In jaxlib 0.10.2 and 0.11 they give silently wrong rows of some jitted reductions (jax-ml/jax#39103) and
+    segmentation faults (#40412, #39257). XLA reads its flags when the first backend is made and ends the process at a
+    flag that it does not know, hence the check of the version.
+    """
+    try:
+        affected = version("jaxlib").startswith(("0.10.2", "0.11."))
+    except PackageNotFoundError:
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    if not affected or _YNN_FLAG in flags:
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}=".strip()
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if bridge is not None and "cpu" in getattr(bridge, "_backends", ()):
+        warnings.warn(
+            "JAX was used before cde_jax was imported, too late to turn off XLA's YNNPACK fusions, which give wrong "
+            f"numbers on CPU in this jaxlib: import cde_jax first, or set XLA_FLAGS={_YNN_FLAG}=",
+            stacklevel=3,
+        )
+
+
+_disable_ynn_fusions()
