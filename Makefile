@@ -9,7 +9,7 @@ PINS := requirements.txt constraints.txt pyproject.toml
 # Huge pages for XLA's buffers: a quarter less CPU time on Linux (ignored elsewhere).
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all mutate lint clean
 
 demo: $(VENV)/core
 	$(BIN)/python -m cde_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
@@ -19,6 +19,11 @@ test: $(VENV)/dev lint
 
 test-all: $(VENV)/dev lint
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+# Mutation testing of data, batching, training and models by cosmic-ray: hours for all, minutes for a sample.
+mutate: $(VENV)/dev
+	$(PIP) "cosmic-ray>=8.4,<9"
+	$(BIN)/python tests/mutate.py --sample $(or $(SAMPLE),40)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
