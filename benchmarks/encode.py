@@ -1,15 +1,14 @@
-"""Encoding speed of short queries and of documents beside a large context, as ratios in one run: a JSON line per case.
+"""Encoding speed of queries and documents beside a large context, as ratios within one run: a JSON line a case.
 
     python benchmarks/encode.py [--shapes long long-768] [--torch eager compiled] [--reference DIR]
     python benchmarks/encode.py --shapes large --dtype bfloat16 --torch eager --sentence-transformers   # on a GPU
 
-"biencoder" reads no context; "isolated" reads a cached one (`prepare_context` once, outside of the clock); "joint"
-takes the slots through every layer with every text. Our PyTorch module does the same; its isolated context is baked in.
-Texts are full-length random tokens, in batches as large as `Embedder` makes them, one batch a turn of the clock;
-cases take turns. A ratio is the median over rounds of the biencoder's time per text by the case's.
+"biencoder" reads no context; "isolated" reads a cached one (`prepare_context` once, not timed); "joint" takes the
+slots through every layer with every text. The exported PyTorch module does the same; its isolated context is fixed.
+Texts are random tokens of full length, in batches of the size that `Embedder` uses; cases take turns, a batch each.
 
 With --sentence-transformers whole texts are encoded, tokenisation included: by `Embedder` without and with a cached
-context, and by the sentence-transformers library from the same exported biencoder, in bfloat16 where JAX runs in it.
+context, and by the sentence-transformers library from the same exported biencoder, in the same dtype.
 """
 
 import argparse
@@ -22,8 +21,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from cases import KINDS, SHAPES, Shape, arguments, build, config_of, emit, random_tokens, ratio, take_turns
 from flax import nnx
+from harness import emit, speed_ratio, take_turns
+from shapes import KINDS, PACKAGES, SHAPES, Shape, arguments, build, config_of, context_vectors, random_texts
 
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings
@@ -51,92 +51,77 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.shapes:
         for length in args.lengths:
-            run_length(args, name, length)
+            cases = {kind: jax_case(kind, SHAPES[name], length, args) for kind in args.models}
+            report(args, name, f"{length} tokens", cases | torch_cases(args, SHAPES[name], length), length)
         if args.sentence_transformers:
             whole_texts(args, name)
 
 
-def run_length(args: argparse.Namespace, name: str, length: int) -> None:
-    """All cases on texts of one length."""
-    shape = SHAPES[name]
-    cases = {kind: jax_case(kind, shape, length, args) for kind in args.models} | torch_cases(args, shape, length)
-    report(args, name, f"{length} tokens", cases, length)
-
-
 def report(args: argparse.Namespace, name: str, what: str, cases: dict[str, Case], length: int = 0) -> None:
-    """Take turns and print a line for each case."""
-    shape = SHAPES[name]
+    """Time the cases and print a line for each; `length`: tokens of every text, if it is the same."""
     for case in cases.values():
-        case.run()  # compiled
+        case.run()  # compiles
     seconds = take_turns({label: case.run for label, case in cases.items()}, args.rounds)
     per_text = {label: [s / case.texts for s in seconds[label]] for label, case in cases.items()}
     for label, case in cases.items():
-        kind = next(kind for kind in KINDS if kind in label)
-        one = statistics.median(per_text[label])
+        typical = statistics.median(per_text[label])
         line = {"benchmark": "encode", "shape": name, "what": what, "model": label, "batch": case.texts}
-        line |= {"texts_per_second": round(1 / one, 2), **ratio(per_text, label)}
+        line |= {"texts_per_second": round(1 / typical, 2), **speed_ratio(per_text, label)}
         if length:
+            kind = next(kind for kind in KINDS if kind in label)
             flops, base = (
-                encoding_flops(config_of(k, shape, "float32"), np.array([length])) for k in (kind, "biencoder")
+                encoding_flops(config_of(k, SHAPES[name], "float32"), np.array([length])) for k in (kind, "biencoder")
             )
-            used = utilisation(flops, one, jax.devices()[0].device_kind, peak=args.peak)
-            line["flops_ratio"] = round(base / flops, 3)
-            line |= {"tflops": round(flops / one / 1e12, 3), "utilisation": None if used is None else round(used, 4)}
-        emit(line | {key: getattr(args, key) for key in ("rounds", "dtype", "attention")})
+            used = utilisation(flops, typical, jax.devices()[0].device_kind, peak=args.peak)
+            line |= {"flops_ratio": round(base / flops, 3), "tflops": round(flops / typical / 1e12, 3)}
+            line["utilisation"] = None if used is None else round(used, 4)
+        emit(line | {key: getattr(args, key) for key in ("rounds", "dtype", "attention")}, *PACKAGES)
 
 
-def flops_of(kind: str, shape: Shape, length: int) -> float:
-    """Model FLOPs of one text."""
-    return encoding_flops(config_of(kind, shape, "float32"), np.array([length]))
+def texts_of_batch(args: argparse.Namespace, kind: str, shape: Shape, length: int) -> int:
+    """--texts, or the batch size that `Embedder` uses; joint slots take room in it."""
+    return args.texts or full_batch(length, slots=shape.context if kind == "joint" else 0)
 
 
 def jax_case(kind: str, shape: Shape, length: int, args: argparse.Namespace) -> Case:
-    """`model.embed`, compiled as `Embedder` does it: parameters and cached context are arguments."""
+    """`model.embed`, compiled as in `Embedder`: parameters and cached context are arguments."""
     model = build(config_of(kind, shape, args.dtype, attention=args.attention))
     graph, state = nnx.split(model)
-    cache, slots = None, 0
+    cache = None
     if kind != "biencoder":
-        cache = jax.block_until_ready(
-            nnx.jit(lambda model, context: model.prepare_context(context))(model, context(shape))
-        )
-        slots = cache.slots.shape[0] if kind == "joint" else 0
-    texts = args.texts or full_batch(length, slots=slots)
-    ids, mask = random_tokens(texts, length, shape.vocabulary)
+        prepare = nnx.jit(lambda model, vectors: model.prepare_context(vectors))
+        cache = jax.block_until_ready(prepare(model, context_vectors(shape)))
+    texts = texts_of_batch(args, kind, shape, length)
+    ids, mask = random_texts(texts, length, shape.vocabulary)
     embed = jax.jit(lambda state, ids, mask, cache: nnx.merge(graph, state).embed(ids, mask, cache))
     return Case(lambda: jax.block_until_ready(embed(state, ids, mask, cache)), texts)
 
 
-def context(shape: Shape) -> np.ndarray:
-    """What the first stage could have given."""
-    return np.random.default_rng(0).normal(0, 1, (shape.context, shape.width)).astype(np.float32)
-
-
 def torch_cases(args: argparse.Namespace, shape: Shape, length: int) -> dict[str, Case]:
-    """Our PyTorch module and the authors' code, where they are asked for."""
+    """The exported PyTorch module and the authors' code, as asked for."""
     if not args.torch and not args.reference:
         return {}
     import in_torch
 
-    def case(kind: str, module: Any, vectors: Any, compiled: bool) -> Case:
-        texts = args.texts or full_batch(length, slots=shape.context if kind == "joint" else 0)
-        ids, mask = in_torch.tensors(random_tokens(texts, length, shape.vocabulary))
-        embed = in_torch.encoder(module, vectors, args.dtype, compiled)
-        return Case(lambda: in_torch.wait(embed(ids, mask)), texts)
-
-    cases = {}
+    cases, vectors = {}, context_vectors(shape)
     for kind in args.models:
-        joint = in_torch.vectors(context(shape)) if kind == "joint" else None
+        count, joint = texts_of_batch(args, kind, shape, length), vectors if kind == "joint" else None
+        texts = random_texts(count, length, shape.vocabulary)
         for form in args.torch:
-            module = in_torch.baked_of(shape, context(shape)) if kind == "isolated" else in_torch.module_of(kind, shape)
-            cases[f"{kind}, PyTorch {form}"] = case(kind, module, joint, form == "compiled")
+            isolated = kind == "isolated"
+            module = in_torch.exported_with_context(shape, vectors) if isolated else in_torch.exported(kind, shape)
+            run = in_torch.encoder(module, texts, joint, args.dtype, form == "compiled")
+            cases[f"{kind}, PyTorch {form}"] = Case(run, count)
         if args.reference and kind != "isolated":
-            module = in_torch.reference_of(kind, shape, args.reference)
-            cases[f"{kind}, the authors' code"] = case(kind, module, joint, False)
+            module = in_torch.reference(kind, shape, args.reference)
+            cases[f"{kind}, the authors' code"] = Case(
+                in_torch.encoder(module, texts, joint, args.dtype, compiled=False), count
+            )
     return cases
 
 
 def whole_texts(args: argparse.Namespace, name: str) -> None:
-    """Texts in, vectors out: ours and sentence-transformers, from the same directory."""
+    """Texts to vectors by `Embedder` and by sentence-transformers, from the same exported directory."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -146,29 +131,23 @@ def whole_texts(args: argparse.Namespace, name: str) -> None:
     settings = TextSettings(document_length=DOCUMENT)
     cuda = torch.cuda.is_available() and jax.default_backend() == "gpu"
     with tempfile.TemporaryDirectory() as folder:
-        Tokenizer.train(texts, min(4096, shape.vocabulary)).save(Path(folder) / "tokenizer")
-        tokenizer = Tokenizer.load(Path(folder) / "tokenizer")
+        files = Path(folder) / "tokenizer"
+        Tokenizer.train(texts, min(4096, shape.vocabulary)).save(files)
         embedders = {}
         for kind in ("biencoder", "isolated"):
             model = build(config_of(kind, shape, args.dtype, attention=args.attention))
-            embedders[kind] = Embedder(model, tokenizer, settings, Path(folder) / "tokenizer", progress=False)
-        save_pretrained(
-            embedders["biencoder"].model,
-            Path(folder) / "model",
-            tokenizer=Path(folder) / "tokenizer",
-            settings=settings,
-        )
-        theirs = SentenceTransformer(
-            str(Path(folder) / "model"),
-            device="cuda" if cuda else "cpu",
-            model_kwargs={"torch_dtype": getattr(torch, args.dtype)},
-        )
-    read = embedders["isolated"].embed_context(texts)
-    encode = partial(theirs.encode, texts, batch_size=256 if cuda else 32, normalize_embeddings=True)
+            embedders[kind] = Embedder(model, Tokenizer.load(files), settings, files, progress=False)
+        exported = Path(folder) / "model"
+        save_pretrained(embedders["biencoder"].model, exported, tokenizer=files, settings=settings)
+        dtype = {"torch_dtype": getattr(torch, args.dtype)}
+        library = SentenceTransformer(str(exported), device="cuda" if cuda else "cpu", model_kwargs=dtype)
+    context = embedders["isolated"].embed_context(texts)
     runs = {
-        "biencoder": lambda: embedders["biencoder"].encode_documents(texts),
-        "isolated": lambda: embedders["isolated"].encode_documents(texts, read),
-        "biencoder, sentence-transformers": encode,
+        "biencoder": partial(embedders["biencoder"].encode_documents, texts),
+        "isolated": partial(embedders["isolated"].encode_documents, texts, context),
+        "biencoder, sentence-transformers": partial(
+            library.encode, texts, batch_size=256 if cuda else 32, normalize_embeddings=True
+        ),
     }
     report(args, name, "whole texts", {label: Case(run, len(texts)) for label, run in runs.items()})
 

@@ -1,18 +1,21 @@
-"""The models of `cases` in PyTorch: our exported module, with the same weights, and a checkout of the authors' code."""
+"""The models of `shapes` in PyTorch: the exported module with the same weights, and the authors' code."""
 
 import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import harness
 import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cases import Shape, build, config_of
+from jaxtyping import Float
+from shapes import Shape, Texts, build, config_of, random_batch
 from torch.utils.checkpoint import checkpoint
 
 from cde_jax.interop import torch_module
@@ -21,10 +24,17 @@ from cde_jax.interop.rules import biencoder_rules, contextual_rules, to_torch
 from cde_jax.interop.write import parameters
 
 DEVICE = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+# Fields of the authors' config that the shape does not give.
+BACKBONE = {
+    "n_positions": 2048, "max_trained_positions": 2048, "activation_function": "swiglu", "rotary_emb_fraction": 1.0,
+    "rotary_emb_base": 1000, "qkv_proj_bias": False, "mlp_fc1_bias": False, "mlp_fc2_bias": False, "causal": False,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "type_vocab_size": 2, "prenorm": False,
+    "pad_vocab_size_multiple": 1,
+}  # fmt: skip
 
 
-def module_of(kind: str, shape: Shape) -> torch.nn.Module:
-    """Our exported module, float32, with the weights of `cases.build`."""
+def exported(kind: str, shape: Shape) -> torch.nn.Module:
+    """The exported module in float32, with the weights of `shapes.build`."""
     config = config_of(kind, shape, "float32")
     rules = biencoder_rules(config.encoder, prefix="embedder.") if kind == "biencoder" else contextual_rules(config)
     tensors = to_torch(rules, parameters(build(config)))
@@ -33,103 +43,69 @@ def module_of(kind: str, shape: Shape) -> torch.nn.Module:
     return module.to(DEVICE)
 
 
-def baked_of(shape: Shape, context: np.ndarray) -> torch.nn.Module:
-    """Our exported isolated module with its context baked in, as `interop.baked` writes it; other random weights."""
+def exported_with_context(shape: Shape, context: Float[np.ndarray, "J D"]) -> torch.nn.Module:
+    """The exported isolated module with a fixed context, as `interop.baked` writes it; other random weights."""
     model = build(config_of("isolated", shape, "float32"))
     prefix = model.prepare_context(context).prefix
-    count = prefix.keys.shape[1]
-    config = {"model": to_dict(model.config), "jax_only": [], "baked": count}
+    config = {"model": to_dict(model.config), "jax_only": [], "baked": prefix.keys.shape[1]}
     module = torch_module.CdeModel(torch_module.CdeConfig(cde_jax=config))
-    baked = np.stack([np.asarray(x, np.float32).transpose(0, 2, 1, 3) for x in prefix], axis=1)
-    module.second_stage_model.context.data = torch.from_numpy(baked.copy())  # [layers, 2, H, P, d]
+    keys_values = np.stack([np.asarray(x, np.float32).transpose(0, 2, 1, 3) for x in prefix], axis=1)
+    module.second_stage_model.context.data = torch.from_numpy(keys_values.copy())  # [layers, 2, H, P, d]
     return module.to(DEVICE)
 
 
-def reference_of(kind: str, shape: Shape, directory: str | Path) -> torch.nn.Module:
-    """The authors' shipped model (cde/hf_model.py of a checkout of jxmorris12/cde), with random weights.
+def reference(kind: str, shape: Shape, directory: str | Path) -> torch.nn.Module:
+    """The authors' released model (cde/hf_model.py of a checkout of jxmorris12/cde), with random weights.
 
-    It was written for transformers 4: put an older one first on PYTHONPATH (4.48.3 runs it), with einops.
+    It was written for transformers 4: put an older one first on PYTHONPATH (4.48.3 works), with einops.
     """
     file = Path(directory) / "cde" / "hf_model.py"
     if not file.is_file():
         raise SystemExit(f"--reference {directory}: expected a checkout of the authors' code, with cde/hf_model.py")
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            made = _authors_model(file, kind, shape).to(DEVICE)
+            module = _reference_model(file, kind, shape).to(DEVICE)
             text, context = (tensors((np.ones((n, 4), np.int32), np.ones((n, 4), bool))) for n in (1, shape.context))
-            made(*text) if kind == "biencoder" else made(*text, *context)
-    except Exception as error:  # whatever an import or a library that has moved on may raise
+            module(*text) if kind == "biencoder" else module(*text, *context)
+    except Exception as error:  # whatever an import, or a library that has changed since, may raise
         raise SystemExit(
-            f"--reference {directory}: the authors' code does not run here with transformers "
-            f"{version('transformers')} and torch {torch.__version__} ({type(error).__name__}: {error}); transformers "
-            f"4.48.3 with einops is known to run it"
+            f"--reference {directory}: the authors' code does not run with transformers {version('transformers')} and "
+            f"torch {torch.__version__} ({type(error).__name__}: {error}); transformers 4.48.3 with einops runs it"
         ) from error
-    return made
+    return module
 
 
-def _authors_model(file: Path, kind: str, shape: Shape) -> torch.nn.Module:
+def _reference_model(file: Path, kind: str, shape: Shape) -> torch.nn.Module:
     spec = importlib.util.spec_from_file_location("reference_hf_model", file)
     authors = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(authors)
     backbone = authors.ContextualNomicBertConfig(
-        vocab_size=shape.vocabulary,
-        n_embd=shape.width,
-        n_head=shape.heads,
-        n_layer=shape.layers,
-        n_inner=shape.mlp_width,
-        n_positions=2048,
-        max_trained_positions=2048,
-        activation_function="swiglu",
-        rotary_emb_fraction=1.0,
-        rotary_emb_base=1000,
-        qkv_proj_bias=False,
-        mlp_fc1_bias=False,
-        mlp_fc2_bias=False,
-        causal=False,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        type_vocab_size=2,
-        prenorm=False,
-        pad_vocab_size_multiple=1,
-    )
+        vocab_size=shape.vocabulary, n_embd=shape.width, n_head=shape.heads, n_layer=shape.layers,
+        n_inner=shape.mlp_width, **BACKBONE,
+    )  # fmt: skip
     authors.load_embedder_and_tokenizer = lambda name: (authors.ContextualNomicBertModel(backbone), None)
     config = authors.ContextualModelConfig(
-        embedder="nomic",
-        embedding_output_dim=None,
-        limit_layers=None,
-        logit_scale=50.0,
-        disable_dropout=True,
-        pooling_strategy="mean",
-        transductive_corpus_size=shape.context,
-        transductive_tokens_per_document=1,
-        transductive_sequence_dropout_prob=0.005,
-        disable_transductive_rotary_embedding=True,
+        embedder="nomic", embedding_output_dim=None, limit_layers=None, logit_scale=50.0, disable_dropout=True,
+        pooling_strategy="mean", transductive_corpus_size=shape.context, transductive_tokens_per_document=1,
+        transductive_sequence_dropout_prob=0.005, disable_transductive_rotary_embedding=True,
         max_seq_length=max(shape.query_length, shape.document_length),
-    )
+    )  # fmt: skip
     return authors.BiEncoder(config) if kind == "biencoder" else authors.ContextualDocumentEmbeddingTransformer(config)
 
 
-def tensors(pair: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask on the device."""
-    ids, mask = pair
+def tensors(texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask on the device, int64."""
+    ids, mask = texts
     return torch.from_numpy(ids.astype(np.int64)).to(DEVICE), torch.from_numpy(mask.astype(np.int64)).to(DEVICE)
 
 
-def vectors(array: np.ndarray) -> torch.Tensor:
-    """A float32 array on the device."""
-    return torch.from_numpy(array).to(DEVICE)
-
-
-def wait(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor when it is computed."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return tensor
+def peak_bytes() -> int:
+    """Peak memory of the GPU's allocator, or of the process."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else harness.peak_bytes()
 
 
 def compile_stages(module: torch.nn.Module) -> torch.nn.Module:
-    """`torch.compile` of the stages, which are called one by one."""
+    """`torch.compile` of each stage: the stages are called one by one."""
     if not hasattr(module, "second_stage_model"):
         return torch.compile(module, dynamic=False)
     for name in ("first_stage_model", "second_stage_model"):
@@ -139,15 +115,15 @@ def compile_stages(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def training_step(
-    module: torch.nn.Module, batch: dict[str, tuple[np.ndarray, np.ndarray]], dtype: str, chunk: int, compiled: bool
+    module: torch.nn.Module, shape: Shape, kind: str, dtype: str, chunk: int, compiled: bool = False
 ) -> Callable[[], float]:
-    """One step of AdamW on InfoNCE over a plan batch, as `training.step` does it; returns the loss.
+    """A step of AdamW on InfoNCE over one random plan batch, as `training.step` does it; returns the loss.
 
     `chunk` texts at a time, recomputed in the backward pass; 0: all at once.
     """
     module = compile_stages(module.train()) if compiled else module.train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.01)
-    texts = {name: tensors(pair) for name, pair in batch.items()}
+    texts = {name: tensors(pair) for name, pair in random_batch(shape).items()}
 
     def in_chunks(function, ids, mask):
         if not chunk:
@@ -158,9 +134,9 @@ def training_step(
     def run() -> float:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
             encode = module
-            if "context" in texts:
+            if kind != "biencoder":
                 context = in_chunks(module.first_stage_model, *texts["context"])
-                encode = lambda ids, mask: module.second_stage_model(ids, mask, dataset_embeddings=context)  # noqa: E731
+                encode = partial(module.second_stage_model, dataset_embeddings=context)
             queries, documents = (in_chunks(encode, *texts[name]) for name in ("query", "document"))
         scores = F.normalize(queries.float(), dim=1) @ F.normalize(documents.float(), dim=1).T
         loss = F.cross_entropy(scores / 0.02, torch.arange(len(scores), device=DEVICE))
@@ -173,15 +149,20 @@ def training_step(
     return run
 
 
-def encoder(module: torch.nn.Module, context: Any, dtype: str, compiled: bool) -> Callable[..., torch.Tensor]:
-    """Unit vectors of ids and masks; `context`: vectors of the first stage, or None."""
-    given = {} if context is None else {"dataset_embeddings": context}
+def encoder(
+    module: torch.nn.Module, texts: Texts, context: Float[np.ndarray, "J D"] | None, dtype: str, compiled: bool
+) -> Callable[[], Any]:
+    """A call that encodes the texts to unit vectors; `context`: vectors of the first stage, or None."""
+    given = {} if context is None else {"dataset_embeddings": torch.from_numpy(context).to(DEVICE)}
     module = compile_stages(module.eval()) if compiled else module.eval()
-    stage = getattr(module, "second_stage_model", module)
+    stage, (ids, mask) = getattr(module, "second_stage_model", module), tensors(texts)
 
     @torch.inference_mode()
-    def run(ids, mask):
+    def run() -> torch.Tensor:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
-            return F.normalize(stage(ids, mask, **given).float(), dim=1)
+            vectors = F.normalize(stage(ids, mask, **given).float(), dim=1)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return vectors
 
     return run

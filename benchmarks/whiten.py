@@ -1,24 +1,23 @@
-"""What whitening is worth to an encoder as it is, without training: one JSON line per case, NDCG@10 in points.
+"""What whitening gains for an encoder as it is, without training: one JSON line a case, NDCG@10 in points.
 
     python benchmarks/whiten.py --model all-MiniLM-L6-v2 --evaluation SETS [--strengths 0 8 16 32] [--documents 400]
 
 Each set is embedded once, then whitened (`cde_jax.adapters.whitening`) by 512 of its documents and
   queries     the set's queries, each half by the other half;
-  beginnings  the first plain words of those documents: what a corpus alone gives;
-  documents   the documents in place of queries: one centre for both.
-Strength 0 is centring alone. `other` is the gain from whitening by the set half the list away, `better` on how many
-sets its own is better.
+  beginnings  the first plain words of those documents: pseudo queries, from the corpus alone;
+  documents   the documents in place of queries: one mean for both.
+Strength 0 only centres. `other` is the gain from whitening by the set half the list away, `better` on how many sets
+the own corpus is better.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
+import evaluation_sets
 import numpy as np
-from about import about
-from quality.evaluation import cut, read_all
-from quality.scoring import halves
+from harness import emit
+from jaxtyping import Float, Int
 
 from cde_jax.adapters.whitening import SIZE, STRENGTH, beginnings, whitening
 from cde_jax.data.sources.beir import EvaluationSet
@@ -27,7 +26,14 @@ from cde_jax.retrieval.embedder import Embedder
 from cde_jax.retrieval.index import as_run, search
 
 KINDS = ("queries", "beginnings", "documents")
-Vectors = tuple[np.ndarray, np.ndarray, np.ndarray]  # of queries, documents, beginnings of documents
+
+
+class Vectors(NamedTuple):
+    """Unit vectors of a set."""
+
+    queries: Float[np.ndarray, "q D"]
+    documents: Float[np.ndarray, "n D"]
+    pseudo_queries: Float[np.ndarray, "p D"]
 
 
 def main() -> None:
@@ -40,76 +46,68 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=0, help="at most so many of a set; 0: all")
     args = parser.parse_args()
     embedder = Embedder.from_pretrained(args.model, progress=False)
-    sets = [cut(one, args.queries, args.documents, seed=0) for one in read_all(args.evaluation)]
-    vectors = [embed(embedder, one) for one in sets]
+    sets = evaluation_sets.read(args.evaluation, args.queries, args.documents)
+    vectors = [embed(embedder, dataset) for dataset in sets]
     before = np.array([
-        100 * ndcg(ranked(one, *x[:2], np.arange(len(x[0]))), one.qrels) for one, x in zip(sets, vectors, strict=True)
+        100 * ndcg(ranked(dataset, x.queries, x.documents, np.arange(len(x.queries))), dataset.qrels)
+        for dataset, x in zip(sets, vectors, strict=True)
     ])  # fmt: skip
-    emit({"by": "nothing", "mean": round(before.mean(), 2), "sets": named(sets, before)})
+    line = {"benchmark": "whiten"}
+    emit(line | {"by": "nothing", "mean": round(before.mean(), 2), "sets": by_name(sets, before)}, "jax")
     for kind in KINDS:
         for strength in args.strengths:
-            emit({"by": kind, "strength": strength} | gains(sets, vectors, before, kind, strength))
+            own, other = (
+                np.array([
+                    whitened_ndcg(dataset, vectors[i], vectors[(i + shift) % len(sets)], kind, strength)
+                    for i, dataset in enumerate(sets)
+                ]) - before
+                for shift in (0, len(sets) // 2)
+            )  # fmt: skip
+            gains = {"gain": round(own.mean(), 2), "other": round(other.mean(), 2), "better": int((own > other).sum())}
+            emit(line | {"by": kind, "strength": strength, **gains, "sets": by_name(sets, own)}, "jax")
 
 
-def embed(embedder: Embedder, one: EvaluationSet) -> Vectors:
-    """Unit vectors of the set."""
-    corpus = list(one.corpus.values())
-    of_queries, of_beginnings = (embedder.encode_queries(x) for x in (list(one.queries.values()), beginnings(corpus)))
-    return of_queries, embedder.encode_documents(corpus), of_beginnings
+def embed(embedder: Embedder, dataset: EvaluationSet) -> Vectors:
+    """The vectors of a set."""
+    corpus = list(dataset.corpus.values())
+    queries, pseudo = (embedder.encode_queries(texts) for texts in (list(dataset.queries.values()), beginnings(corpus)))
+    return Vectors(queries, embedder.encode_documents(corpus), pseudo)
 
 
-def gains(
-    sets: list[EvaluationSet], vectors: list[Vectors], before: np.ndarray, kind: str, strength: float
-) -> dict[str, Any]:
-    """What each set gains by its own texts, and by another's."""
-    same, other = (
-        np.array([whitened(one, vectors[i], vectors[(i + step) % len(sets)], kind, strength)
-                  for i, one in enumerate(sets)]) - before
-        for step in (0, len(sets) // 2)
-    )  # fmt: skip
-    return {
-        "gain": round(same.mean(), 2),
-        "other": round(other.mean(), 2),
-        "better": int((same > other).sum()),
-        "sets": named(sets, same),
-    }
-
-
-def whitened(one: EvaluationSet, vectors: Vectors, by: Vectors, kind: str, strength: float) -> float:
-    """NDCG@10 in points of a set whitened by the texts of a corpus."""
-    sample = by[1][np.random.default_rng(0).permutation(len(by[1]))[:SIZE]]
+def whitened_ndcg(dataset: EvaluationSet, vectors: Vectors, corpus: Vectors, kind: str, strength: float) -> float:
+    """NDCG@10, in points, of a set whitened by the texts of a corpus."""
+    sample = corpus.documents[np.random.default_rng(0).permutation(len(corpus.documents))[:SIZE]]
     run: dict[str, dict[str, float]] = {}
-    for rows, stand_ins in parts(vectors, by, sample, kind):
-        found = whitening(stand_ins, sample, strength)
-        run |= ranked(one, found.of_queries(vectors[0]), found.of_documents(vectors[1]), rows)
-    return 100 * ndcg(run, one.qrels)
+    for rows, queries in parts(vectors, corpus, sample, kind):
+        found = whitening(queries, sample, strength)
+        run |= ranked(dataset, found.of_queries(vectors.queries), found.of_documents(vectors.documents), rows)
+    return 100 * ndcg(run, dataset.qrels)
 
 
-def parts(vectors: Vectors, by: Vectors, sample: np.ndarray, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows of queries, what they are whitened by)."""
-    if kind == "queries":
-        for half, rest in halves(len(vectors[0]), len(by[0]), seed=0):
-            yield half, by[0][rest]
-    else:
-        yield np.arange(len(vectors[0])), by[2] if kind == "beginnings" else sample
+def parts(
+    vectors: Vectors, corpus: Vectors, sample: Float[np.ndarray, "m D"], kind: str
+) -> Iterator[tuple[Int[np.ndarray, " r"], Float[np.ndarray, "p D"]]]:
+    """(rows of queries, the vectors in place of queries that whiten them)."""
+    if kind != "queries":
+        yield np.arange(len(vectors.queries)), corpus.pseudo_queries if kind == "beginnings" else sample
+        return
+    half, others = (np.array_split(np.random.default_rng(0).permutation(len(x.queries)), 2) for x in (vectors, corpus))
+    for rows, rest in zip(half, others[::-1], strict=True):  # no query has a part in its own whitening
+        yield rows, corpus.queries[rest]
 
 
 def ranked(
-    one: EvaluationSet, queries: np.ndarray, documents: np.ndarray, rows: np.ndarray
-) -> dict[str, dict[str, float]]:
+    dataset: EvaluationSet, queries: Float[np.ndarray, "q D"], documents: Float[np.ndarray, "n D"],
+    rows: Int[np.ndarray, " r"],
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """The ten best documents of some of the queries, by cosine."""
-    names = np.array(list(one.queries))[rows].tolist()
-    return as_run(names, list(one.corpus), search(queries[rows], documents, 10))
+    names = np.array(list(dataset.queries))[rows].tolist()
+    return as_run(names, list(dataset.corpus), search(queries[rows], documents, 10))
 
 
-def named(sets: list[EvaluationSet], values: np.ndarray) -> dict[str, float]:
-    """By set, rounded."""
-    return {one.name: round(float(value), 2) for one, value in zip(sets, values, strict=True)}
-
-
-def emit(line: dict[str, Any]) -> None:
-    """One JSON line."""
-    print(json.dumps({"benchmark": "whiten"} | line | about("jax")), flush=True)
+def by_name(sets: list[EvaluationSet], values: Float[np.ndarray, " s"]) -> dict[str, float]:
+    """{set: value}, rounded."""
+    return {dataset.name: round(float(value), 2) for dataset, value in zip(sets, values, strict=True)}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
-from about import about  # noqa: E402
+from harness import machine as about  # noqa: E402
 
 from cde_jax.batching.plan import BatchPlan  # noqa: E402
 from cde_jax.config import Config, from_config_dict  # noqa: E402

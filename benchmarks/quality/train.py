@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import jax  # noqa: E402
-from about import about  # noqa: E402
+from harness import machine as about  # noqa: E402
 
 from cde_jax.batching.plan import BatchPlan  # noqa: E402
 from cde_jax.config import Config, affected, flatten, from_config_dict  # noqa: E402
