@@ -129,10 +129,9 @@ def _plan(config: Config, work: Path, name: str) -> None:
         BatchPlan.load(place).verify(pairs.fingerprint, config.batching.plan_settings(config.seed))
         return
     log.info("plan %s", name)
-    report = prepare(config, work)
+    prepare(config, work)
     place.parent.mkdir(parents=True, exist_ok=True)
     (work / PLAN).rename(place)
-    write_file(place.with_name(f"{name}.txt"), report.encode())
 
 
 def _place(work: Path, name: str) -> Path:
