@@ -4,13 +4,16 @@
 defaults are those of the paper's large setting where it has one (arXiv 2410.02525, section 5 and appendix).
 """
 
+import copy
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 AUTO = -1  # a chunk size that is chosen by the device's memory
+SURROGATES = '"lsa", "sentence-transformers:NAME" or "checkpoint:DIR"'
 
 # What a setting changes. A work directory refuses to go on with another value, except for "nothing" and "evaluation".
 Affects = Literal["pairs", "vectors", "plan", "training", "evaluation", "nothing"]
@@ -19,9 +22,9 @@ Affects = Literal["pairs", "vectors", "plan", "training", "evaluation", "nothing
 def setting(
     default: Any,
     meaning: str,
-    *,
     low: int | float | None = None,
     high: int | float | None = None,
+    *,
     choices: tuple[str, ...] = (),
     affects: Affects | None = None,
 ) -> Any:
@@ -48,8 +51,7 @@ class _Section:
         problems = []
         for field in dataclasses.fields(self):
             problems += _range_problems(f"{self.name}.{field.name}".lstrip("."), getattr(self, field.name), field)
-        problems = problems or list(self.conflicts())
-        if problems:
+        if problems := problems or list(self.conflicts()):
             raise SettingsError(problems)
 
     def conflicts(self) -> Iterator[str]:
@@ -73,27 +75,32 @@ class Data(_Section):
     paths: tuple[str, ...] = setting(
         (),
         'jsonl: files or folders of {"query", "document", "domain"?, "negatives"?} lines, plain or .gz; huggingface: '
-        "data sets or Parquet files; tfds: the one folder of the collections' files",
+        "data sets or Parquet files; tfds: the one folder of the collections' files. Only their content counts",
+        affects="nothing",
     )
     collections: tuple[str, ...] = setting((), "tfds: names from the table in data/sources/collections.py")
     columns: tuple[str, ...] = setting((), 'huggingface: columns under other names, ("query=question", …)')
     packages: str = setting(
-        "core",
-        'docstrings: of our "core" dependencies (repeatable), or of all "installed" packages',
-        choices=("core", "installed"),
+        "core", "docstrings: of our requirements, or of all packages", choices=("core", "installed")
     )
     standard_library: bool = setting(False, "docstrings: read Python's own too (they differ between Python versions)")
     held_out: tuple[str, ...] = setting((), "docstrings: packages kept out of training as evaluation sets")
     evaluation: tuple[str, ...] = setting((), "folders of evaluation sets in BEIR form", affects="evaluation")
     tokenizer: str = setting("wordpiece", '"wordpiece" trained on the pairs, or a pretrained one by name or path')
-    vocab_size: int = setting(8192, "tokens of a trained WordPiece", low=64, high=2**24)
+    vocab_size: int = setting(8192, "tokens of a trained WordPiece", 64, 2**24)
     query_prefix: str = setting("search_query: ", "put before every query")
     document_prefix: str = setting("search_document: ", "put before every document, context documents too")
-    query_length: int = setting(512, "tokens kept of a query, [CLS] and [SEP] included", low=3, high=2**16)
-    document_length: int = setting(512, "tokens kept of a document", low=3, high=2**16)
+    query_length: int = setting(512, "tokens kept of a query, [CLS] and [SEP] included", 3, 2**16)
+    document_length: int = setting(512, "tokens kept of a document", 3, 2**16)
+
+    @property
+    def evaluation_names(self) -> tuple[str, ...]:
+        """The evaluation sets: held-out packages, then the names of the folders."""
+        held_out = self.held_out if self.source == "docstrings" else ()
+        return (*held_out, *map(evaluation_name, self.evaluation))
 
     def conflicts(self) -> Iterator[str]:
-        """Each source needs its inputs."""
+        """Each source needs its inputs; evaluation sets need different names."""
         if self.source == "jsonl" and not self.paths:
             yield "`data.paths` is empty: name the jsonl files, e.g. --config.data.paths=\"('pairs.jsonl.gz',)\""
         if self.source == "huggingface" and not self.paths:
@@ -103,6 +110,11 @@ class Data(_Section):
                 "`data.source` 'tfds' needs `data.collections` by name and the one folder of their files in "
                 f"`data.paths`, got {self.collections} and {self.paths}"
             )
+        names = self.evaluation_names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            yield f"evaluation sets need different names (those of their folders), these come twice: {', '.join(twice)}"
+        if any(not path.strip() for path in (*self.paths, *self.evaluation)):
+            yield f"an empty path is in `data.paths` {self.paths} or `data.evaluation` {self.evaluation}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,88 +124,83 @@ class Batching(_Section):
     name: ClassVar[str] = "batching"
     affects: ClassVar[Affects] = "plan"
 
-    surrogate: str = setting(
-        "lsa",
-        'model whose vectors are clustered: "lsa", "sentence-transformers:NAME", "checkpoint:DIR"',
-        affects="vectors",
-    )
+    surrogate: str = setting("lsa", f"model whose vectors are clustered: {SURROGATES}", affects="vectors")
     surrogate_prompts: tuple[str, ...] = setting(
-        (), "its prompts for (queries, documents); (): those saved with the model", affects="vectors"
+        (), "its prompts (of queries, of documents); (): those saved with the model", affects="vectors"
     )
-    filter_surrogate: str = setting(
-        "", 'model that scores false and hard negatives; "": the surrogate', affects="vectors"
-    )
-    filter_prompts: tuple[str, ...] = setting(
-        (), 'its prompts; nomic-embed: ("search_query: ", "search_document: ")', affects="vectors"
-    )
-    surrogate_width: int = setting(128, "dimensions of the LSA vectors", low=2, high=2**16, affects="vectors")
+    filter_surrogate: str = setting("", 'scores false and hard negatives; "": the surrogate', affects="vectors")
+    filter_prompts: tuple[str, ...] = setting((), "its prompts (of queries, of documents)", affects="vectors")
+    surrogate_width: int = setting(128, "dimensions of the LSA vectors", 2, 2**16, affects="vectors")
+    vectors_cache: str = setting("", "folder by which work directories share surrogate vectors", affects="nothing")
     method: str = setting(
-        "clustered",
-        'batches from "clustered" neighbourhoods, or "random" within a domain',
-        choices=("clustered", "random"),
+        "clustered", 'batches of "clustered" pairs, or "random" in a domain', choices=("clustered", "random")
     )
-    batch_size: int = setting(512, "B, queries of a plan batch: the unit of contrast", low=2, high=2**24)
-    cluster_size: int = setting(512, "pairs of a cluster, on average over centroids", low=1, high=2**40)
-    cluster_dimensions: int = setting(0, "of the vectors that are clustered, reduced by SVD; 0: all", low=0, high=2**16)
-    cluster_rows: int = setting(
-        2**20, "pairs of a domain that clusters are trained on; the others are assigned to them", low=1, high=2**40
+    batch_size: int = setting(512, "B, queries of a plan batch: the unit of contrast", 2, 2**24)
+    cluster_size: int = setting(
+        512, "pairs of a cluster, the mean over clusters: most pairs are in larger ones", 1, 2**40
     )
-    iterations: int = setting(100, "of k-means, at most", low=1, high=10**6)
-    tries: int = setting(3, "k-means runs from different seeds; the best is kept", low=1, high=10**4)
+    cluster_dimensions: int = setting(0, "of the vectors that are clustered, reduced by SVD; 0: all", 0, 2**16)
+    cluster_rows: int = setting(2**20, "pairs of a domain that centroids are fitted to; others are assigned", 1, 2**40)
+    iterations: int = setting(100, "of k-means, at most", 1, 10**6)
+    tries: int = setting(3, "k-means runs from different seeds; the best is kept", 1, 10**4)
     packing: str = setting(
-        "tsp",
-        'order of the clusters: "random", or a greedy travelling-salesman tour ("tsp")',
-        choices=("random", "tsp"),
+        "tsp", 'order of the clusters: "random", or a greedy travelling-salesman tour', choices=("random", "tsp")
     )
-    epochs: int = setting(3, "arrangements of all pairs in the plan, each different", low=1, high=10**6)
-    domain_weights: tuple[str, ...] = setting(
-        (), '("NAME=0.5",): half of that domain\'s batches in an epoch; 2: each row twice'
-    )
+    epochs: int = setting(3, "arrangements of all pairs in the plan, each different", 1, 10**6)
+    domain_weights: tuple[str, ...] = setting((), '("NAME=0.5",): half of its batches in an epoch; 2: each row twice')
     hard_negatives: int = setting(
-        0, "K per query: the data's own negatives, then mined ones, then random ones of the group", low=0, high=2**16
+        0, "K per query: the data's own negatives, then mined ones, then random ones of the group", 0, 2**16
     )
-    mine_first: int = setting(
-        0,
-        "mined negatives: documents from this rank among the query's nearest in its domain, from 1 …",
-        low=0,
-        high=2**20,
-    )
-    mine_last: int = setting(0, "… to this rank; 0: none are mined", low=0, high=2**20)
-    mine_margin: float = setting(0.05, "… and only where f(q, d′) ≤ f(q, d) − margin", low=-2.0, high=2.0)
+    mine_first: int = setting(0, "mined negatives: from this rank of the domain's nearest documents, 1 …", 0, 2**20)
+    mine_last: int = setting(0, "… to this rank; 0: none are mined", 0, 2**20)
+    mine_margin: float = setting(0.05, "… and only where f(q, d′) ≤ f(q, d) − margin", -2.0, 2.0)
     filter_margin: float | None = setting(
         0.0,
         "ε of the false-negative filter (paper eq. 4) on the surrogate's cosine: documents at least this much closer "
         "to the query than its own document are no negatives. None: only equal texts are masked",
-        low=-2.0,
-        high=2.0,
+        -2.0,
+        2.0,
     )
     context_source: str = setting(
         "batch",
-        'context documents are drawn from the plan "batch" (paper) or its "domain"',
+        'context is drawn from the "batch" (paper) or its "domain"',
         choices=("batch", "domain"),
         affects="training",
     )
-    threads: int = setting(4, "threads that read batches", low=1, high=1024, affects="nothing")
-    workers: int = setting(0, "processes that read batches", low=0, high=1024, affects="nothing")
-    prefetch: int = setting(8, "batches ready ahead", low=1, high=2**16, affects="nothing")
+    threads: int = setting(4, "threads that read batches", 1, 1024, affects="nothing")
+    workers: int = setting(0, "processes that read batches", 0, 1024, affects="nothing")
+    prefetch: int = setting(8, "batches ready ahead", 1, 2**16, affects="nothing")
+
+    @property
+    def filter_is_surrogate(self) -> bool:
+        """Whether the model that places pairs scores false and hard negatives too."""
+        same_model = self.filter_surrogate in ("", self.surrogate)
+        unset = not (self.filter_surrogate or self.filter_prompts)
+        takes_prompts = self.surrogate.startswith("sentence-transformers:")
+        return same_model and (unset or not takes_prompts or self.filter_prompts == self.surrogate_prompts)
 
     def conflicts(self) -> Iterator[str]:
-        """Prompts come in pairs, ranks in order."""
+        """Surrogates and weights have a form, prompts come in pairs, ranks in order."""
+        for name in ("surrogate", "filter_surrogate"):
+            kind, _, model = (spec := getattr(self, name)).partition(":")
+            known = spec == "lsa" or (kind in ("sentence-transformers", "checkpoint") and model)
+            if not known and (spec or name == "surrogate"):
+                yield f"`batching.{name}` must be {SURROGATES}, got {spec!r}"
         for name in ("surrogate_prompts", "filter_prompts"):
             if len(prompts := getattr(self, name)) not in (0, 2):
                 yield f"`batching.{name}` must be empty or (of queries, of documents), got {prompts!r}"
+        weights = [parse_weight(text) for text in self.domain_weights]
+        if None in weights:
+            yield f'`batching.domain_weights` must have the form ("NAME=0.5", …), 0 or more, got {self.domain_weights}'
+        elif len(dict(weights)) < len(weights):
+            yield f"`batching.domain_weights` names a domain twice: {self.domain_weights}"
         if self.mine_last and not 1 <= self.mine_first <= self.mine_last:
-            yield (
-                f"`batching.mine_first` {self.mine_first} … `batching.mine_last` {self.mine_last} must be ranks "
-                "from 1, in order"
-            )
+            yield f"`batching.mine_first` {self.mine_first} … `mine_last` {self.mine_last} must be ranks from 1 up"
 
     def plan_settings(self, seed: int) -> dict[str, Any]:
         """What the plan is made by, as its manifest has it (JSON types only)."""
-        return {name: getattr(self, name) for name in names_affecting(type(self), "plan")} | {
-            "domain_weights": list(self.domain_weights),
-            "seed": seed,
-        }
+        own = {name: getattr(self, name) for name in names_affecting(type(self), "plan")}
+        return own | {"domain_weights": list(self.domain_weights), "seed": seed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +212,7 @@ class Init(_Section):
 
     first_stage: str = setting("", 'pretrained encoder (name or path) the first stage starts from; "": random')
     second_stage: str = setting("", "… the second stage, or the biencoder")
-    layers: int = setting(0, "only its first layers; 0: all", low=0, high=4096)
+    layers: int = setting(0, "only its first layers; 0: all", 0, 4096)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,33 +222,27 @@ class Model(_Section):
     name: ClassVar[str] = "model"
     affects: ClassVar[Affects] = "training"
 
-    kind: str = setting(
-        "contextual", '"contextual" (two stages), or a plain "biencoder"', choices=("contextual", "biencoder")
-    )
+    kind: str = setting("contextual", "two stages, or a plain biencoder", choices=("contextual", "biencoder"))
     context_attention: str = setting(
-        "isolated",
-        '"isolated": slots are computed once per context; "joint": as the paper',
-        choices=("isolated", "joint"),
+        "isolated", '"isolated": slots computed once per context; "joint": the paper', choices=("isolated", "joint")
     )
-    context_size: int = setting(512, "J context documents", low=0, high=2**20)
+    context_size: int = setting(512, "J context documents", 0, 2**20)
     backbone: str = setting("nomic", '"nomic": rotary positions, SwiGLU, no biases; "bert"', choices=("nomic", "bert"))
-    vocab_size: int = setting(0, "rows of the token embeddings; 0: as many as the tokenizer has", low=0, high=2**24)
-    width: int = setting(768, "D", low=1, high=2**16)
-    layers: int = setting(12, "of the second stage (and of a biencoder)", low=1, high=4096)
-    first_stage_layers: int = setting(0, "of the first stage; 0: as many as the second", low=0, high=4096)
-    heads: int = setting(12, "attention heads", low=1, high=2**12)
-    mlp_width: int = setting(3072, "hidden width of the MLP", low=1, high=2**20)
-    max_positions: int = setting(2048, "longest text, in tokens", low=1, high=2**20)
+    vocab_size: int = setting(0, "rows of the token embeddings; 0: as many as the tokenizer has", 0, 2**24)
+    width: int = setting(768, "D", 1, 2**16)
+    layers: int = setting(12, "of the second stage (and of a biencoder)", 1, 4096)
+    first_stage_layers: int = setting(0, "of the first stage; 0: as many as the second", 0, 4096)
+    heads: int = setting(12, "attention heads", 1, 2**12)
+    mlp_width: int = setting(3072, "hidden width of the MLP", 1, 2**20)
+    max_positions: int = setting(2048, "longest text, in tokens", 1, 2**20)
     head: bool = setting(
         False,
         "of a biencoder: an MLP with a residual on its vector, as a contextual model's second stage always has; "
         "without it the export is a plain encoder that needs no code of ours",
     )
-    soft_prompt: int = setting(8, "learned tokens between slots and text; 0: none", low=0, high=2**16)
+    soft_prompt: int = setting(8, "learned tokens between slots and text; 0: none", 0, 2**16)
     slot_bias: float | None = setting(
-        -5.0,
-        "first value of a learned bias per layer and head from text to slots: training starts as a biencoder. None: no "
-        "such bias (the paper)",
+        -5.0, "first value of a learned bias per layer and head from text to slots; None: no bias (the paper)"
     )
     dtype: str = setting(
         "auto",
@@ -263,9 +264,11 @@ class Model(_Section):
     init: Init = dataclasses.field(default_factory=Init)
 
     def conflicts(self) -> Iterator[str]:
-        """Heads divide the width; a contextual model has a context."""
+        """Heads divide the width; rotary positions turn pairs of features; a contextual model has a context."""
         if self.width % self.heads:
             yield f"`model.width` {self.width} is not a multiple of `model.heads` {self.heads}"
+        elif self.backbone == "nomic" and self.width // self.heads % 2:
+            yield f"`model.width` / `model.heads` is {self.width // self.heads}: rotary positions need an even number"
         if self.kind == "contextual" and not self.context_size:
             yield "`model.context_size` is 0, so there is no context to read: choose `model.kind` 'biencoder'"
 
@@ -277,54 +280,44 @@ class Train(_Section):
     name: ClassVar[str] = "train"
     affects: ClassVar[Affects] = "training"
 
-    steps: int = setting(0, "0: once through the plan", low=0, high=2**31 - 1)
-    devices: int = setting(0, "how many share a step; 0: all there are", low=0, high=2**20)
-    batches_per_step: int = setting(1, "G plan batches per step, shared by the devices", low=1, high=2**20)
-    learning_rate: float = setting(2e-5, "peak, of AdamW", low=0.0, high=1.0)
-    first_stage_rate: float = setting(
-        1.0, "the first stage's learning rate as a share of it; 0: the first stage is frozen", low=0.0, high=1000.0
-    )
-    warmup_steps: int = setting(1000, "linear, then linear decay to zero", low=0, high=2**31 - 1)
-    weight_decay: float = setting(0.01, "of matrices", low=0.0, high=1.0)
-    clip_norm: float = setting(1.0, "largest global norm of the gradient", low=1e-9, high=1e9)
-    temperature: float = setting(0.02, "τ", low=1e-4, high=10.0)
-    sequence_dropout: float = setting(
-        0.005, "p that a context document is replaced by the null embedding", low=0.0, high=1.0
-    )
+    steps: int = setting(0, "0: once through the plan", 0, 2**31 - 1)
+    devices: int = setting(0, "how many share a step; 0: all there are", 0, 2**20)
+    batches_per_step: int = setting(1, "G plan batches per step, shared by the devices", 1, 2**20)
+    learning_rate: float = setting(2e-5, "peak, of AdamW", 0.0, 1.0)
+    first_stage_rate: float = setting(1.0, "the first stage's, as a factor; 0: the first stage is frozen", 0.0, 1000.0)
+    warmup_steps: int = setting(1000, "linear, then linear decay to zero", 0, 2**31 - 1)
+    weight_decay: float = setting(0.01, "of matrices", 0.0, 1.0)
+    clip_norm: float = setting(1.0, "largest global norm of the gradient", 1e-9, 1e9)
+    temperature: float = setting(0.02, "τ", 1e-4, 10.0)
+    sequence_dropout: float = setting(0.005, "p that the null embedding replaces a context document", 0.0, 1.0)
     share_negatives: bool = setting(False, "contrast across all plan batches of a step instead of within each")
     text_lengths: int = setting(
         12,
         "padded lengths that texts run at, chosen to fit the plan; each takes time to compile. Texts are sorted by "
         "length into chunks that are recomputed in the backward pass",
-        low=1,
-        high=256,
+        1,
+        256,
     )
-    query_chunk: int = setting(0, "texts of a chunk of queries, where text_lengths is 1", low=AUTO, high=2**24)
+    query_chunk: int = setting(0, "texts of a chunk of queries, where text_lengths is 1", AUTO, 2**24)
     document_chunk: int = setting(
         0,
         "texts of the longest length whose tokens one chunk of queries and documents holds; 0: a fitting number (8192 "
         "tokens on accelerators); -1: as many as the device's memory holds",
-        low=AUTO,
-        high=2**24,
+        AUTO,
+        2**24,
     )
-    context_chunk: int = setting(0, "the same for context documents", low=AUTO, high=2**24)
-    memory_gib: float = setting(
-        0.0, "GiB that a step may need, for chunks of -1; 0: 0.9 of what the device says it has", low=0.0, high=1e6
-    )
+    context_chunk: int = setting(0, "the same for context documents", AUTO, 2**24)
+    memory_gib: float = setting(0.0, "GiB of a step, for chunks of -1; 0: 0.9 of what the device has", 0.0, 1e6)
     peak_tflops: float = setting(
-        0.0,
-        "of a device, for the utilisation in metrics.jsonl; 0: the maker's number, if known",
-        low=0.0,
-        high=1e9,
-        affects="nothing",
+        0.0, "of a device, for utilisation in metrics.jsonl; 0: the maker's, if known", 0.0, 1e9, affects="nothing"
     )
     profile_steps: int = setting(
-        0, "steps traced by jax.profiler into profile/, from the 4th of a run on", low=0, high=10**6, affects="nothing"
+        0, "steps traced by jax.profiler into profile/, from the 4th of a run on", 0, 10**6, affects="nothing"
     )
-    log_every: int = setting(10, "steps between lines of metrics.jsonl", low=1, high=2**31 - 1, affects="nothing")
-    checkpoint_every: int = setting(500, "steps; 0: only at the end", low=0, high=2**31 - 1, affects="nothing")
+    log_every: int = setting(10, "steps between lines of metrics.jsonl", 1, 2**31 - 1, affects="nothing")
+    checkpoint_every: int = setting(500, "steps; 0: only at the end", 0, 2**31 - 1, affects="nothing")
     evaluate_every: int = setting(
-        0, "steps between scores on the development set; 0: only at the end", low=0, high=2**31 - 1, affects="nothing"
+        0, "steps between scores on the development set; 0: only at the end", 0, 2**31 - 1, affects="nothing"
     )
 
     def conflicts(self) -> Iterator[str]:
@@ -344,7 +337,7 @@ class Evaluate(_Section):
         "", 'evaluation set whose score picks the best checkpoint and which is not reported; "": the newest is the best'
     )
     checkpoint: str = setting("best", "which checkpoint is evaluated and exported", choices=("best", "newest"))
-    cutoff: int = setting(10, "k of NDCG@k", low=1, high=10**6)
+    cutoff: int = setting(10, "k of NDCG@k", 1, 10**6)
     baselines: bool = setting(True, "BM25 and the LSA surrogate beside the model")
 
 
@@ -354,9 +347,7 @@ class Config(_Section):
 
     affects: ClassVar[Affects] = "training"
 
-    seed: int = setting(
-        0, "the one seed of data order, clusters, parameters, context draws and dropout", low=0, high=2**32 - 1
-    )
+    seed: int = setting(0, "of data order, clusters, parameters, context draws and dropout", 0, 2**32 - 1)
     data: Data = dataclasses.field(default_factory=Data)
     batching: Batching = dataclasses.field(default_factory=Batching)
     model: Model = dataclasses.field(default_factory=Model)
@@ -369,24 +360,49 @@ class Config(_Section):
 
     def conflicts(self) -> Iterator[str]:
         """Settings of different sections that do not fit each other."""
-        longest = max(self.data.query_length, self.data.document_length)
-        if longest > self.model.max_positions:
-            yield f"texts of {longest} tokens do not fit `model.max_positions` = {self.model.max_positions}"
-        development = self.evaluate.development
-        sets = (*self.data.held_out, *map(evaluation_name, self.data.evaluation))
-        if development and development not in sets:
-            yield f"`evaluate.development` {development!r} is none of the evaluation sets {sets}"
+        d, m, development = self.data, self.model, self.evaluate.development
+        longest = max(d.query_length, d.document_length)
+        if longest > m.max_positions:
+            yield f"texts of {longest} tokens do not fit `model.max_positions` = {m.max_positions}"
+        if d.tokenizer == "wordpiece" and 0 < m.vocab_size < d.vocab_size:
+            yield f"`model.vocab_size` {m.vocab_size} has no room for the `data.vocab_size` {d.vocab_size} tokens"
+        if development and development not in d.evaluation_names:
+            yield f"`evaluate.development` {development!r} is none of the evaluation sets {d.evaluation_names}"
+
+    def unused(self) -> list[str]:
+        """Settings that were changed and have no effect beside the others, as "section.key"."""
+        d, b = self.data, self.batching
+        surrogates = (b.surrogate, b.filter_surrogate or b.surrogate)
+        takes_prompts = [name.startswith("sentence-transformers:") for name in surrogates]
+        used = {
+            "data.packages data.standard_library data.held_out": d.source == "docstrings",
+            "data.paths": d.source != "docstrings",
+            "data.collections": d.source == "tfds",
+            "data.columns": d.source == "huggingface",
+            "data.vocab_size": d.tokenizer == "wordpiece",
+            "batching.surrogate_width": "lsa" in surrogates,
+            "batching.surrogate_prompts": takes_prompts[0],
+            "batching.filter_prompts": takes_prompts[1],
+            "batching.mine_first batching.mine_last batching.mine_margin": b.hard_negatives > 0,
+        }
+        now, default = flatten(self.as_dict()), flatten(Config().as_dict())
+        names = [name for names, needed in used.items() if not needed for name in names.split()]
+        return [name for name in names if now[name] != default[name]]
 
 
 def evaluation_name(path: str) -> str:
-    """Name of the evaluation set in a folder."""
-    return path.rstrip("/").split("/")[-1]
+    """Name of the evaluation set in a folder: the folder's own."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(path)))
 
 
-def names_affecting(section: type[_Section], *what: Affects) -> tuple[str, ...]:
-    """Fields of a section that affect one of `what`, in the order of their declaration."""
-    fields = [field for field in dataclasses.fields(section) if not dataclasses.is_dataclass(field.type)]
-    return tuple(field.name for field in fields if (field.metadata["affects"] or section.affects) in what)
+def parse_weight(text: str) -> tuple[str, float] | None:
+    """("NAME", 0.5) of "NAME=0.5"; None for another form, and for a number below 0 or not finite."""
+    name, _, number = text.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        return None
+    return (name, weight) if name and math.isfinite(weight) and weight >= 0 else None
 
 
 def affected(section: type[_Section] = Config, prefix: str = "") -> dict[str, Affects]:
@@ -400,26 +416,63 @@ def affected(section: type[_Section] = Config, prefix: str = "") -> dict[str, Af
     return table
 
 
+def names_affecting(section: type[_Section], *what: Affects) -> tuple[str, ...]:
+    """Fields of a section that affect one of `what`, in the order of their declaration."""
+    return tuple(name for name, effect in affected(section).items() if effect in what and "." not in name)
+
+
+def unknown_setting(name: str, known: Iterable[str] = ()) -> str:
+    """What to say of a setting "section.key" that is none; `known` are the keys of its section."""
+    section, _, key = name.rpartition(".")
+    known = list(known) or [k.rpartition(".")[2] for k in affected() if k.rpartition(".")[0] == section]
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"unknown key `{name}`: did you mean `{f'{section}.{near[0]}'.lstrip('.')}`?"
+    return f"unknown key `{name}`: known keys here: {', '.join(known)}"
+
+
+def with_changes(config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration, as a nested dict, with each {"section.key": value} put in.
+
+    `config` is a Config, a ConfigDict or a nested dict. Raises SettingsError for names that it does not have.
+    """
+    changed, problems = _nested(config), []
+    for name, value in changes.items():
+        *sections, key = name.split(".")
+        place: Any = changed
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if isinstance(place, dict) and key in place and not isinstance(place[key], dict):
+            place[key] = value
+        else:
+            problems.append(unknown_setting(name))
+    if problems:
+        raise SettingsError(problems)
+    return changed
+
+
 def from_config_dict(config: Any) -> Config:
     """Build and check a `Config` from a ConfigDict or a nested dict that has every key.
 
     Raises SettingsError, a ValueError that names every unknown key (with the nearest known one) and every bad value.
     """
     problems: list[str] = []
-    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    built = _build(Config, values, "", problems)
+    built = _build(Config, _nested(config), "", problems)
     if problems:
         raise SettingsError(problems)
     return built
 
 
+def _nested(config: Any) -> dict[str, Any]:
+    values = next((getattr(config, name)() for name in ("as_dict", "to_dict") if hasattr(config, name)), config)
+    if not isinstance(values, Mapping):
+        raise SettingsError([f"expected a ConfigDict (of get_config) or a nested dict, got {type(values).__name__}"])
+    return copy.deepcopy(dict(values))
+
+
 def _build(section: type[_Section], values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     fields = {field.name: field.type for field in dataclasses.fields(section)}
-    for name in sorted(values.keys() - fields.keys()):
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known keys here: {', '.join(fields)}"
-        problems.append(f"unknown key `{prefix}{name}`: {hint}")
     before, arguments = len(problems), {}
+    problems += [unknown_setting(f"{prefix}{key}", fields) for key in sorted(values.keys() - fields.keys())]
     for name, expected in fields.items():
         if name not in values:
             problems.append(f"`{prefix}{name}` is missing: start from configs/base.py, which has every key")
@@ -443,7 +496,8 @@ def _converted(value: Any, expected: Any) -> Any:
     """Lists as tuples, and whole numbers as floats where a float is expected."""
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in (get_args(expected) or (expected,)):
+    is_float = float in (get_args(expected) or (expected,))
+    if is_float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
         return float(value)
     return value
 
