@@ -29,7 +29,7 @@ from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings
 from cde_jax.interop.write import save_pretrained
 from cde_jax.retrieval.embedder import Embedder
-from cde_jax.retrieval.padding import full_batch
+from cde_jax.retrieval.encode import full_batch
 from cde_jax.training.accounting import encoding_flops, utilisation
 
 QUERY, DOCUMENT = 16, 128  # tokens

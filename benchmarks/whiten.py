@@ -19,9 +19,9 @@ import numpy as np
 from harness import emit
 from jaxtyping import Float, Int
 
-from cde_jax.adapters.whitening import SIZE, STRENGTH, beginnings, whitening
+from cde_jax.adapters.whitening import SAMPLE_SIZE, STRENGTH, pseudo_queries, whitening
 from cde_jax.data.sources.beir import EvaluationSet
-from cde_jax.evaluation.beir import ndcg
+from cde_jax.evaluation.metrics import ndcg
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.retrieval.index import as_run, search
 
@@ -70,17 +70,20 @@ def main() -> None:
 def embed(embedder: Embedder, dataset: EvaluationSet) -> Vectors:
     """The vectors of a set."""
     corpus = list(dataset.corpus.values())
-    queries, pseudo = (embedder.encode_queries(texts) for texts in (list(dataset.queries.values()), beginnings(corpus)))
+    queries = embedder.encode_queries(list(dataset.queries.values()))
+    pseudo = embedder.encode_queries(pseudo_queries(corpus))
     return Vectors(queries, embedder.encode_documents(corpus), pseudo)
 
 
 def whitened_ndcg(dataset: EvaluationSet, vectors: Vectors, corpus: Vectors, kind: str, strength: float) -> float:
     """NDCG@10, in points, of a set whitened by the texts of a corpus."""
-    sample = corpus.documents[np.random.default_rng(0).permutation(len(corpus.documents))[:SIZE]]
+    sample = corpus.documents[np.random.default_rng(0).permutation(len(corpus.documents))[:SAMPLE_SIZE]]
     run: dict[str, dict[str, float]] = {}
     for rows, queries in parts(vectors, corpus, sample, kind):
-        found = whitening(queries, sample, strength)
-        run |= ranked(dataset, found.of_queries(vectors.queries), found.of_documents(vectors.documents), rows)
+        fitted = whitening(queries, sample, strength)
+        run |= ranked(
+            dataset, fitted.transform_queries(vectors.queries), fitted.transform_documents(vectors.documents), rows
+        )
     return 100 * ndcg(run, dataset.qrels)
 
 

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,10 @@ from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
-from cde_jax.retrieval import context as context_file
 from cde_jax.retrieval import embedder as embedder_file
-from cde_jax.retrieval import encode, padding
-from cde_jax.retrieval.checks import check_texts
+from cde_jax.retrieval import encode
 from cde_jax.retrieval.embedder import Context, Embedder
-from cde_jax.retrieval.padding import batches, padded_lengths
+from cde_jax.retrieval.encode import as_texts, batches, padded_lengths
 
 TEXT = "the cat sat on a mat while seven grey whales sang deep songs of cold water and old ships"
 WORDS = TEXT.split(" ")
@@ -122,8 +119,8 @@ def test_vectors_are_those_of_the_model_called_text_by_text(embedder):
 def test_vectors_do_not_depend_on_batch_or_padded_length(embedder, monkeypatch):
     context = context_of(embedder)
     vectors = embedder.encode_documents(CORPUS, context)
-    monkeypatch.setattr(padding, "SHORTEST", 64)  # every text padded to the document length
-    monkeypatch.setitem(padding.TOKENS_PER_BATCH, "cpu", 1)  # and batches of the smallest size
+    monkeypatch.setattr(encode, "SHORTEST", 64)  # every text padded to the document length
+    monkeypatch.setitem(encode.TOKENS_PER_BATCH, "cpu", 1)  # and batches of the smallest size
     monkeypatch.setattr(encode, "BLOCK", 7)
     np.testing.assert_allclose(embedder.encode_documents(CORPUS, context), vectors, atol=1e-5)
 
@@ -205,7 +202,7 @@ def test_a_biencoder_reads_no_context(tokenizer):
 
 def test_no_texts_give_no_vectors_and_an_empty_corpus_is_an_error(contextual):
     assert contextual.encode_queries([], contextual.embed_context(CORPUS)).shape == (0, 32)
-    with pytest.raises(ValueError, match="at least one text, got none"):
+    with pytest.raises(ValueError, match="at least one text, got none among 0"):
         contextual.embed_context([])
 
 
@@ -226,21 +223,53 @@ def test_a_text_without_any_token_is_an_error_that_gives_its_index(tokenizer):
         embedder.encode_queries(["a cat", "", "water"])
 
 
-@pytest.mark.parametrize("wrong", ["one text", b"bytes", {"id": "text"}, 7])
+@pytest.mark.parametrize(
+    "wrong",
+    ["one text", b"bytes", {"id": "text"}, {"a", "b"}, 7, None, np.eye(2), [b"a"], ["a", 5], ["a", None], [["a"]]],
+)
 def test_anything_but_a_list_of_texts_is_an_error(wrong):
-    with pytest.raises(ValueError, match="expected a list of texts, got one"):
-        check_texts(wrong)
+    with pytest.raises(ValueError, match="corpus: expected a list of texts, got"):
+        as_texts(wrong, "corpus")
+
+
+def test_lists_tuples_generators_and_arrays_of_strings_are_lists_of_texts():
+    for good in (["a", "b"], ("a", "b"), (c for c in "ab"), np.array(["a", "b"]), {"x": "a", "y": "b"}.values()):
+        assert as_texts(good, "texts") == ["a", "b"]
+
+
+@pytest.mark.parametrize("wrong", [[np.ones(2, np.int32), "a"], [np.ones((2, 2), np.int32)], [np.ones(2, np.float32)]])
+def test_token_ids_are_1d_integer_arrays(wrong):
+    with pytest.raises(ValueError, match="queries: expected token ids as 1-d integer arrays, got"):
+        as_texts(wrong, "queries")
+
+
+@pytest.mark.parametrize("wrong", [np.arange(25), np.array([0, 120]), np.array([-1, 3])])
+def test_token_ids_that_do_not_fit_the_model_are_an_error(wrong, tokenizer):
+    with pytest.raises(
+        ValueError, match=r"documents: expected at most 24 token ids of 0 to 119, got \d+ of -?\d+ to \d+"
+    ):
+        build("biencoder", tokenizer).encode_documents([np.array([2, 3]), wrong])
+
+
+def test_texts_without_a_visible_character_are_logged(caplog):
+    as_texts(["a", " \u200b\n", "", "\ufeff"], "corpus")
+    assert caplog.messages == ["corpus: 3 texts have no visible character (first: index 1)"]
 
 
 def test_a_single_string_is_an_error_and_not_a_list_of_letters(contextual):
     for call in (contextual.encode_queries, contextual.encode_documents, contextual.embed_context):
-        with pytest.raises(ValueError, match="expected a list of texts, got one str"):
+        with pytest.raises(ValueError, match="expected a list of texts, got a single one, 'one text'"):
             call("one text")
 
 
-def test_an_item_that_is_no_text_is_named():
-    with pytest.raises(ValueError, match="got int at index 1: 5"):
-        check_texts(["a", 5])
+def test_token_ids_give_the_vectors_of_their_texts(contextual, tokenizer):
+    def ids(texts):
+        return tokenizer.encode(["document: " + text for text in texts], 24)
+
+    context, again = contextual.embed_context(CORPUS, 1), contextual.embed_context(ids(CORPUS), 1)
+    np.testing.assert_array_equal(context.vectors, again.vectors)
+    vectors = contextual.encode_documents(ids(CORPUS[:5]), again)
+    np.testing.assert_array_equal(vectors, contextual.encode_documents(CORPUS[:5], context))
 
 
 def test_a_saved_context_gives_the_same_vectors(contextual, tmp_path):
@@ -275,7 +304,7 @@ def test_a_cache_from_another_compute_type_is_read_in_ours(tokenizer):
     high = build("isolated", tokenizer)
     context = low.embed_context(CORPUS)
     vectors = high.encode_queries(FEW, context)
-    assert high._prepare(context).prefix.keys.dtype == jnp.float32
+    assert high._cache(context).prefix.keys.dtype == jnp.float32
     np.testing.assert_allclose(vectors, high.encode_queries(FEW, high.embed_context(CORPUS)), atol=2e-2)
 
 
@@ -304,30 +333,6 @@ def test_a_cache_of_another_context_is_an_error(tokenizer, tmp_path):
         Context.load(tmp_path / "mixed")
 
 
-def test_a_context_file_without_a_cache_is_still_read(contextual, tmp_path):
-    context, path = contextual.embed_context(CORPUS), tmp_path / "ctx.safetensors"
-    about = {"seed": "0", "corpus_size": "20", "weights": context.weights, "documents": context.documents}
-    digest = hashlib.sha256(context.vectors).hexdigest()
-    save_file({"vectors": context.vectors}, path, about | {"format": "cde_jax context 1", "sha256": digest})
-    loaded = Context.load(path)
-    assert loaded.cache is None
-    np.testing.assert_array_equal(loaded.vectors, context.vectors)
-    save_file({"vectors": context.vectors + 1}, path, about | {"format": "cde_jax context 1", "sha256": digest})
-    with pytest.raises(ValueError, match="altered"):
-        Context.load(path)
-
-
-@pytest.mark.parametrize("version", [2, 3])
-def test_a_context_file_of_a_version_before_is_still_read(contextual, tmp_path, monkeypatch, version):
-    context, path = contextual.embed_context(CORPUS), tmp_path / "ctx.safetensors"
-    monkeypatch.setattr("cde_jax.retrieval.context.FORMAT", f"cde_jax context {version}")
-    context.save(path)
-    monkeypatch.undo()
-    loaded = Context.load(path)
-    assert loaded.whitening is None
-    np.testing.assert_array_equal(contextual.encode_queries(FEW, loaded), contextual.encode_queries(FEW, context))
-
-
 # --- whitening
 
 ASKED = texts(9, seed=5, longest=8)
@@ -340,8 +345,10 @@ def test_a_context_with_queries_whitens_by_them_and_by_documents(embedder):
     expected = whitening(queries, documents)  # fewer documents than a sample holds: all
     for found, wanted in zip(context.whitening, expected, strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
-    np.testing.assert_allclose(embedder.encode_queries(ASKED, context), expected.of_queries(queries), atol=1e-5)
-    np.testing.assert_allclose(embedder.encode_documents(CORPUS, context), expected.of_documents(documents), atol=1e-5)
+    np.testing.assert_allclose(embedder.encode_queries(ASKED, context), expected.transform_queries(queries), atol=1e-5)
+    np.testing.assert_allclose(
+        embedder.encode_documents(CORPUS, context), expected.transform_documents(documents), atol=1e-5
+    )
     if embedder.contextual:
         without = embedder.embed_context(CORPUS, seed=3)
         np.testing.assert_array_equal(without.vectors, context.vectors)
@@ -352,11 +359,11 @@ def test_a_context_with_queries_whitens_by_them_and_by_documents(embedder):
 
 
 def test_no_more_documents_than_a_sample_make_the_whitening(tokenizer, monkeypatch):
-    monkeypatch.setattr(embedder_file, "SIZE", 7)
+    monkeypatch.setattr(embedder_file, "SAMPLE_SIZE", 7)
     embedder = build("biencoder", tokenizer)
     drawn = np.random.default_rng([3, embedder_file.WHITENING_STREAM]).choice(20, 7, replace=False)
     expected = embedder.encode_documents([CORPUS[i] for i in drawn]).mean(axis=0)
-    np.testing.assert_allclose(embedder.embed_context(CORPUS, 3, ASKED).whitening.document_centre, expected, atol=1e-5)
+    np.testing.assert_allclose(embedder.embed_context(CORPUS, 3, ASKED).whitening.document_mean, expected, atol=1e-5)
 
 
 def test_a_saved_context_keeps_its_whitening_and_an_altered_one_is_refused(embedder, tmp_path):
@@ -369,24 +376,10 @@ def test_a_saved_context_keeps_its_whitening_and_an_altered_one_is_refused(embed
     np.testing.assert_array_equal(embedder.encode_queries(FEW, loaded), embedder.encode_queries(FEW, context))
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
-    other = {"whitening.query_centre": -context.whitening.query_centre}
+    other = {"whitening.query_mean": -context.whitening.query_mean}
     save_file(load_file(path) | other, tmp_path / "mixed", metadata)
     with pytest.raises(ValueError, match="altered"):
         Context.load(tmp_path / "mixed")
-
-
-def test_a_context_file_with_centres_only_moves_vectors_as_it_did(tokenizer, tmp_path):
-    embedder = build("biencoder", tokenizer)
-    context, path = embedder.embed_context(CORPUS, queries=ASKED), tmp_path / "ctx.safetensors"
-    context.save(path)
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() | {"format": "cde_jax context 4"}
-    del metadata["sha256"]
-    tensors = {"vectors": context.vectors, "centres": np.stack(context.whitening[:2])}
-    save_file(tensors, path, metadata | {"sha256": context_file._digest(tensors, metadata)})
-    moved = embedder.encode_queries(FEW) - 0.75 * context.whitening.query_centre
-    expected = moved / np.linalg.norm(moved, axis=1, keepdims=True)
-    np.testing.assert_allclose(embedder.encode_queries(FEW, Context.load(path)), expected, atol=1e-5)
 
 
 def test_what_cannot_be_whitened_is_an_error(embedder, tokenizer, tmp_path):
@@ -449,11 +442,11 @@ def test_parameters_and_context_are_arguments_and_compile_nothing_new(contextual
 def test_a_context_is_prepared_once_and_forgotten_with_it(contextual):
     context = contextual.embed_context(CORPUS)
     contextual.encode_queries(["a cat"], context)
-    prepared = contextual._prepare(context)
+    prepared = contextual._cache(context)
     contextual.encode_documents(CORPUS, context)
-    assert contextual._prepare(context) is prepared and len(contextual._prepared) == 1
+    assert contextual._cache(context) is prepared and len(contextual._caches) == 1
     del context
-    assert len(contextual._prepared) == 0
+    assert len(contextual._caches) == 0
 
 
 def test_a_model_spread_over_devices_gives_the_same_vectors(tokenizer):
@@ -490,7 +483,7 @@ def test_a_bar_shows_on_long_work_only(tokenizer, monkeypatch, capsys):
     embedder = Embedder(cached_model("biencoder"), tokenizer, SETTINGS, "unused")
     embedder.encode_queries(CORPUS)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(encode, "BAR_AFTER", 0)
+    monkeypatch.setattr(encode, "PROGRESS_DELAY", 0)
     embedder.encode_queries(CORPUS)
     assert "queries" in capsys.readouterr().err
 

@@ -1,4 +1,3 @@
-import json
 import math
 
 import jax
@@ -8,23 +7,17 @@ import pytest
 from conftest import shared
 from flax import nnx
 
-from cde_jax.adapters.whitening import beginnings
+from cde_jax.adapters.whitening import pseudo_queries
 from cde_jax.batching.surrogate import lsa
 from cde_jax.data.sources import beir
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.store import read_json, write_json
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.evaluation.beir import (
-    bm25,
-    combine,
-    evaluate_baselines,
-    evaluate_embedder,
-    means,
-    ndcg,
-    score,
-    table,
-    vectors_baseline,
-)
+from cde_jax.evaluation import beir as evaluation
+from cde_jax.evaluation.baselines import bm25, evaluate_baselines, rank_vectors
+from cde_jax.evaluation.beir import evaluate_embedder, rank, score
+from cde_jax.evaluation.metrics import Scores, mean_over_sets, ndcg, ndcg_per_query, score_rankings, table
+from cde_jax.evaluation.tokens import read_tokens, write_tokens
 from cde_jax.interop.read import TextSettings
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
@@ -60,9 +53,12 @@ def test_ndcg_looks_at_the_first_k_only():
     assert ndcg(run, {"q": {"a": 1}}, k=11) == pytest.approx(1 / math.log2(12))
 
 
-def test_judged_queries_that_found_nothing_count_as_zero():
-    qrels = {"q": {"a": 1}, "not run": {"a": 1}, "found nothing": {"a": 1}, "nothing relevant": {"a": 0}}
-    assert ndcg({"q": {"a": 1.0}, "found nothing": {}, "unjudged": {"b": 1.0}}, qrels) == pytest.approx(1 / 3)
+def test_queries_without_a_ranking_score_zero_and_those_without_a_relevant_document_do_not_count():
+    qrels = {"not run": {"a": 1}, "q": {"a": 1}, "empty": {"a": 1}, "nothing relevant": {"a": 0}}
+    run = {"q": {"a": 1.0}, "empty": {}, "without qrels": {"b": 1.0}}
+    scores = ndcg_per_query(run, qrels)
+    assert list(scores.items()) == [("not run", 0.0), ("q", 1.0), ("empty", 0.0)]
+    assert ndcg(run, qrels) == pytest.approx(1 / 3)
 
 
 def test_qrels_without_a_relevant_document_are_an_error():
@@ -72,7 +68,9 @@ def test_qrels_without_a_relevant_document_are_an_error():
 
 def test_bm25_finds_words_and_ranks_nothing_by_chance():
     # q1 and q2 are found first; no document has the word of q3, so that one is not found at all.
-    assert bm25(ANIMALS) == pytest.approx(2 / 3)
+    run = bm25(ANIMALS)
+    assert [list(run[query]) for query in ANIMALS.queries] == [["a", "d"], ["b"], []]
+    assert list(bm25(ANIMALS, k=1)["q1"]) == ["a"]
 
 
 def test_bm25_follows_its_formula():
@@ -86,30 +84,31 @@ def test_bm25_follows_its_formula():
             for name, tf in (("twice", 2), ("once", 1))
         }
         assert max(score, key=score.get) == first
-        assert bm25(one) == pytest.approx(1.0)
+        assert next(iter(bm25(one)["q"])) == first
 
 
-def test_bm25_of_a_corpus_without_words_is_zero():
-    assert bm25(EvaluationSet("s", {"q": "whale"}, {"a": "?", "b": "!"}, {"q": {"a": 1}})) == 0.0
+def test_bm25_of_a_corpus_without_words_ranks_nothing():
+    assert bm25(EvaluationSet("s", {"q": "whale"}, {"a": "?", "b": "!"}, {"q": {"a": 1}})) == {}
 
 
-def test_a_vectors_baseline_ranks_by_cosine():
+def test_vectors_are_ranked_by_cosine():
     vectors = {
         **dict(zip(ANIMALS.corpus.values(), 7.0 * np.eye(4), strict=True)),
         **dict(zip(ANIMALS.queries.values(), np.eye(4)[[0, 1, 3]] + 0.1, strict=True)),
     }
     # q3 points at d; its relevant c and the other two share the next score
-    score = vectors_baseline(ANIMALS, lambda texts: np.stack([vectors[text] for text in texts]))
+    run = rank_vectors(ANIMALS, lambda texts: np.stack([vectors[text] for text in texts]))
     tied = 1 / math.log2(3)  # equal scores: by document id, greatest first
-    assert score == pytest.approx((1 + 1 + tied) / 3)
+    assert ndcg_per_query(run, ANIMALS.qrels) == pytest.approx({"q1": 1, "q2": 1, "q3": tied})
+    assert max(run["q1"].values()) == pytest.approx(1.1 / np.hypot(1.1, np.sqrt(3) * 0.1))
 
 
 def test_lsa_is_a_vectors_baseline_and_a_text_of_unknown_words_harms_nothing():
     encode = lsa(list(ANIMALS.queries.values()), list(ANIMALS.corpus.values()), width=3, seed=0).encode
-    results = evaluate_baselines([ANIMALS, SHIPS], {"LSA": encode})
+    results = evaluate_baselines([ANIMALS, SHIPS], {"LSA": encode}).means
     assert list(results["animals"]) == ["BM25", "LSA"]
     assert results["animals"]["LSA"] > 0.6
-    assert results["animals"]["BM25"] == bm25(ANIMALS)
+    assert results["animals"]["BM25"] == pytest.approx(2 / 3) != results["ships"]["BM25"]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +138,7 @@ OTHERS = ["deep water", "a day of rain", "paint", "old song", "the cat"]
 @pytest.mark.parametrize("kind", ["joint", "isolated"])
 def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer):
     one = embedder(kind, tokenizer)
-    results = evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3)
+    results = evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3).means
     kinds = ["same corpus", "random training documents", "none"]
     written = ["same corpus", "same corpus, whitened", *kinds[1:]]
     assert {name: list(row) for name, row in results.items()} == {"animals": written, "ships": written}
@@ -148,17 +147,17 @@ def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer
         scores = one.encode_queries(["old ships"], context) @ one.encode_documents(SHIPS.corpus.values(), context).T
         run = {"1": dict(zip(SHIPS.corpus, scores[0].astype(float), strict=True))}
         assert results["ships"][kind_of_context] == pytest.approx(ndcg(run, SHIPS.qrels))
-    assert results == evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3)
+    assert results == evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3).means
     assert score(one, SHIPS, seed=3) == results["ships"]["same corpus"]
 
 
 def test_kinds_of_context_that_cannot_be_had_are_left_out(tokenizer):
     biencoder = embedder("biencoder", tokenizer)
-    found = evaluate_embedder(biencoder, [SHIPS], OTHERS, seed=0)["ships"]
+    found = evaluate_embedder(biencoder, [SHIPS], OTHERS, seed=0).means["ships"]
     assert list(found) == ["none", "same corpus, whitened"]
     assert score(biencoder, SHIPS, seed=0) == found["none"]
     without_null = embedder("joint", tokenizer, null_embedding=False)
-    assert list(evaluate_embedder(without_null, [SHIPS], [], seed=0)["ships"]) == [
+    assert list(rank(without_null, [SHIPS], [], seed=0)["ships"]) == [
         "same corpus",
         "same corpus, whitened",
     ]
@@ -167,11 +166,11 @@ def test_kinds_of_context_that_cannot_be_had_are_left_out(tokenizer):
 @pytest.mark.parametrize("kind", ["biencoder", "isolated"])
 def test_the_whitened_kind_is_what_users_get_from_a_corpus_alone(kind, tokenizer):
     one, corpus = embedder(kind, tokenizer), list(ANIMALS.corpus.values())
-    context = one.embed_context(corpus, 3, queries=beginnings(corpus, 3))
+    context = one.embed_context(corpus, 3, queries=pseudo_queries(corpus, 3))
     scores = one.encode_queries(ANIMALS.queries.values(), context) @ one.encode_documents(corpus, context).T
     run = {query: dict(zip(ANIMALS.corpus, row.tolist(), strict=True))
            for query, row in zip(ANIMALS.queries, scores.astype(float), strict=True)}  # fmt: skip
-    found = evaluate_embedder(one, [ANIMALS], [], seed=3)["animals"]
+    found = evaluate_embedder(one, [ANIMALS], [], seed=3).means["animals"]
     assert found["same corpus, whitened"] == pytest.approx(ndcg(run, ANIMALS.qrels))
 
 
@@ -180,21 +179,80 @@ def test_two_sets_of_one_name_are_an_error():
         evaluate_baselines([SHIPS, SHIPS])
 
 
-def test_results_write_as_json_and_print_as_a_table(tmp_path):
-    scores = combine({"animals": {"none": 0.5}, "ships": {"none": 0.25}}, {"animals": {"BM25": 2 / 3}})
-    write_json(tmp_path / "evaluation.json", scores)
-    assert read_json(tmp_path / "evaluation.json") == json.loads(json.dumps(scores)) == scores
-    assert means(scores) == {"none": 0.375}  # BM25 has no score for ships: no mean over other sets than the rest
-    assert table(scores).splitlines() == [
-        "NDCG@10   none   BM25",
-        "─────────────────────",
-        "animals  0.500  0.667",
-        "ships    0.250      –",
-        "─────────────────────",
-        "mean     0.375      –",
+def test_token_ids_are_scored_as_the_texts_are_without_a_tokenizer(tokenizer, tmp_path):
+    texts = embedder("isolated", tokenizer)
+    tokens = Embedder(texts.model, None, texts.settings, progress=False)
+    write_tokens(ANIMALS, tmp_path / "animals", tokenizer, texts.settings, seed=3)
+    dataset = read_tokens(tmp_path / "animals")
+    assert (dataset.name, dataset.qrels) == (ANIMALS.name, ANIMALS.qrels)
+    expected = rank(texts, [ANIMALS], OTHERS, seed=3)
+    rankings = rank(tokens, [dataset], tokenizer.encode(OTHERS, 16), seed=3)
+    assert rankings.keys() == expected.keys() and rankings["animals"].keys() == expected["animals"].keys()
+    for kind, run in expected["animals"].items():
+        for query, documents in run.items():
+            assert rankings["animals"][kind][query] == pytest.approx(documents, abs=1e-5), kind
+    with pytest.raises(ValueError, match="expected token ids, got texts: this embedder has no tokenizer"):
+        tokens.encode_queries(["a text"])
+
+
+def test_rankings_are_scored_later_from_their_file(tokenizer, tmp_path):
+    model = embedder("biencoder", tokenizer)
+    write_json(tmp_path / "rankings.json", rank(model, [ANIMALS, SHIPS], [], seed=0, k=3))
+    rankings = read_json(tmp_path / "rankings.json")
+    assert all(len(documents) == 3 for documents in rankings["ships"]["none"].values())
+    scores = score_rankings(rankings, {"ships": SHIPS.qrels, "animals": ANIMALS.qrels}, k=3)
+    assert scores == evaluate_embedder(model, [ANIMALS, SHIPS], [], seed=0, k=3)
+
+
+def test_each_kind_of_context_is_sampled_by_the_seed_and_whitened_vectors_are_not_swapped(tokenizer, monkeypatch):
+    model, seeds, kinds = embedder("isolated", tokenizer), [], []
+    embed_context = model.embed_context
+    monkeypatch.setattr(model, "embed_context", lambda corpus, seed: seeds.append(seed) or embed_context(corpus, seed))
+
+    def search(queries, documents, k):
+        kinds.append((len(queries), len(documents), k))
+        return evaluation_search(queries, documents, k)
+
+    evaluation_search = evaluation.search
+    monkeypatch.setattr(evaluation, "search", search)
+    evaluate_embedder(model, [ANIMALS], OTHERS, seed=7, k=2)
+    assert seeds == [7, 7] and kinds == [(3, 4, 2)] * 4
+
+
+SCORES = Scores(10, {
+    "animals": {"none": {"a": 0.25, "b": 0.75}, "BM25": {"a": 1.0, "b": 1 / 3}},
+    "ships": {"none": {"c": 0.25}},
+})  # fmt: skip
+
+
+def test_scores_have_means_over_queries_and_over_the_sets_that_a_kind_is_complete_on(tmp_path):
+    assert SCORES.means == {"animals": {"none": 0.5, "BM25": pytest.approx(2 / 3)}, "ships": {"none": 0.25}}
+    assert mean_over_sets(SCORES.means) == {"none": 0.375}
+    write_json(tmp_path / "per_query.json", SCORES.to_json())
+    assert Scores.from_json(read_json(tmp_path / "per_query.json")) == SCORES
+
+
+def test_scores_merge_set_by_set_at_one_cutoff():
+    merged = Scores(10, {"animals": {"none": {"a": 0.5}}}).merged(
+        Scores(10, {"ships": {"x": {"c": 1.0}}, "animals": {}})
+    )
+    assert merged.per_query == {"animals": {"none": {"a": 0.5}}, "ships": {"x": {"c": 1.0}}}
+    with pytest.raises(ValueError, match="one cutoff, got NDCG@10 and NDCG@5"):
+        SCORES.merged(Scores(5, {}))
+
+
+def test_a_table_has_a_row_a_set_and_a_column_a_kind():
+    assert table(SCORES.means | {"[b]x": {"none": 1.0}}, "NDCG@5").splitlines() == [
+        "| NDCG@5  |  none |  BM25 |",
+        "|---------|-------|-------|",
+        "| animals | 0.500 | 0.667 |",
+        "| ships   | 0.250 |     – |",
+        "| [b]x    | 1.000 |     – |",
+        "| mean    | 0.583 |     – |",
     ]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("cranfield", 0.360), ("medline", 0.672), ("cosqa", 0.295)])
 def test_bm25_gives_the_published_figures_of_real_sets(name, expected):
-    assert bm25(beir.read(shared(f"data/eval/{name}"))) == pytest.approx(expected, abs=0.005)
+    dataset = beir.read(shared(f"data/eval/{name}"))
+    assert ndcg(bm25(dataset), dataset.qrels) == pytest.approx(expected, abs=0.005)

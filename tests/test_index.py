@@ -60,14 +60,14 @@ def test_half_precision_documents_are_searched_as_float32():
 def test_vectors_that_are_not_finite_are_an_error_that_names_the_row(where, value):
     vectors = {"queries": rows(4), "documents": rows(9)}
     vectors[where][3, 2] = value
-    with pytest.raises(ValueError, match=f"1 of the {where} .*row 3"):
+    with pytest.raises(ValueError, match=f"{where}: .* in 1 of . rows .first: row 3"):
         search(**vectors, k=2)
 
 
 def test_k_below_one_and_different_widths_are_errors():
-    with pytest.raises(ValueError, match="at least 1; got 0"):
+    with pytest.raises(ValueError, match="integer of 1 or more, got 0"):
         search(rows(2), rows(2), k=0)
-    with pytest.raises(ValueError, match="width 8 and documents 6"):
+    with pytest.raises(ValueError, match="documents: expected vectors of width 8, got 6"):
         search(rows(2), rows(2, width=6), k=1)
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from quality import arrays, evaluation, prepare, results, scoring, settings, summary, train, training, variants  # noqa: E402
 
-from cde_jax.adapters.whitening import beginnings  # noqa: E402
+from cde_jax.adapters.whitening import pseudo_queries  # noqa: E402
 from cde_jax.config import flatten, from_config_dict  # noqa: E402
 from cde_jax.data.tokens import Tokenizer  # noqa: E402
 from cde_jax.stages.prepare import TOKENIZER  # noqa: E402
@@ -91,7 +91,7 @@ def test_the_file_says_what_is_in_it_and_names_no_path(lab):
 def test_beginnings_are_in_the_file_as_queries(lab, tmp_path):
     opened = arrays.unpack(lab, tmp_path)
     data, one = opened.config["data"], evaluation.read_all([lab.parent / "sets"])[0]
-    texts = beginnings([one.corpus[name] for name in sorted(one.corpus)], opened.config["seed"])
+    texts = pseudo_queries([one.corpus[name] for name in sorted(one.corpus)], opened.config["seed"])
     tokenizer = Tokenizer.load(Path(f"{lab}.work") / TOKENIZER)
     expected = tokenizer.encode([data["query_prefix"] + text for text in texts], data["query_length"])
     found = opened.sets[0].beginnings

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cde_jax.adapters.whitening import LETTERS, SHARE, SIZE, STRENGTH, beginnings, whitening
+from cde_jax.adapters.whitening import MAX_CHARACTERS, MEAN_FRACTION, SAMPLE_SIZE, STRENGTH, pseudo_queries, whitening
 
 
 def unit(vectors):
@@ -30,8 +30,8 @@ def test_a_direction_is_shortened_by_its_share_of_the_variance():
 def test_each_kind_of_text_loses_a_share_of_its_own_centre():
     queries, documents = of_a_corpus()
     found = whitening(queries, documents, strength=0.0)
-    for whitened, vectors in ((found.of_queries, queries), (found.of_documents, documents)):
-        expected = unit(vectors - SHARE * vectors.mean(axis=0))
+    for whitened, vectors in ((found.transform_queries, queries), (found.transform_documents, documents)):
+        expected = unit(vectors - MEAN_FRACTION * vectors.mean(axis=0))
         np.testing.assert_allclose(whitened(vectors), expected, atol=1e-6)
         assert whitened(vectors).dtype == np.float32
 
@@ -40,8 +40,8 @@ def test_vectors_of_no_spread_and_single_ones_stay_finite_unit_vectors():
     one = unit(np.ones((1, 4)))
     found = whitening(one, -one)
     np.testing.assert_allclose(found.matrix, np.eye(4), atol=1e-6)
-    np.testing.assert_allclose(found.of_queries(one), one, atol=1e-6)
-    np.testing.assert_allclose(whitening(one, one).of_documents(one * 0), -one, atol=1e-6)
+    np.testing.assert_allclose(found.transform_queries(one), one, atol=1e-6)
+    np.testing.assert_allclose(whitening(one, one).transform_documents(one * 0), -one, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -58,21 +58,21 @@ def test_nothing_to_whiten_by_is_an_error(queries, documents):
         whitening(vectors[:queries], vectors[:documents])
 
 
-def test_beginnings_are_the_first_words_of_a_sample():
-    names = ["".join(chr(ord("a") + int(digit)) for digit in f"{i:03}") for i in range(SIZE + 50)]
+def test_pseudo_queries_are_the_first_words_of_a_sample():
+    names = ["".join(chr(ord("a") + int(digit)) for digit in f"{i:03}") for i in range(SAMPLE_SIZE + 50)]
     corpus = [f"a document named {name} " + "and so on " * 9 for name in names]
-    found = beginnings(corpus, seed=1)
-    assert len(found) == SIZE and found == beginnings(corpus, seed=1) != beginnings(corpus, seed=2)
+    found = pseudo_queries(corpus, seed=1)
+    assert len(found) == SAMPLE_SIZE and found == pseudo_queries(corpus, seed=1) != pseudo_queries(corpus, seed=2)
     assert all(text.split() == corpus[names.index(text.split()[3])].split()[:12] for text in found)
     places = [names.index(text.split()[3]) for text in found]
     assert places == sorted(set(places))
 
 
-def test_beginnings_are_of_plain_words():
+def test_pseudo_queries_are_of_plain_words():
     code = 'numpy.linalg.solve(a, b)  """Solves A x = b, for the 2nd time: a well-known (LAPACK) "don’t care" x_1'
-    assert beginnings([code]) == ["b Solves A x b for the time a well-known LAPACK don’t"]
+    assert pseudo_queries([code]) == ["b Solves A x b for the time a well-known LAPACK don’t"]
 
 
-def test_beginnings_of_few_short_and_unspaced_texts():
-    assert beginnings(["one", "two  words\n", "", "x_1 = 2"]) == ["one", "two words", "", "x_1 = 2"]
-    assert beginnings(["字" * 500]) == ["字" * LETTERS]
+def test_pseudo_queries_of_few_short_and_unspaced_texts():
+    assert pseudo_queries(["one", "two  words\n", "", "x_1 = 2"]) == ["one", "two words", "", "x_1 = 2"]
+    assert pseudo_queries(["字" * 500]) == ["字" * MAX_CHARACTERS]

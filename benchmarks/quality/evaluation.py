@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from cde_jax.adapters.whitening import beginnings
+from cde_jax.adapters.whitening import pseudo_queries
 from cde_jax.config import Config
 from cde_jax.data.sources import beir
 from cde_jax.data.sources.beir import EvaluationSet
@@ -83,7 +83,7 @@ def write(one: EvaluationSet, folder: Path, tokenizer: Tokenizer, config: Config
     small = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     queries = tokenizer.encode([d.query_prefix + text for text in one.queries.values()], d.query_length)
     documents = tokenizer.encode([d.document_prefix + one.corpus[name] for name in corpus], d.document_length)
-    stand_ins = beginnings([one.corpus[name] for name in corpus], config.seed)
+    stand_ins = pseudo_queries([one.corpus[name] for name in corpus], config.seed)
     stand_ins = tokenizer.encode([d.query_prefix + text for text in stand_ins], d.query_length)
     with StoreWriter(folder, "evaluation") as writer:
         writer.append_ragged("query_tokens", queries, small)

@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from cde_jax.adapters.whitening import SIZE, whitening
+from cde_jax.adapters.whitening import SAMPLE_SIZE, whitening
 from cde_jax.config import Config
 from cde_jax.data.store import Ragged
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
-from cde_jax.retrieval.padding import full_batch, padded, padded_lengths
+from cde_jax.retrieval.encode import full_batch, padded, padded_lengths
 from quality.arrays import TokenSet
 
 SAME, OTHER, NONE = "same corpus", "other corpus", "none"
@@ -78,13 +78,13 @@ def _whitened(one: TokenSet, vectors: Vectors, by: Vectors, seed: int) -> tuple[
     queries, documents, _ = vectors
     of_queries, of_documents, of_beginnings = by
     random = np.random.default_rng([seed, WHITENING_STREAM])
-    sample = of_documents[random.permutation(len(of_documents))[:SIZE]]
+    sample = of_documents[random.permutation(len(of_documents))[:SAMPLE_SIZE]]
 
     def scores(stand_ins: np.ndarray) -> np.ndarray:
         if not len(stand_ins):
             return _ndcg(one, queries, documents)
         found = whitening(stand_ins, sample)
-        return _ndcg(one, found.of_queries(queries), found.of_documents(documents))
+        return _ndcg(one, found.transform_queries(queries), found.transform_documents(documents))
 
     by_queries = np.zeros(len(queries))
     for half, rest in halves(len(queries), len(of_queries), seed):

@@ -1,84 +1,94 @@
-"""Whitening: what all texts of a corpus have in common tells none of them apart, and counts for less.
+"""Soft-ZCA whitening of a corpus (arXiv 2411.17538).
 
-Two things are common: a centre, which is taken away, and the directions in which the vectors of a corpus differ most,
-which are shortened. Queries and documents, as different kinds of text, have a centre each; the directions are those of
-both. In full, whitening would stretch noise as well: this is the softened form, soft-ZCA whitening (arXiv 2411.17538).
+A fraction of the mean of the vectors is subtracted, queries and documents each by their own mean, and directions of
+large variance are shortened. Full whitening would amplify the noise of directions with little variance.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-SIZE = 512  # documents that a whitening is of
-SHARE = 0.75  # of a centre that is taken away
-STRENGTH = 16.0  # a direction with a sixteenth of all variance is shortened to 1/√2
+from cde_jax.adapters.inputs import check_integer, check_vectors
+from cde_jax.data.texts import as_list
 
-WORDS = 12  # of a document's beginning, about as many as a query has
-PLAIN = re.compile(r"\W*([^\W\d_]+(?:[-'’][^\W\d_]+)*)\W*")  # letters, with punctuation around them
-LETTERS = 100  # … at most, where a text has no spaces
+SAMPLE_SIZE = 512  # documents that a whitening is fitted on
+MEAN_FRACTION = 0.75  # of the mean that is subtracted
+STRENGTH = 16.0  # a direction with 1/16 of the variance is shortened to 1/√2
 
-BEGINNINGS_STREAM = 53  # keeps this sample apart from the others of an embedder's seed
+PSEUDO_QUERY_STREAM = 53  # random stream id
+MAX_WORDS = 12  # of a pseudo query: about as many as a query has
+MAX_CHARACTERS = 100  # for texts without spaces
+WORD = re.compile(r"\W*([^\W\d_]+(?:[-'’][^\W\d_]+)*)\W*")  # letters, with punctuation around them
 
 
 class Whitening(NamedTuple):
-    """What a corpus' vectors have in common, float32. Made by `whitening`."""
+    """Statistics of a corpus, float32. Made by `whitening`."""
 
-    query_centre: Float[np.ndarray, " D"]
-    document_centre: Float[np.ndarray, " D"]
+    query_mean: Float[np.ndarray, " D"]
+    document_mean: Float[np.ndarray, " D"]
     matrix: Float[np.ndarray, "D D"]  # symmetric
 
-    def of_queries(self, vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-        """Unit vectors of queries, whitened: unit vectors again, float32."""
-        return _whitened(vectors, self.query_centre, self.matrix)
+    def transform_queries(self, vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
+        """Unit vectors of queries → whitened unit vectors, float32."""
+        return self._transform("queries", vectors, self.query_mean)
 
-    def of_documents(self, vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-        """Unit vectors of documents, whitened: unit vectors again, float32."""
-        return _whitened(vectors, self.document_centre, self.matrix)
+    def transform_documents(self, vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
+        """Unit vectors of documents → whitened unit vectors, float32."""
+        return self._transform("documents", vectors, self.document_mean)
+
+    def _transform(
+        self, name: str, vectors: Float[np.ndarray, "n D"], mean: Float[np.ndarray, " D"]
+    ) -> Float[np.ndarray, "n D"]:
+        vectors = check_vectors(name, vectors, len(mean)).astype(np.float32, copy=False)
+        whitened = (vectors - np.float32(MEAN_FRACTION) * mean) @ self.matrix
+        return whitened / np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), np.float32(1e-12))
 
 
 def whitening(
     queries: Float[np.ndarray, "q D"], documents: Float[np.ndarray, "n D"], strength: float = STRENGTH
 ) -> Whitening:
-    """The whitening of a corpus by a sample of its unit vectors, of this or of any other encoder.
+    """Fit the whitening of a corpus on samples of its unit vectors, of any encoder.
 
     Some dozens of queries and some hundred documents are enough. The matrix is (I + strength · C / tr C)^(−1/2), with C
-    the covariance of both kinds about their own means; strength 0 only centres.
+    the covariance of queries and documents about their own means; strength 0 only subtracts means.
 
-    Raises ValueError for no vectors of a kind.
+    Raises ValueError for no queries or no documents, different widths, NaN or infinity, and a negative strength.
     """
+    queries = check_vectors("queries", queries)
+    documents = check_vectors("documents", documents, queries.shape[1])
     if not len(queries) or not len(documents):
         raise ValueError(f"expected vectors of queries and documents, got {len(queries)} and {len(documents)}")
+    if not isinstance(strength, int | float | np.number) or not 0 <= strength < np.inf:
+        raise ValueError(
+            f"strength: expected a finite number of 0 or more, got {strength!r}; the default is {STRENGTH}"
+        )
     means = [vectors.mean(axis=0, dtype=np.float64) for vectors in (queries, documents)]
-    around = np.concatenate([queries - means[0], documents - means[1]])
-    shares, directions = np.linalg.eigh(around.T @ around)
-    shares = np.maximum(shares, 0) / max(shares.sum(), np.finfo(np.float64).tiny)
-    matrix = directions / np.sqrt(1 + strength * shares) @ directions.T
+    centered = np.concatenate([queries - means[0], documents - means[1]])
+    variances, directions = np.linalg.eigh(centered.T @ centered)
+    variances = np.maximum(variances, 0) / max(variances.sum(), np.finfo(np.float64).tiny)
+    matrix = directions / np.sqrt(1 + strength * variances) @ directions.T
     return Whitening(*(array.astype(np.float32) for array in (*means, matrix)))
 
 
-def beginnings(corpus: Sequence[str], seed: int = 0, size: int = SIZE) -> list[str]:
-    """The first plain words of min(size, len(corpus)) documents drawn by `seed`, in the corpus' order.
+def pseudo_queries(corpus: Iterable[str], seed: int = 0, size: int = SAMPLE_SIZE) -> list[str]:
+    """The first words of min(size, len(corpus)) documents drawn by `seed`, in the order of the corpus.
 
-    They stand in for queries that nobody has yet, as `queries` of `Embedder.embed_context`. Only words of letters
-    count: names with dots and code are no part of most queries, and with them docstrings lost. A text without a plain
-    word gives its first words as they are.
+    They stand in for queries that nobody has asked yet, as `queries` of `Embedder.embed_context`. Only words of letters
+    are taken: most queries have no dotted names or code, and on docstrings whitening was worse with them. A text
+    without such a word gives its first words as they are.
     """
-    random = np.random.default_rng([seed, BEGINNINGS_STREAM])
+    if not isinstance(corpus, Iterable):
+        raise ValueError(f"corpus: expected a list of texts, got {type(corpus).__name__}")
+    corpus, size = as_list(corpus, "corpus"), check_integer("size", size, 1)
+    random = np.random.default_rng([check_integer("seed", seed, 0), PSEUDO_QUERY_STREAM])
     drawn = np.sort(random.choice(len(corpus), min(size, len(corpus)), replace=False))
-    return [_beginning(corpus[i].split()) for i in drawn.tolist()]
+    return [_first_words(corpus[i].split()) for i in drawn.tolist()]
 
 
-def _whitened(
-    vectors: Float[np.ndarray, "n D"], centre: Float[np.ndarray, " D"], matrix: Float[np.ndarray, "D D"]
-) -> Float[np.ndarray, "n D"]:
-    moved = (vectors - np.float32(SHARE) * centre) @ matrix
-    return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), np.float32(1e-12))
-
-
-def _beginning(words: list[str]) -> str:
-    plain = (match[1] for match in map(PLAIN.fullmatch, words) if match)
-    return " ".join(list(islice(plain, WORDS)) or words[:WORDS])[:LETTERS]
+def _first_words(words: list[str]) -> str:
+    letters_only = (match[1] for match in map(WORD.fullmatch, words) if match)
+    return " ".join(list(islice(letters_only, MAX_WORDS)) or words[:MAX_WORDS])[:MAX_CHARACTERS]

@@ -1,107 +1,102 @@
-"""What users hold: `Embedder` (texts → vectors) and `Context` (a sample of the corpus, read once).
-
-Usage and meaning are those of the paper, section 4: the first stage embeds a sample of the corpus that the texts
-live in, the second stage reads each text beside those vectors. Texts of similar length share a batch of static
-shape, so that few programs are compiled; parameters and context are arguments of those programs, never constants.
-"""
+"""`Embedder`: texts → vectors, with a `Context` sampled from their corpus (paper, section 4)."""
 
 import dataclasses
 from collections.abc import Iterable
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Array, Bool, Float, Int, Integer
 
-from cde_jax.adapters.whitening import SIZE, whitening
+from cde_jax.adapters.inputs import check_integer
+from cde_jax.adapters.whitening import SAMPLE_SIZE, whitening
 from cde_jax.data.files import fingerprint
+from cde_jax.data.texts import has_text
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.interop.baked import export_corpus
-from cde_jax.interop.read import TextSettings, load_pretrained
-from cde_jax.interop.write import save_pretrained
+from cde_jax.interop.modules import TextSettings
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
-from cde_jax.retrieval.checks import check_fit, check_texts
 from cde_jax.retrieval.context import Context, weights_fingerprint
-from cde_jax.retrieval.encode import encode
-from cde_jax.retrieval.padding import padded_lengths
+from cde_jax.retrieval.encode import Tokens, as_texts, encode, padded_lengths
 
 __all__ = ["Context", "Embedder"]
 
-WHITENING_STREAM = 52  # keeps the sample that whitening is of apart from that of the context documents
+WHITENING_STREAM = 52  # random stream id of the documents that a whitening is fitted on
+Texts = Iterable[str] | Iterable[Integer[np.ndarray, "_"]]  # strings, or token ids with prefix and special tokens
 
 
 class Embedder:
-    """A model, its tokenizer and its text settings: texts in, float32 unit vectors out.
+    """A model, its tokenizer and its text settings: texts → float32 unit vectors.
 
-    `model` is taken as it is now, its arrays shared and not copied: after more training make a new Embedder. Runs
-    on one device, the first of this process, wherever the model was. `progress=False` never shows a progress bar.
+    Texts may be given as token ids too: a list of 1-d integer arrays with prefix and special tokens; `tokenizer` may be
+    None where only those are. `model` is taken as it is now, its arrays shared and not copied: after more training make
+    a new Embedder. Runs on the first device of this process. `progress=False` shows no progress bar.
     """
 
     def __init__(
         self,
         model: ContextualEncoder | Biencoder,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         settings: TextSettings,
-        tokenizer_directory: str | Path,
+        tokenizer_directory: str | Path | None = None,
         *,
         progress: bool = True,
     ):
-        check_fit(model, tokenizer, settings)
+        self.config = model.config
         self.tokenizer = tokenizer
         self.settings = settings
-        self.tokenizer_directory = Path(tokenizer_directory)
-        self.config = model.config
-        self.progress = progress
+        self.tokenizer_directory = tokenizer_directory and Path(tokenizer_directory)
+        self._check_tables()
         graph, state = nnx.split(model)
         self._graph = graph
         self._state = jax.device_put(state, jax.local_devices()[0])
-        # Kept as long as the user keeps the context; the null context as long as the embedder.
-        self._prepared: WeakKeyDictionary[Context, ContextCache] = WeakKeyDictionary()
+        self._caches: WeakKeyDictionary[Context, ContextCache] = WeakKeyDictionary()
+        vocab_size = (self.config.second_stage if self.contextual else self.config.encoder).vocab_size
+        self._run = partial(encode, tokenizer=tokenizer, vocab_size=vocab_size, progress=progress)
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | Path, numerics: str | None = None, *, progress: bool = True
     ) -> "Embedder":
-        """Load one of our exports, a directory laid out like cde-small-v1, or a hub name.
+        """Load an export of this package, a directory laid out like cde-small-v1, or a hub name.
 
         `numerics` says how published weights are run (see `interop.read.load_model`).
         Raises ValueError where something is missing or does not fit.
         """
-        found = load_pretrained(name_or_path, numerics)
-        tokenizer = Tokenizer.load(found.directory)
-        return cls(found.model, tokenizer, found.settings, found.directory, progress=progress)
+        from cde_jax.interop.read import load_pretrained
+
+        if not isinstance(name_or_path, str | Path) or not str(name_or_path).strip():
+            raise ValueError(f"expected a model directory or a hub name, got {name_or_path!r}")
+        model, directory, settings = load_pretrained(name_or_path, numerics)
+        return cls(model, Tokenizer.load(directory), settings, directory, progress=progress)
 
     def save_pretrained(self, directory: str | Path, card: str | None = None) -> None:
         """Write a directory that `from_pretrained` loads; `card` is the text of its README."""
-        save_pretrained(
-            self.model, Path(directory), tokenizer=self.tokenizer_directory, settings=self.settings, card=card
-        )
+        from cde_jax.interop.write import save_pretrained
+
+        options = {"tokenizer": self.tokenizer_directory, "settings": self.settings}
+        save_pretrained(self.model, Path(directory), card=card, **options)
 
     def export_corpus(
         self, context: Context | None, directory: str | Path, card: str | None = None, *, onnx: bool = True
     ) -> None:
-        """Write a one-input model with `context` baked in, for PyTorch and ONNX (`interop.baked.export_corpus`)."""
+        """Write a model of one input with `context` as constants, for PyTorch and ONNX."""
+        from cde_jax.interop.baked import export_corpus
+
         if not self.contextual:
-            raise ValueError("a biencoder reads no context to bake in: save_pretrained writes a one-input model")
+            raise ValueError("a biencoder reads no context: save_pretrained writes a one-input model")
         if context is not None and context.whitening is not None:
             raise ValueError(
                 "a one-input model cannot tell queries from documents, and this context whitens each by their own "
-                "centre: embed the context without queries"
+                "mean: embed the context without queries"
             )
-        export_corpus(
-            self.model,
-            self._prepare(context),
-            directory,
-            tokenizer=self.tokenizer_directory,
-            settings=self.settings,
-            card=card,
-            onnx=onnx,
-        )
+        options = {"tokenizer": self.tokenizer_directory, "settings": self.settings}
+        export_corpus(self.model, self._cache(context), directory, card=card, onnx=onnx, **options)
 
     @property
     def model(self) -> ContextualEncoder | Biencoder:
@@ -121,7 +116,7 @@ class Embedder:
     @property
     def works_without_context(self) -> bool:
         """Whether texts can be encoded with `context=None`: false for weights without a null embedding."""
-        return not self.context_size or self.config.null_embedding
+        return not self.contextual or self.config.null_embedding
 
     @property
     def width(self) -> int:
@@ -135,156 +130,169 @@ class Embedder:
         """Fingerprint of the weights: sha256 (hex) over the sorted parameter paths, shapes and bytes."""
         return weights_fingerprint(self._state)
 
-    def embed_context(self, corpus: Iterable[str], seed: int = 0, queries: Iterable[str] | None = None) -> Context:
-        """Embed a sample of the corpus, to be read beside its queries and documents.
+    def embed_context(self, corpus: Texts, seed: int = 0, queries: Texts | None = None) -> Context:
+        """Embed a sample of the corpus, as the context of its queries and documents.
 
         Draws min(J, len(corpus)) documents without replacement (`seed`), each encoded with the document prefix at
         the document length. With fewer than J documents the other slots are null slots.
 
-        `queries`, some dozens that people ask of this corpus (nobody needs to know their answers), have vectors
-        whitened (`retrieval.whiten`), by these and a second sample of documents. Where there are none yet,
-        `cde_jax.beginnings(corpus)` stands in for them. This is all that a context of a biencoder is.
+        With `queries`, some dozens that people ask of this corpus (their answers are not needed), vectors are whitened
+        (`cde_jax.whitening`), by these and a second sample of documents. Where there are none yet, use
+        `cde_jax.pseudo_queries(corpus)`. The context of a biencoder is the whitening alone.
 
         Raises ValueError for an empty corpus, no queries in `queries`, a biencoder without them, and too few documents
         for weights without a null embedding.
         """
-        corpus, queries = check_texts(corpus), None if queries is None else check_texts(queries)
+        corpus, seed = as_texts(corpus, "corpus"), check_integer("seed", seed, 0)
+        queries = None if queries is None else as_texts(queries, "queries")
         self._check_sample(corpus, queries)
-        documents = _sample(corpus, self.context_size, [seed])
-        typical = _sample(corpus, 0 if queries is None else SIZE, [seed, WHITENING_STREAM])
-        about = (seed, len(corpus), self.weights, fingerprint(sorted(documents + typical)))
-        context = Context(self._context_vectors(documents), *about)
-        prepared = self._computed(context) if self.contextual else None
+        documents = [corpus[i] for i in sample_rows(len(corpus), self.context_size, [seed])]
+        fitted = [] if queries is None else sample_rows(len(corpus), SAMPLE_SIZE, [seed, WHITENING_STREAM])
+        fitted = [corpus[i] for i in fitted]
+        digest = fingerprint(sorted(x if isinstance(x, str) else x.tolist() for x in documents + fitted))
+        context = Context(self._context_vectors(documents), seed, len(corpus), self.weights, digest)
+        cache = self._cache(context)
         if queries is not None:
-            vectors = self._encode_queries(queries, prepared), self._encode_documents(typical, prepared)
+            vectors = self._encode(queries, context, "queries"), self._encode(fitted, context, "documents")
             context = dataclasses.replace(context, whitening=whitening(*vectors))
-        if prepared is not None:
-            if prepared.prefix is not None:
-                context = dataclasses.replace(context, cache=jax.device_get(prepared))
-            self._prepared[context] = prepared
+        if cache is not None:
+            context = dataclasses.replace(context, cache=jax.device_get(cache) if cache.prefix is not None else None)
+            self._caches[context] = cache
         return context
 
-    def _check_sample(self, corpus: list[str], queries: list[str] | None) -> None:
-        """ValueError for what no context can be made of."""
-        if not self.contextual and queries is None:
-            raise ValueError(
-                "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), give queries "
-                "to whiten its vectors by, or load a contextual model"
-            )
-        if queries is not None and not queries:
-            raise ValueError("expected at least one query to whiten by, got none: leave `queries` out")
-        if not corpus:
-            raise ValueError(
-                "expected a corpus of at least one text, got none; without a corpus call encode_queries(texts) "
-                "and encode_documents(texts), which use null slots"
-            )
-        if len(corpus) < self.context_size and not self.works_without_context:
-            raise ValueError(
-                f"these weights read {self.context_size} context documents and have no null embedding to stand in "
-                f"for missing ones, got a corpus of {len(corpus)}: add documents, or repeat some"
-            )
-
-    def _context_vectors(self, documents: list[str]) -> Float[np.ndarray, "m D"]:
-        """The first stage's vectors."""
-        if not documents:
-            return np.zeros((0, self.width), np.float32)
-        s, pieces = self.settings, self.config.first_stage.tokens_per_document
-        # Several vectors a document are pooled from equal stretches of the padded text: its length then matters.
-        lengths = padded_lengths(s.document_length) if pieces == 1 else (s.document_length,)
-        run = partial(_first_stage, self._graph, self._state)
-        about = {"slots": 0, "width": pieces * self.width, "what": "context", "progress": self.progress}
-        vectors = encode(documents, s.document_prefix, lengths, run, self.tokenizer, **about)
-        return vectors.reshape(-1, self.width)
-
-    def encode_queries(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
+    def encode_queries(self, texts: Texts, context: Context | None = None) -> Float[np.ndarray, "n D"]:
         """Query vectors, float32, unit norm, in the order of `texts`; `context=None` means null slots.
 
         Raises ValueError for anything but a list of texts, for a text without a single token (with most
         tokenizers "" has two), and for a context of other weights.
         """
-        vectors = self._encode_queries(check_texts(texts), self._prepare(context))
-        return vectors if context is None or context.whitening is None else context.whitening.of_queries(vectors)
+        return self._encode(as_texts(texts, "queries"), context, "queries")
 
-    def encode_documents(self, texts: Iterable[str], context: Context | None = None) -> Float[np.ndarray, "n D"]:
+    def encode_documents(self, texts: Texts, context: Context | None = None) -> Float[np.ndarray, "n D"]:
         """Document vectors, as `encode_queries` with the document prefix and length."""
-        vectors = self._encode_documents(check_texts(texts), self._prepare(context))
-        return vectors if context is None or context.whitening is None else context.whitening.of_documents(vectors)
+        return self._encode(as_texts(texts, "documents"), context, "documents")
 
-    def _encode_queries(self, texts: list[str], cache: ContextCache | None) -> Float[np.ndarray, "n D"]:
-        s = self.settings
-        return self._encode(texts, s.query_prefix, s.query_length, cache, "queries")
-
-    def _encode_documents(self, texts: list[str], cache: ContextCache | None) -> Float[np.ndarray, "n D"]:
-        s = self.settings
-        return self._encode(texts, s.document_prefix, s.document_length, cache, "documents")
-
-    def _encode(self, texts, prefix: str, length: int, cache: ContextCache | None, what: str) -> np.ndarray:
-        run = partial(_embed, self._graph, self._state, cache=cache)
-        # Only joint attention carries the slots along with every text.
+    def _encode(
+        self, texts: list[str] | Tokens, context: Context | None, kind: Literal["queries", "documents"]
+    ) -> Float[np.ndarray, "n D"]:
+        s, cache, of_queries = self.settings, self._cache(context), kind == "queries"
+        prefix, length = (s.query_prefix, s.query_length) if of_queries else (s.document_prefix, s.document_length)
+        embed = partial(_embed, self._graph, self._state, cache=cache)
+        # Only joint attention has the slots in the sequence of every text.
         slots = cache.slots.shape[0] if cache is not None and cache.prefix is None else 0
-        lengths = padded_lengths(length)
-        about = {"slots": slots, "width": self.width, "what": what, "progress": self.progress}
-        return encode(texts, prefix, lengths, run, self.tokenizer, **about)
+        vectors = self._run(texts, prefix, padded_lengths(length), embed, slots=slots, width=self.width, name=kind)
+        if context is None or context.whitening is None:
+            return vectors
+        w = context.whitening
+        return w.transform_queries(vectors) if of_queries else w.transform_documents(vectors)
 
-    def _prepare(self, context: Context | None) -> ContextCache | None:
-        """What the second stage reads of a context, computed at its first use."""
-        if context is None:
-            return self._null_context if self.contextual else None
-        if not self.contextual and context.whitening is None:
-            raise ValueError("a biencoder reads no context: leave `context` out")
-        if context.weights != self.weights:
-            raise ValueError(
-                f"this context was embedded with other weights (fingerprint {context.weights}) than this "
-                f"embedder's ({self.weights}): call embed_context(corpus) with this embedder"
-            )
+    def _context_vectors(self, documents: list[str] | Tokens) -> Float[np.ndarray, "m D"]:
+        """The first stage's vectors of context documents."""
+        if not documents:
+            return np.zeros((0, self.width), np.float32)
+        s, pieces = self.settings, self.config.first_stage.tokens_per_document
+        # Several vectors a document, as the reference has them, are of the text padded to its full length.
+        lengths = padded_lengths(s.document_length) if pieces == 1 else (s.document_length,)
+        embed = partial(_first_stage, self._graph, self._state)
+        vectors = self._run(documents, s.document_prefix, lengths, embed, width=pieces * self.width, name="context")
+        return vectors.reshape(-1, self.width)
+
+    def _cache(self, context: Context | None) -> ContextCache | None:
+        """The second stage's input of a context, computed at its first use; None for a biencoder."""
+        if context is not None:
+            self._check_context(context)
         if not self.contextual:
             return None
-        if context not in self._prepared:
-            self._prepared[context] = self._carried(context) or self._computed(context)
-        return self._prepared[context]
-
-    def _carried(self, context: Context) -> ContextCache | None:
-        """The cache that came with the context, on our device and in our compute type."""
-        if context.cache is None:
-            return None
-        dtype = jnp.dtype(self.config.second_stage.dtype)
-        prefix = Prefix(*(x.astype(dtype) for x in context.cache.prefix))
-        cache = ContextCache(context.cache.slots, prefix)
-        return jax.device_put(cache, jax.local_devices()[0])
-
-    def _computed(self, context: Context) -> ContextCache:
-        vectors, present = context.vectors, None
-        if missing := max(0, self.config.slots - len(vectors)):
-            vectors = np.pad(vectors, ((0, missing), (0, 0)))
-            present = np.arange(len(vectors)) < len(vectors) - missing
-        return _prepare(self._graph, self._state, vectors, present)
+        context = self._null_context if context is None else context
+        if context not in self._caches:
+            cache = context.cache
+            if cache is None:
+                missing = max(0, self.config.slots - len(context.vectors))
+                vectors = np.pad(context.vectors, ((0, missing), (0, 0)))
+                present = np.arange(len(vectors)) < len(context.vectors) if missing else None
+                cache = _prepare(self._graph, self._state, vectors, present)
+            else:  # saved by an embedder of perhaps another compute dtype
+                dtype = jnp.dtype(self.config.second_stage.dtype)
+                cache = cache._replace(prefix=Prefix(*(x.astype(dtype) for x in cache.prefix)))
+            self._caches[context] = jax.device_put(cache, jax.local_devices()[0])
+        return self._caches[context]
 
     @cached_property
-    def _null_context(self) -> ContextCache:
-        return _prepare(self._graph, self._state, None, None)
+    def _null_context(self) -> Context:
+        """A context of null slots only."""
+        return Context(np.zeros((0, self.width), np.float32), 0, 0, self.weights, "")
+
+    def _check_context(self, context: Context) -> None:
+        if not isinstance(context, Context):
+            kind = type(context).__name__
+            raise ValueError(f"context: expected what embed_context or Context.load returns, or None, got {kind}")
+        if not self.contextual and len(context.vectors):
+            raise ValueError("a biencoder reads no context: leave `context` out")
+        if context.weights != self.weights or context.vectors.shape[1] != self.width:
+            raise ValueError(
+                f"this context was embedded with other weights (fingerprint {context.weights}, width "
+                f"{context.vectors.shape[1]}) than this embedder's ({self.weights}, {self.width}): call "
+                "embed_context(corpus) with this embedder"
+            )
+
+    def _check_tables(self) -> None:
+        """ValueError for ids or positions beyond the model's tables, where look-ups would be clipped silently."""
+        c, tokens = self.config, self.tokenizer.vocab_size if self.tokenizer else 0
+        longest = max(self.settings.query_length, self.settings.document_length)
+        for encoder in (c.second_stage, c.first_stage.encoder) if self.contextual else (c.encoder,):
+            if tokens > encoder.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has {tokens} tokens and the model's table {encoder.vocab_size}: give the tokenizer "
+                    "that the model was trained with"
+                )
+            if encoder.positions == "learned" and longest > encoder.max_positions:
+                raise ValueError(
+                    f"texts of {longest} tokens need as many learned positions, the model has "
+                    f"{encoder.max_positions}: lower query_length and document_length"
+                )
+
+    def _check_sample(self, corpus: list[str] | Tokens, queries: list[str] | Tokens | None) -> None:
+        """ValueError for texts that give no context."""
+        if not self.contextual and queries is None:
+            raise ValueError(
+                "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), give queries "
+                "to whiten its vectors by, or load a contextual model"
+            )
+        for texts, kind, advice in (
+            (corpus, "a corpus of at least one text", "without one, encode without context"),
+            (queries, "at least one query to whiten by", "leave `queries` out"),
+        ):
+            if texts is not None and not any(not isinstance(text, str) or has_text(text) for text in texts):
+                raise ValueError(f"expected {kind}, got none among {len(texts)}: {advice}")
+        if len(corpus) < self.context_size and not self.works_without_context:
+            raise ValueError(
+                f"these weights read {self.context_size} context documents and have no null embedding to replace "
+                f"missing ones, got a corpus of {len(corpus)}: add documents, or repeat some"
+            )
 
 
-def _sample(corpus: list[str], size: int, seed: list[int]) -> list[str]:
-    """min(size, len(corpus)) documents, without replacement."""
-    drawn = np.random.default_rng(seed).choice(len(corpus), min(size, len(corpus)), replace=False)
-    return [corpus[i] for i in drawn]
+def sample_rows(count: int, size: int, seed: list[int]) -> list[int]:
+    """min(size, count) rows of `count`, without replacement."""
+    return np.random.default_rng(seed).choice(count, min(size, count), replace=False).tolist()
 
 
 @partial(jax.jit, static_argnames="graph")
-def _first_stage(graph, state, ids, mask):
-    """Context vectors [B, T·D], not normalised: T pieces of a document side by side."""
+def _first_stage(graph: Any, state: Any, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B W"]:
+    """Context vectors, not normalised: the T vectors of a document side by side, W = T·D."""
     return nnx.merge(graph, state).embed_context(ids, mask).reshape(ids.shape[0], -1)
 
 
 @partial(jax.jit, static_argnames="graph")
-def _prepare(graph, state, vectors, present):
-    """What the second stage reads of a context; null slots where `present` is False, or everywhere without one."""
+def _prepare(graph: Any, state: Any, vectors: Float[Array, "P D"], present: Bool[Array, " P"] | None) -> ContextCache:
+    """The second stage's input of a context; null slots where `present` is False."""
     model = nnx.merge(graph, state)
     return model.prepare_context(vectors if present is None else model.with_null(vectors, present))
 
 
 @partial(jax.jit, static_argnames="graph")
-def _embed(graph, state, ids, mask, cache):
-    """Unit vectors [B, D] in float32."""
+def _embed(
+    graph: Any, state: Any, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache | None
+) -> Float[Array, "B D"]:
+    """Unit vectors in float32."""
     vectors = nnx.merge(graph, state).embed(ids, mask, cache)
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

@@ -1,65 +1,163 @@
-"""Any number of texts through a program of a few static shapes, and their vectors in the order of the texts."""
+"""Texts or token ids → vectors, in batches of few static shapes."""
 
+import logging
+import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float
-from tqdm import tqdm
+from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
-from cde_jax.data.tokens import Tokenizer
-from cde_jax.retrieval.checks import check_tokens
-from cde_jax.retrieval.padding import batches, full_batch, padded
+from cde_jax.data.texts import as_list, has_text
 
-BLOCK = 16_384  # texts tokenised at a time
-IN_FLIGHT = 2  # batches that the device works on while the next is filled
-BAR_AFTER = 3.0  # seconds of work before a progress bar shows
+log = logging.getLogger(__name__)
+
+BLOCK = 16_384  # texts tokenized at a time
+IN_FLIGHT = 2  # batches on the device while the next is padded
+PROGRESS_DELAY = 3.0  # seconds of work before a progress bar appears
+SHORTEST = 16  # padded lengths are 16, 32, 64, … and the longest allowed
+# Tokens in a batch at full speed. The rest of a length goes in small batches, so that one query is padded to 8 rows.
+TOKENS_PER_BATCH = {"cpu": 2048, "other": 32_768}
+SMALL_BATCH, LARGEST_BATCH = 8, 1024
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+Tokens = list[Integer[np.ndarray, "_"]]  # token ids of each text, with prefix and special tokens
+
+
+def as_texts(texts: Any, name: str) -> list[str] | Tokens:
+    """A list of strings or of token ids (1-d integer arrays); ValueError for anything else."""
+    if not isinstance(texts, Iterable) or (isinstance(texts, np.ndarray) and texts.dtype.kind not in "OU"):
+        raise ValueError(f"{name}: expected a list of texts, got {type(texts).__name__}: {texts!r:.60}")
+    texts = as_list(texts, name, (str, np.ndarray))
+    if any(isinstance(text, np.ndarray) for text in texts):
+        for i, ids in enumerate(texts):
+            if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise ValueError(f"{name}: expected token ids as 1-d integer arrays, got {ids!r:.60} at index {i}")
+        return texts
+    if invalid := [i for i, text in enumerate(texts) if SURROGATE.search(text)]:
+        raise ValueError(f"{name}: expected valid Unicode, got a lone surrogate at index {invalid[0]}; decode it again")
+    if blank := [i for i, text in enumerate(texts) if not has_text(text)]:
+        log.warning("%s: %d texts have no visible character (first: index %d)", name, len(blank), blank[0])
+    return texts
 
 
 def encode(
-    texts: list[str],
+    texts: list[str] | Tokens,
     prefix: str,
-    lengths: tuple[int, ...],
-    run: Callable,
-    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+    embed: Callable[[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]], Float[Array, "B W"]],
     *,
-    slots: int,
+    tokenizer: Any,  # a `data.tokens.Tokenizer`, or None
+    vocab_size: int,
+    slots: int = 0,
     width: int,
-    what: str,
+    name: str,
     progress: bool,
 ) -> Float[np.ndarray, "n W"]:
-    """Tokenise, batch by length, `run(ids, mask)` → [B, W], and put the rows back in the order of the texts.
+    """Tokenize, embed in batches of similar padded length, and return the vectors in the order of the texts.
 
-    slots: read beside each text, so that batches are smaller; what: the name of the bar, if `progress` shows one.
-    Raises ValueError for a text without a token, and for vectors that are not finite.
+    `slots` stand beside each text, so that batches are smaller; `name` says what the texts are. Raises ValueError for a
+    text without a token, token ids that do not fit, and vectors with NaN or infinity.
     """
     vectors = np.empty((len(texts), width), np.float32)
-    running: deque = deque()
+    pad_id = tokenizer.pad_id if tokenizer else 0  # masked: any token will do
+    running: deque[tuple[Int[np.ndarray, "_"], Float[Array, "B W"]]] = deque()
+    with _progress_bar(len(texts), name) if progress else nullcontext() as bar:
 
-    def collect() -> int:
-        rows, result = running.popleft()
-        vectors[rows] = np.asarray(result)[: len(rows)]
-        return len(rows)
+        def collect() -> None:
+            rows, result = running.popleft()
+            vectors[rows] = np.asarray(result)[: len(rows)]
+            if bar is not None:
+                bar.update(len(rows))
 
-    bar = tqdm(total=len(texts), desc=what, delay=BAR_AFTER, leave=False, disable=not progress)
-    with bar:
         for start in range(0, len(texts), BLOCK):
-            block = [prefix + text for text in texts[start : start + BLOCK]]
-            tokens = tokenizer.encode(block, lengths[-1])
+            tokens = texts[start : start + BLOCK]
+            if isinstance(tokens[0], str):
+                if tokenizer is None:
+                    raise ValueError(f"{name}: expected token ids, got texts: this embedder has no tokenizer")
+                tokens = tokenizer.encode([prefix + text for text in tokens], lengths[-1])
             sizes = np.array([len(ids) for ids in tokens])
-            check_tokens(sizes, start)
+            _check_tokens(tokens, sizes, lengths[-1], vocab_size, name, start)
             for rows, size, length in batches(sizes, lengths, partial(full_batch, slots=slots)):
-                ids, mask = padded([tokens[i] for i in rows], size, length, tokenizer.pad_id)
-                running.append((start + rows, run(ids, mask)))
+                running.append((start + rows, embed(*padded([tokens[i] for i in rows], size, length, pad_id))))
                 if len(running) > IN_FLIGHT:
-                    bar.update(collect())
+                    collect()
         while running:
-            bar.update(collect())
-    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(broken):
+            collect()
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
         raise ValueError(
-            f"the model gave NaN or infinity for {len(broken)} of {len(texts)} {what} (first: number "
-            f"{broken[0]}): the weights are broken, load a good checkpoint"
+            f"the model gave NaN or infinity for {len(bad)} of {len(texts)} {name} (first: index {bad[0]}): its "
+            "weights are not finite, load an earlier checkpoint"
         )
     return vectors
+
+
+def _progress_bar(total: int, name: str) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:  # a bare accelerator image
+        return nullcontext()
+    return tqdm(total=total, desc=name, delay=PROGRESS_DELAY, leave=False)
+
+
+def _check_tokens(
+    tokens: Tokens, sizes: Int[np.ndarray, " n"], longest: int, vocab_size: int, name: str, start: int
+) -> None:
+    """ValueError for texts of no token or too many, and for ids outside the vocabulary."""
+    if len(empty := np.flatnonzero(sizes == 0)):
+        first = start + empty[0]
+        raise ValueError(f"{name}: {len(empty)} texts have no token at all (first: index {first}): leave them out")
+    low, high = (extreme(np.concatenate(tokens)) for extreme in (np.min, np.max))
+    if sizes.max() > longest or low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"{name}: expected at most {longest} token ids of 0 to {vocab_size - 1}, got {sizes.max()} of {low} to "
+            f"{high}: use the tokenizer and the lengths of this model"
+        )
+
+
+def padded_lengths(longest: int) -> tuple[int, ...]:
+    """The padded lengths: 16, 32, 64, … and `longest` itself."""
+    doubling = (SHORTEST << i for i in range(longest.bit_length()))
+    return (*(n for n in doubling if n < longest), longest)
+
+
+def full_batch(length: int, *, slots: int) -> int:
+    """The batch size of a padded length: a power of two within the device's tokens per batch."""
+    tokens = TOKENS_PER_BATCH["cpu" if jax.default_backend() == "cpu" else "other"]
+    fitting = max(SMALL_BATCH, min(LARGEST_BATCH, tokens // (length + slots)))
+    return 1 << (fitting.bit_length() - 1)
+
+
+def batches(
+    sizes: Int[np.ndarray, " n"], lengths: Sequence[int], full_batch: Callable[[int], int]
+) -> Iterator[tuple[Int[np.ndarray, " b"], int, int]]:
+    """(rows, batch size, padded length) of each batch: full batches, then small ones for the rest of a length.
+
+    A rest of more than half a full batch is one full batch: its empty rows cost less than many small batches.
+    """
+    bucket = np.searchsorted(lengths, sizes)  # index of the shortest length that is enough
+    for b in np.unique(bucket):
+        rows = np.flatnonzero(bucket == b)
+        full = full_batch(lengths[b])
+        while len(rows):
+            size = full if 2 * len(rows) > full else SMALL_BATCH
+            yield rows[:size], size, int(lengths[b])
+            rows = rows[size:]
+
+
+def padded(
+    tokens: Tokens, size: int, length: int, pad_id: int
+) -> tuple[Int32[np.ndarray, "size length"], Bool[np.ndarray, "size length"]]:
+    """Ids and mask of a batch; rows beyond the texts repeat the first one, so that no row is empty."""
+    ids = np.full((size, length), pad_id, np.int32)
+    mask = np.zeros((size, length), bool)
+    for i, row in enumerate(tokens):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    ids[len(tokens) :], mask[len(tokens) :] = ids[0], mask[0]
+    return ids, mask

@@ -11,8 +11,10 @@ from cde_jax.batching.plan import BatchPlan
 from cde_jax.batching.surrogate import Lsa, Texts
 from cde_jax.config import Config, Train, names_affecting
 from cde_jax.data.files import fingerprint, read_json, write_json
+from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.evaluation import beir
+from cde_jax.evaluation import baselines, beir
+from cde_jax.evaluation.metrics import mean_over_sets
 from cde_jax.interop.read import TextSettings
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
 from cde_jax.retrieval.embedder import Embedder
@@ -22,7 +24,7 @@ from cde_jax.training.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS, EVALUATION = "checkpoints", "evaluation.json"
+CHECKPOINTS, EVALUATION, PER_QUERY = "checkpoints", "evaluation.json", "per_query.json"
 OTHER_DOCUMENTS = 4096  # training documents that stand for a context of the wrong corpus
 
 
@@ -32,15 +34,17 @@ NOTHING = (
 )
 
 
-def reported_sets(config: Config, workdir: Path) -> list[beir.EvaluationSet]:
+def reported_sets(config: Config, workdir: Path) -> list[EvaluationSet]:
     """The evaluation sets without the development set: that one chose the checkpoint, so its score means nothing."""
     return [s for s in evaluation_sets(config, workdir) if s.name != config.evaluate.development]
 
 
 def evaluate(
-    config: Config, embedder: Embedder, sets: list[beir.EvaluationSet], workdir: Path, prepared: Prepared
-) -> beir.Scores:
-    """NDCG of the trained model by set and kind of context, beside the baselines; written to evaluation.json.
+    config: Config, embedder: Embedder, sets: list[EvaluationSet], workdir: Path, prepared: Prepared
+) -> dict[str, dict[str, float]]:
+    """NDCG of the trained model by set and kind of context, beside the baselines; means are written to evaluation.json.
+
+    The scores of each query are written to per_query.json (`metrics.Scores.from_json` reads it).
 
     Kept as it is where it was measured with the same weights, sets and settings.
     """
@@ -59,10 +63,12 @@ def evaluate(
     if e.baselines:
         b = config.batching
         lsa = {"LSA": Lsa.load(workdir / LSA).encode} if "lsa" in (b.surrogate, b.filter_surrogate) else {}
-        scores = beir.combine(scores, beir.evaluate_baselines(sets, lsa, e.cutoff))
-    content = {"metric": f"ndcg@{e.cutoff}", "fingerprint": identity, "sets": scores, "mean": beir.means(scores)}
+        scores = scores.merged(baselines.evaluate_baselines(sets, lsa, e.cutoff))
+    means = scores.means
+    write_json(workdir / PER_QUERY, scores.to_json())
+    content = {"metric": f"ndcg@{e.cutoff}", "fingerprint": identity, "sets": means, "mean": mean_over_sets(means)}
     write_json(file, content)
-    return scores
+    return means
 
 
 def make_embedder(

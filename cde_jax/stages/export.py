@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cde_jax.config import Config
 from cde_jax.data.files import read_json
-from cde_jax.evaluation import beir
+from cde_jax.evaluation import metrics
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.stages.evaluate import EVALUATION
 from cde_jax.stages.prepare import Prepared
@@ -34,17 +34,17 @@ def model_card(config: Config, workdir: Path, prepared: Prepared) -> str:
     file = workdir / EVALUATION
     results = "Not evaluated."
     if file.exists():
-        results = "```\n" + beir.table(read_json(file)["sets"], f"NDCG@{config.evaluate.cutoff}") + "\n```"
+        results = metrics.table(read_json(file)["sets"], f"NDCG@{config.evaluate.cutoff}")
     kind = config.model.kind if config.model.kind == "biencoder" else f"contextual, {config.model.context_attention}"
     return f"""# A cde_jax model ({kind})
 
 Contextual document embeddings (arXiv 2410.02525), trained with cde_jax.
 
 ```python
-from cde_jax import Embedder, beginnings
+from cde_jax import Embedder, pseudo_queries
 
 embedder = Embedder.from_pretrained("this directory")
-context = embedder.embed_context(corpus, queries=beginnings(corpus))  # or some dozens that people ask of it
+context = embedder.embed_context(corpus, queries=pseudo_queries(corpus))  # or some dozens that people ask of it
 vectors = embedder.encode_documents(corpus, context)
 scores = embedder.encode_queries(queries, context) @ vectors.T
 ```

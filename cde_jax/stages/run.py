@@ -9,7 +9,7 @@ from typing import Any
 
 from cde_jax.config import Config, check_same_run, from_config_dict
 from cde_jax.data.files import read_json, write_json
-from cde_jax.evaluation import beir
+from cde_jax.evaluation import metrics
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.stages import report
 from cde_jax.stages.evaluate import CHECKPOINTS, NOTHING, evaluate, reported_sets, trained
@@ -50,7 +50,7 @@ def run(config: Any, workdir: Path, stage: str = "all", *, rebuild: bool = False
         raise ValueError(NOTHING)
     embedder = trained(config, workdir, prepared)
     if sets:
-        yield beir.table(evaluate(config, embedder, sets, workdir, prepared), f"NDCG@{config.evaluate.cutoff}")
+        yield metrics.table(evaluate(config, embedder, sets, workdir, prepared), f"NDCG@{config.evaluate.cutoff}")
     elif "evaluate" in stages:
         yield NOTHING
     if "export" in stages:

@@ -1,0 +1,70 @@
+"""Baselines: BM25, and any function from texts to vectors (LSA)."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from cde_jax.data.sources.beir import EvaluationSet
+from cde_jax.evaluation.beir import check_names
+from cde_jax.evaluation.metrics import Run, Scores, score_rankings
+from cde_jax.retrieval.index import as_run, search
+
+BM25 = "BM25"
+Encode = Callable[[Sequence[str]], Float[np.ndarray, "n D"]]
+
+
+def evaluate_baselines(
+    sets: Sequence[EvaluationSet], encoders: Mapping[str, Encode] | None = None, k: int = 10
+) -> Scores:
+    """NDCG@k of BM25 and of each of `encoders`, {name: texts → vectors}, on every set."""
+    check_names(sets)
+    rankings = {
+        dataset.name: {BM25: bm25(dataset, k)}
+        | {name: rank_vectors(dataset, encode, k) for name, encode in (encoders or {}).items()}
+        for dataset in sets
+    }
+    return score_rankings(rankings, {dataset.name: dataset.qrels for dataset in sets}, k)
+
+
+def bm25(dataset: EvaluationSet, k: int = 10) -> Run:
+    """The k best documents by BM25 (bm25s, Lucene's form, k1 = 1.2, b = 0.75; English stop words, no stemming).
+
+    The stop words are scikit-learn's 318: the 33 of bm25s make a weaker baseline on most sets. A document without any
+    word of the query is left out.
+    """
+    import bm25s  # starts a JAX backend when imported, which reading this module must not do
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it prints debug messages
+    stop_words = sorted(ENGLISH_STOP_WORDS)
+
+    def words(texts):
+        return bm25s.tokenize(list(texts), stopwords=stop_words, return_ids=False, show_progress=False)
+
+    documents = words(dataset.corpus.values())
+    if not any(documents):  # bm25s cannot index a corpus without a single word
+        return {}
+    model = bm25s.BM25(k1=1.2, b=0.75, method="lucene")
+    model.index(documents, show_progress=False)
+    ids = list(dataset.corpus)
+    run = {}
+    for query, tokens in zip(dataset.queries, words(dataset.queries.values()), strict=True):
+        scores = model.get_scores(tokens) if tokens else np.zeros(len(ids))
+        best = np.argsort(-scores, kind="stable")[:k]
+        run[query] = {ids[i]: float(scores[i]) for i in best if scores[i] > 0}
+    return run
+
+
+def rank_vectors(dataset: EvaluationSet, encode: Encode, k: int = 10) -> Run:
+    """The k best documents by cosine of `encode`'s vectors; a vector of zeros scores 0 against all."""
+    queries, documents = (_unit(encode(list(texts.values()))) for texts in (dataset.queries, dataset.corpus))
+    return as_run(list(dataset.queries), list(dataset.corpus), search(queries, documents, k))
+
+
+def _unit(vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
+    """Rows divided by their norms, float32; a row of zeros stays zero."""
+    vectors = np.asarray(vectors, np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)

@@ -1,0 +1,69 @@
+"""Paired comparison of two systems on the same queries, with bootstrap confidence intervals."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from cde_jax.evaluation.metrics import Scores
+
+BOOTSTRAP_STREAM = 64  # random stream id
+SAMPLES = 2000
+
+
+class Comparison(NamedTuple):
+    """How much better a system is than a baseline."""
+
+    difference: float  # mean over sets of the mean paired difference of queries
+    low: float  # 95 % confidence interval
+    high: float
+    wins: int  # number of sets on which the system is better …
+    sets: int  # … out of this many
+
+
+def compare(
+    system: Sequence[Scores], baseline: Sequence[Scores], kind: str, baseline_kind: str | None = None
+) -> Comparison:
+    """Compare a kind of context of one system with one of another, paired by seed, set and query.
+
+    `system` and `baseline` have the scores of one run per seed, in the order of the seeds; both must have the same
+    sets and queries. Raises ValueError where they do not, or lack the kind.
+    """
+    if not system or len(system) != len(baseline):
+        raise ValueError(f"expected scores of as many seeds, one or more, got {len(system)} and {len(baseline)}")
+    if len(cutoffs := {scores.k for scores in (*system, *baseline)}) > 1:
+        raise ValueError(f"expected scores of one cutoff, got NDCG at {sorted(cutoffs)}")
+    pairs = list(zip(system, baseline, strict=True))
+    names = list(system[0].per_query)
+    differences = [np.stack([_paired(a, b, name, kind, baseline_kind or kind) for a, b in pairs]) for name in names]
+    wins = sum(bool(rows.mean() > 0) for rows in differences)
+    return Comparison(*bootstrap(differences), wins, len(names))
+
+
+def bootstrap(differences: Sequence[Float[np.ndarray, "s _"]], samples: int = SAMPLES) -> tuple[float, float, float]:
+    """Mean over sets of each set's mean, and its 95 % percentile interval.
+
+    differences: of each set, by seed and query. Queries are resampled within sets, seeds for all sets together.
+    """
+    random = np.random.default_rng([BOOTSTRAP_STREAM])
+    seeds = len(differences[0])
+    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), samples) / seeds  # [samples, s]
+    total = np.zeros(samples)
+    for rows in differences:
+        count = rows.shape[1]
+        query_weights = random.multinomial(count, np.full(count, 1 / count), samples) / count  # [samples, q]
+        total += np.einsum("ms,ms->m", seed_weights, query_weights @ rows.T)
+    low, high = np.percentile(total / len(differences), [2.5, 97.5])
+    return float(np.mean([rows.mean() for rows in differences])), float(low), float(high)
+
+
+def _paired(a: Scores, b: Scores, name: str, kind: str, baseline_kind: str) -> Float[np.ndarray, " q"]:
+    """Differences of one set's queries."""
+    first, second = a.per_query.get(name, {}).get(kind), b.per_query.get(name, {}).get(baseline_kind)
+    if not first or not second or first.keys() != second.keys() or a.per_query.keys() != b.per_query.keys():
+        raise ValueError(
+            f"expected both systems to have the same sets and queries and the kinds {kind!r} and {baseline_kind!r}, "
+            f"they differ on the set {name!r}: evaluate both on the same sets"
+        )
+    return np.array([first[query] - second[query] for query in first])
