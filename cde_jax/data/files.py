@@ -1,4 +1,4 @@
-"""Writing so that nothing is half written: whole folders, atomic JSON, a full disk said clearly."""
+"""Files that are either whole or absent: folders, JSON and other files written atomically; digests of content."""
 
 import errno
 import fcntl
@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,14 @@ _ADVICE = dict.fromkeys(
 class NewFolder:
     """A folder that appears whole: `with NewFolder(target, marker="x") as new: …new.path…; new.put_in_place()`.
 
-    `path` is a temporary folder beside the target. Leaving the block without `put_in_place` removes it, a kill
-    leaves it to be swept by the next NewFolder of the same target. What is at the target already stays until
-    then, and is replaced only if it is empty or holds the file `marker`, the sign of its kind.
-
-    With `resumable` the temporary folder has one name. If it holds `marker` it is never removed: whoever enters next
-    finds it as it was left, by an error or a kill. A second process that enters meanwhile gets a ValueError.
+    `path` is a temporary folder beside the target. Leaving the block without `put_in_place` removes it; what a killed
+    process left there is removed by the next writer of the same target. A second writer meanwhile gets a ValueError.
+    An existing target stays until `put_in_place`, and is replaced only if it is empty or contains the file `marker`.
     """
 
-    def __init__(self, target: str | Path, *, marker: str, resumable: bool = False):
+    def __init__(self, target: str | Path, *, marker: str):
         self.target = Path(target).absolute()
         self.marker = marker
-        self.resumable = resumable
         self.path: Path | None = None
         self._lock = -1
 
@@ -48,30 +43,18 @@ class NewFolder:
                 f"{self.target}: expected a free name or an older folder with {self.marker}, found something else; "
                 "choose another directory or move it away"
             )
-        parent = self.target.parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            # The parent is held while stale folders are removed and a name is made, so that nobody takes a folder for
-            # a dead writer's before its own lock is on it.
-            with _held(parent):
-                for entry in list(parent.iterdir()):
-                    if entry.name.startswith(self._prefix()):
-                        _remove_if_dead(entry)
-                if self.resumable:
-                    self._take_over(parent / f".{self.target.name}.partial")
-                else:
-                    self.path = Path(tempfile.mkdtemp(prefix=self._prefix(), dir=parent))
-                    self._lock = os.open(self.path, os.O_RDONLY)
-                    _flock(self._lock, fcntl.LOCK_EX)
-                    os.chmod(self.path, 0o755)  # mkdtemp's 0700 would follow the folder into its place
-        except OSError as error:
-            raise explained(error, self.target) from error
+        path = self.target.parent / f".{self.target.name}.tmp"
+        with explain_os_errors(self.target):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _make_locked(path, self.target)
+            self.path = path
+            for left in path.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.path is not None:
-            if not (self.resumable and (self.path / self.marker).exists()):
-                shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self.path, ignore_errors=True)
             self.path = None
         if self._lock >= 0:
             os.close(self._lock)
@@ -79,49 +62,69 @@ class NewFolder:
 
     def put_in_place(self) -> None:
         """Rename the finished folder to its target; its files must be synced already."""
-        sync_folder(self.path)
-        old = None
-        with _held(self.target.parent):
+        with explain_os_errors(self.target):
+            sync(self.path)
+            # The old one is renamed first: a kill in between leaves no target, never half of one.
+            old = self.target.parent / f".{self.target.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
             if self.target.exists():
-                # The old one goes under a stale name first: a kill in between leaves none, never half of one.
-                old = Path(tempfile.mkdtemp(prefix=self._prefix(), dir=self.target.parent))
                 os.rename(self.target, old)
             try:
                 os.rename(self.path, self.target)
             except OSError:
-                if old is not None:
+                if old.exists():
                     os.rename(old, self.target)
                 raise
-        self.path = None
-        if old is not None:
+            self.path = None
             shutil.rmtree(old, ignore_errors=True)
-        sync_folder(self.target.parent)
-
-    def _take_over(self, path: Path) -> None:
-        path.mkdir(exist_ok=True)
-        lock = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise ValueError(
-                f"{self.target}: another process is writing it; wait until that one ends, or choose another directory"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        self.path, self._lock = path, lock
-
-    def _prefix(self) -> str:
-        return f".{self.target.name}.tmp-"
+            sync(self.target.parent)
 
     def _replaceable(self) -> bool:
         return self.target.is_dir() and ((self.target / self.marker).exists() or not any(self.target.iterdir()))
 
 
+def _make_locked(path: Path, target: Path) -> int:
+    """A descriptor of the folder `path`, made if it is missing, with a lock that ends with the process."""
+    while True:
+        path.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"{target}: another process is writing it; wait until that one ends, or choose another directory"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # renamed or removed before the lock was taken: once more
+
+
 def fingerprint(obj: Any) -> str:
-    """The sha256 (hex) of `obj` as canonical JSON: key order, tuple or list, numpy or Python are one."""
-    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=plain)
+    """The sha256 (hex) of `obj` as canonical JSON: key order, tuple or list, numpy or Python make no difference."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=as_json)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests(files: Iterable[Path], folder: Path) -> dict[str, str]:
+    """Path relative to `folder` → sha256 of the file's bytes: the content, wherever it is stored."""
+    return {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+
+
+def given_path(path: str | Path, what: str = "path") -> Path:
+    """A path that a user gave, with "~" expanded. An empty one is a ValueError, not the current folder."""
+    if not str(path).strip() or "\0" in str(path):
+        raise ValueError(f"{what}: expected a path, got {str(path)!r}; the current folder is '.'")
+    return Path(path).expanduser()
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -131,7 +134,7 @@ def write_json(path: str | Path, obj: Any) -> None:
     """
     path = Path(path)
     try:
-        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=plain) + "\n"
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False, default=as_json) + "\n"
     except ValueError as error:
         raise ValueError(f"{path}: {error}; JSON holds finite numbers only, write None for the rest") from None
     write_file(path, text.encode())
@@ -141,30 +144,49 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file so that a kill or a full disk leaves the old one or the new one; makes its folder."""
     # One fixed name: what a kill leaves is overwritten by the next write.
     temporary = path.parent / f".{path.name}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb", buffering=0) as file:
-            write_all(file, content)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with suppress(OSError):  # where nothing may be written, nothing may be removed
-            temporary.unlink()
-        raise explained(error, path) from error
+    with explain_os_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb", buffering=0) as file:
+                write_all(file, content)
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync(path.parent)
+        except OSError:
+            with suppress(OSError):  # where nothing may be written, nothing may be removed
+                temporary.unlink()
+            raise
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or broken one is a ValueError that names it."""
+def read_json(path: str | Path, kind: type | None = None, keys: Sequence[str] = ()) -> Any:
+    """Read a JSON file. A missing or broken one is a ValueError that names it.
+
+    With `kind` (dict, list, …) or `keys` (of an object) a file that holds something else is a ValueError too.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: expected a JSON file, there is none") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error}); it was truncated or altered") from None
+    kind = dict if keys else kind
+    if kind is not None and not isinstance(content, kind):
+        raise ValueError(
+            f"{path}: expected a JSON {_JSON_NAMES.get(kind, kind.__name__)}, got {type(content).__name__}: "
+            f"{content!r:.60}; it was altered, or is another file of that name"
+        )
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(
+            f"{path}: expected the keys {list(keys)}, {missing} are missing; it was altered, or is another file of "
+            "that name"
+        )
+    return content
 
 
-def plain(value: Any) -> Any:
+_JSON_NAMES = {dict: "object", list: "array", str: "string"}
+
+
+def as_json(value: Any) -> Any:
     """The `default` of `json.dumps`: numpy values as numbers and lists, paths as text."""
     if isinstance(value, np.generic):
         return value.item()
@@ -182,49 +204,25 @@ def write_all(file: Any, content: Any) -> None:
         view = view[file.write(view) :]
 
 
-def explained(error: OSError, path: Path) -> OSError:
-    """`error`, or for a full or a read-only disk or folder one that says what happened and what to do."""
-    advice = _ADVICE.get(error.errno)
-    if advice is None or advice in str(error):
-        return error
-    return OSError(error.errno, f"{os.strerror(error.errno)}: {advice}", str(path))
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, after a rename."""
-    folder = os.open(path, os.O_RDONLY)
+@contextmanager
+def explain_os_errors(path: str | Path) -> Iterator[None]:
+    """An OSError of a full or read-only disk in the block says what happened to `path` and what to do."""
     try:
-        os.fsync(folder)
+        yield
+    except OSError as error:
+        advice = _ADVICE.get(error.errno)
+        if advice is None or advice in str(error):
+            raise
+        raise OSError(error.errno, f"{os.strerror(error.errno)}: {advice}", str(path)) from error
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder after a rename, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
             raise
-    finally:
-        os.close(folder)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """One process at a time makes, removes and moves names in `folder`. The kernel drops the locks of the dead."""
-    guard = os.open(folder, os.O_RDONLY)
-    try:
-        _flock(guard, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(guard)
-
-
-def _flock(descriptor: int, operation: int) -> bool:
-    try:
-        fcntl.flock(descriptor, operation)
-    except OSError:  # held by another, or a file system without locks: then nothing counts as dead
-        return False
-    return True
-
-
-def _remove_if_dead(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)

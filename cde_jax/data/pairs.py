@@ -6,7 +6,9 @@ nothing after it needs to read text or tokenize again. Memory is flat in both, h
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import count, islice, zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -16,13 +18,16 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from tqdm import tqdm
 
-from cde_jax.data.distinct import Column, DistinctTexts, each, first_occurrence
-from cde_jax.data.keys import fold, text_key
-from cde_jax.data.store import Store, StoreWriter, fingerprint
+from cde_jax.data.distinct import Column, DistinctTexts, combine_keys, each, first_occurrence
+from cde_jax.data.files import fingerprint
+from cde_jax.data.store import Store, StoreWriter
+from cde_jax.data.texts import has_text, text_key
 from cde_jax.data.tokens import Tokenizer
 
 BAR_AFTER = 3.0  # seconds of work before a progress bar shows
+MANY_UNKNOWN = 0.05  # of the tokens: more that are unknown to the tokenizer are warned of
 _BLOCK = 4096  # texts tokenized and written at a time
+_log = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
@@ -34,66 +39,72 @@ class Pair(NamedTuple):
     negatives: tuple[str, ...] = ()
 
 
+@dataclass
+class InputLog:
+    """What a source read, for the manifest and the report. Files are named below the path that was given."""
+
+    pairs: dict[str, int] = field(default_factory=dict)  # file (or package, or set) → pairs that it gave
+    skipped: dict[str, str] = field(default_factory=dict)  # file → why it was not read
+    left_out: dict[str, int] = field(default_factory=dict)  # "file: reason" → rows and texts that were left out
+
+    def skip(self, name: str, reason: str) -> None:
+        """Note a file that is not read; the first time as a log line too."""
+        if self.skipped.get(name) != reason:
+            _log.warning("%s is not read: %s", name, reason)
+        self.skipped[name] = reason
+
+    def finish(self, name: str, pairs: int, left_out: Mapping[str, int]) -> None:
+        """Note what a file (set, package) gave; what it left out as a log line too, the first time."""
+        left_out = {f"{name}: {reason}": count for reason, count in sorted(left_out.items()) if count}
+        if not left_out.items() <= self.left_out.items():
+            _log.warning("%d pairs; left out: %s", pairs, left_out)
+        self.pairs[name] = pairs
+        self.left_out |= left_out
+
+
 def clean(
-    pairs: Callable[[], Iterable[Pair]],
-    counts: MutableMapping[str, int],
-    *,
-    folder: str | Path,
-    unique_documents: bool = True,
+    pairs: Callable[[], Iterable[Pair]], counts: MutableMapping[str, int], *, folder: str | Path
 ) -> Iterator[Pair]:
     """The pairs without exact and near-exact duplicates (equal `text_key`s), in order, the first one kept.
 
-    A pair is dropped if both its texts were there before, and with `unique_documents` also if its document was.
-    Turn that off for data where several queries share a document on purpose. Hard negatives equal to the
-    positive are dropped too. `counts` gains "read", "duplicate pairs", "duplicate documents", "negatives equal
-    to the positive" and "kept" as it goes.
+    A pair is dropped if both its texts were there before; pairs that share a query or a document stay. Hard negatives
+    equal to the positive are dropped too. `counts` gains "read", "duplicate pairs", "negatives equal to the positive"
+    and "kept" as it goes.
 
     `pairs()` is called twice: at once for the keys, then for the pairs themselves as they are asked for. Memory
-    stays flat; about 70 bytes a pair go to files without name in `folder`. A pair without text is a ValueError that
+    stays flat; 24 bytes a pair go to files without name in `folder`. A pair without text is a ValueError that
     names it, and so is one that differs the second time; a full disk is an OSError that says so.
     """
-    for name in ("read", "duplicate pairs", "duplicate documents", "negatives equal to the positive", "kept"):
+    for name in ("read", "duplicate pairs", "negatives equal to the positive", "kept"):
         counts[name] = counts.get(name, 0)
-    rows = _keys(pairs(), folder)
-    both = first_occurrence(rows["both"], folder)
-    # A pair is kept where it is the first with its document (or with both texts). Only documents of kept pairs count
-    # as there before, but that is the same: the first pair with a document is never dropped, so it is there.
-    original = first_occurrence(rows["document"], folder) if unique_documents else both
-    return _kept(pairs(), rows["mark"], both, original, counts)
-
-
-_KEYS = np.dtype([("both", np.uint64), ("document", np.uint64), ("mark", np.int64)])
-
-
-def _keys(pairs: Iterable[Pair], folder: str | Path) -> np.ndarray:
-    """The keys of each pair's texts and a mark to know it again by, _KEYS [n], on disk."""
-    with Column(folder, _KEYS) as rows:
-        for block in _checked(pairs, "looking for duplicates"):
-            records = np.empty(len(block), _KEYS)
-            records["document"] = [text_key(pair.document) for pair in block]
+    with Column(folder, np.uint64) as key_column, Column(folder, np.int64) as hash_column:
+        for block in _checked(pairs(), "looking for duplicates"):
             queries = np.array([text_key(pair.query) for pair in block], np.uint64)
-            records["both"] = fold(queries, records["document"])
-            records["mark"] = [hash(pair) for pair in block]  # good within one process: all that is asked of it
-            rows.append(records)
-        return rows.array()
+            documents = np.array([text_key(pair.document) for pair in block], np.uint64)
+            key_column.append(combine_keys(queries, documents))
+            # Python's hash is the same within one process, which is all that is needed to recognise the pair.
+            hash_column.append(np.array([hash(pair) for pair in block], np.int64))
+        keys, hashes = key_column.array(), hash_column.array()
+    return _kept(pairs(), hashes, first_occurrence(keys, folder), counts)
 
 
 def _kept(
-    pairs: Iterable[Pair], marks: np.ndarray, both: np.ndarray, original: np.ndarray, counts: MutableMapping[str, int]
+    pairs: Iterable[Pair],
+    hashes: Int64[np.ndarray, "n"],
+    first: Int64[np.ndarray, "n"],
+    counts: MutableMapping[str, int],
 ) -> Iterator[Pair]:
-    """The pairs whose `original` is their own row; `both` tells how the others were dropped."""
-    rows = zip(each(marks), each(both), each(original), strict=True)
+    """The pairs that are the `first` with their texts."""
+    rows = zip(each(hashes), each(first), strict=True)
     for number, (pair, row) in enumerate(zip_longest(pairs, rows)):
         if pair is None or row is None or hash(pair) != row[0]:
             raise ValueError(
                 f"pair {number} is not what it was when the pairs were read for the first time: give the same pairs "
                 "at each call, leave the data alone meanwhile, and run again"
             )
-        _, same_texts, kept = row
         counts["read"] += 1
-        if kept != number:
-            # Against the kept pair: if both texts equal its, it is also the first with both.
-            counts["duplicate pairs" if same_texts == kept else "duplicate documents"] += 1
+        if row[1] != number:
+            counts["duplicate pairs"] += 1
             continue
         negatives = pair.negatives
         if negatives:
@@ -115,7 +126,8 @@ def write_pairs(
     query_length: int,
     document_length: int,
     source: dict[str, Any],
-    counts: MutableMapping[str, int] | None = None,
+    counts: Mapping[str, int] | None = None,
+    inputs: InputLog | None = None,
 ) -> Store:
     """Stream `pairs` to a store of kind "pairs" and return it opened.
 
@@ -124,8 +136,8 @@ def write_pairs(
     (n + m rows), uint16 or for larger vocabularies uint32, prefix included, cut to the lengths, special tokens
     included; `query_text` and `document_text`, UTF-8 without prefix; `domain` int32 [n], an index into the
     manifest's "domains"; `query_key` uint64 [n] and `document_key` uint64 [n + m]; `negatives` (ragged int64, n
-    rows), document numbers ≥ n. `counts` is `clean`'s, `source` says where the pairs come from; both go to the
-    manifest.
+    rows), document numbers ≥ n. `counts` is `clean`'s, `source` says where the pairs come from, `inputs` is the
+    source's log; all three go to the manifest, none to the fingerprint.
 
     `prefixes` maps domains to a query and a document prefix of their own. A negative has the document prefix of its
     pair: one text under two prefixes is two documents.
@@ -162,6 +174,8 @@ def write_pairs(
             "lengths": {"query": query_length, "document": document_length},
             "tokenizer": tokenizer.fingerprint,
         }
+        for side in (queries, documents):
+            side.warn_of_unknown_tokens()
         return writer.finish(
             {
                 "fingerprint": fingerprint({"pairs": stream.hexdigest()} | settings),
@@ -169,6 +183,7 @@ def write_pairs(
                 "documents": documents.count,
                 "domains": [{"name": name, "pairs": size} for name, size in sizes.items()],
                 "counts": dict(counts or {}),
+                "inputs": asdict(inputs or InputLog()),
                 "tokens": {"query": queries.statistics(), "document": documents.statistics()},
                 "source": source,
             }
@@ -192,6 +207,7 @@ class _Side:
         self.name, self.length, self.tokenizer, self.dtype = name, length, tokenizer, dtype
         self.count = 0
         self.lengths = np.zeros(1, np.int64)  # how many texts have 0, 1, 2, … tokens
+        self.unknown = self.tokens = 0
 
     def append(self, writer: StoreWriter, texts: Sequence[tuple[str, str]]) -> None:
         """Add (prefix, text)."""
@@ -199,10 +215,24 @@ class _Side:
         writer.append_ragged(f"{self.name}_tokens", rows, self.dtype)
         writer.append_ragged(f"{self.name}_text", [np.frombuffer(text.encode(), np.uint8) for _, text in texts])
         writer.append(f"{self.name}_key", np.array([text_key(text) for _, text in texts], np.uint64))
+        self.unknown += sum(np.count_nonzero(row == self.tokenizer.unknown_id) for row in rows)
+        self.tokens += sum(map(len, rows))
         counted = np.bincount(lengths, minlength=len(self.lengths))
         counted[: len(self.lengths)] += self.lengths
         self.lengths = counted
         self.count += len(texts)
+
+    def warn_of_unknown_tokens(self) -> None:
+        """Warn where the tokenizer does not fit the texts."""
+        if self.unknown > MANY_UNKNOWN * self.tokens:
+            _log.warning(
+                "%.0f %% of the %s tokens are unknown to the tokenizer (%d of %d): choose one that was made for such "
+                "texts, or a larger data.vocab_size",
+                100 * self.unknown / self.tokens,
+                self.name,
+                self.unknown,
+                self.tokens,
+            )
 
     def statistics(self) -> dict[str, float]:
         """Token counts before cutting, special tokens and prefix included, and the share that was cut."""
@@ -247,13 +277,13 @@ def _blocks(items: Iterable[Any], what: str) -> Iterator[list[Any]]:
 
 def _demand_text(pair: Pair, number: int) -> None:
     for name, text in (("query", pair.query), ("document", pair.document)):
-        if not text.strip():
+        if not has_text(text):
             other = pair.document if name == "query" else pair.query
             raise ValueError(
                 f"pair {number} of domain {pair.domain!r} has no text as its {name} (the other side is "
                 f"{other[:60]!r}); take it out of the data or fill it in"
             )
-    if any(not text.strip() for text in pair.negatives):
+    if not all(map(has_text, pair.negatives)):
         raise ValueError(
             f"pair {number} of domain {pair.domain!r} has a hard negative without text (the query is "
             f"{pair.query[:60]!r}); take it out of the data or fill it in"

@@ -4,42 +4,51 @@ A store is a folder of raw little-endian `<name>.bin` files; the manifest gives 
 and sha256, so `np.memmap` reads it without parsing. It is written under a temporary name beside its place and
 renamed when whole: a kill at any moment leaves either no store or the whole one, and a store that is being
 replaced stays until the new one is complete. Rows of different lengths ("ragged") are two arrays, `x.values`
-and `x.offsets`. Those who write manifests find `fingerprint`, `write_json` and `read_json` here too.
+and `x.offsets`.
 """
 
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Int, Int32, Int64, Shaped
 
-from cde_jax.data.files import NewFolder, explained, fingerprint, plain, read_json, write_all, write_json
-
-__all__ = ["Ragged", "Store", "StoreWriter", "fingerprint", "read_json", "write_json"]
+from cde_jax.data.files import (
+    NewFolder,
+    as_json,
+    explain_os_errors,
+    file_digest,
+    fingerprint,
+    read_json,
+    write_all,
+    write_json,
+)
 
 FORMAT = 1
 _RESERVED = ("kind", "format", "arrays", "manifest_sha256")
+_CLOCK_STEP = 50_000_000  # ns: two changes of a file that are nearer may have the same time
 _REBUILD = "delete the folder (or run with --rebuild) and write it again"
 
 
 class Ragged(NamedTuple):
     """Rows of different lengths: row i is `values[offsets[i]:offsets[i + 1]]`."""
 
-    values: np.ndarray  # [total]
-    offsets: np.ndarray  # int64 [n + 1]
+    values: Shaped[np.ndarray, "total"]
+    offsets: Int64[np.ndarray, "n+1"]
 
     def count(self) -> int:
         """Number of rows, n (`len()` of a NamedTuple is its number of fields)."""
         return len(self.offsets) - 1
 
-    def row(self, i: int) -> np.ndarray:
-        """Row i as a view, 1-d."""
+    def row(self, i: int) -> Shaped[np.ndarray, "_"]:
+        """Row i as a view."""
         if not 0 <= i < self.count():
             raise IndexError(f"row {i} of {self.count()} rows")
         return self.values[self.offsets[i] : self.offsets[i + 1]]
@@ -92,7 +101,7 @@ class StoreWriter:
         self._close_files()
         self._folder.__exit__()
 
-    def append(self, name: str, array: np.ndarray) -> None:
+    def append(self, name: str, array: Shaped[np.ndarray, "rows ..."]) -> None:
         """Add `array` at the end of `name` along axis 0. The first call fixes dtype and trailing shape."""
         array = np.asarray(array)
         dtype = array.dtype.newbyteorder("<")
@@ -104,16 +113,14 @@ class StoreWriter:
                 f"{name}: every append needs dtype {entry['dtype']} and trailing shape {entry['shape'][1:]}, "
                 f"got {dtype.str} and {list(array.shape[1:])}"
             )
-        content = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)
-        try:
+        content = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)  # [bytes]
+        with explain_os_errors(self.directory / f"{name}.bin"):
             write_all(self._files[name], content)
-        except OSError as error:
-            raise explained(error, self.directory / f"{name}.bin") from error
         self._hashes[name].update(content)
         entry["shape"][0] += len(array)
         entry["bytes"] += len(content)
 
-    def append_ragged(self, name: str, rows: Iterable[np.ndarray], dtype: Any = None) -> None:
+    def append_ragged(self, name: str, rows: Iterable[Shaped[np.ndarray, "_"]], dtype: Any = None) -> None:
         """Add 1-d rows of one dtype at the end of the ragged array `name`; no rows at all need `dtype`."""
         rows = [np.asarray(row, dtype) for row in rows]
         if not rows and dtype is None and name not in self._ends:
@@ -143,16 +150,14 @@ class StoreWriter:
             self._arrays[name]["sha256"] = hashed.hexdigest()
         body = {"kind": self.kind, "format": FORMAT, "arrays": self._arrays}
         manifest = {"kind": self.kind, "fingerprint": fingerprint(body)} | extra | body
-        manifest = json.loads(json.dumps(manifest, default=plain))  # as a reader will see it: int keys are text
+        manifest = json.loads(json.dumps(manifest, default=as_json))  # as a reader will see it: int keys are text
         manifest["manifest_sha256"] = fingerprint(manifest)
-        try:
+        with explain_os_errors(self.directory):
             for file in self._files.values():
                 os.fsync(file.fileno())
             self._close_files()
             write_json(self._folder.path / "manifest.json", manifest)
             self._folder.put_in_place()
-        except OSError as error:
-            raise explained(error, self.directory) from error
         return Store.open(self.directory, kind=self.kind, verify=False)
 
     def _create(self, name: str, array: np.ndarray, dtype: np.dtype) -> None:
@@ -162,10 +167,8 @@ class StoreWriter:
             raise ValueError(f"array name {name!r}: letters, digits, '_', '.', '-' only; it is a file name")
         if array.ndim == 0 or dtype.kind not in "biuf":
             raise ValueError(f"{name}: expected numbers with at least one axis, got {dtype} {array.shape}")
-        try:
+        with explain_os_errors(self.directory / f"{name}.bin"):
             self._files[name] = open(self._folder.path / f"{name}.bin", "wb", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise explained(error, self.directory / f"{name}.bin") from error
         self._hashes[name] = hashlib.sha256()
         self._arrays[name] = {"dtype": dtype.str, "shape": [0, *array.shape[1:]], "bytes": 0}
 
@@ -186,15 +189,14 @@ class Store:
     def open(cls, directory: str | Path, *, kind: str | None = None, verify: bool = True) -> "Store":
         """Open the store in `directory`; sizes are always compared, the bytes' digests when `verify` is True.
 
-        Raises ValueError naming the file, what was expected and found, and what to do.
+        A file is hashed once in a process as long as its size and time of change stay the same. Raises ValueError
+        naming the file, what was expected and found, and what to do.
         """
         directory = Path(directory)
         path = directory / "manifest.json"
         if not path.exists():
             raise ValueError(f"{directory}: expected a store, found no manifest.json; run the stage that writes it")
-        manifest = read_json(path)
-        if not isinstance(manifest, dict) or not set(_RESERVED) <= set(manifest):
-            raise ValueError(f"{path}: expected a store's manifest with the keys {_RESERVED}; {_REBUILD}")
+        manifest = read_json(path, keys=_RESERVED)
         if manifest["format"] != FORMAT:
             raise ValueError(f"{path}: expected store format {FORMAT}, got {manifest['format']}; {_REBUILD}")
         if kind is not None and manifest["kind"] != kind:
@@ -212,7 +214,7 @@ class Store:
         """What the store holds, as one hex digest."""
         return self.manifest["fingerprint"]
 
-    def array(self, name: str) -> np.ndarray:
+    def array(self, name: str) -> Shaped[np.ndarray, "rows ..."]:
         """Array `name`, memory-mapped and read-only."""
         if name not in self.manifest["arrays"]:
             raise ValueError(f"{self.directory}: no array {name!r}; it has {', '.join(self.manifest['arrays'])}")
@@ -230,14 +232,23 @@ class Store:
         return Ragged(self.array(f"{name}.values"), self.array(f"{name}.offsets"))
 
 
-def _check_file(path: Path, entry: dict, verify: bool) -> None:
-    if not path.exists():
-        raise ValueError(f"{path}: the manifest names this file, it is missing; {_REBUILD}")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise ValueError(f"{path}: expected {entry['bytes']} bytes, got {size}: truncated or altered; {_REBUILD}")
-    if verify:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry["sha256"]:
-            raise ValueError(f"{path}: expected sha256 {entry['sha256']}, got {digest}: altered; {_REBUILD}")
+_verified: dict[str, tuple[int, int, str]] = {}  # file → time of change (ns), size, digest it was found to have
+
+
+def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: the manifest names this file, it is missing; {_REBUILD}") from None
+    if status.st_size != entry["bytes"]:
+        raise ValueError(
+            f"{path}: expected {entry['bytes']} bytes, got {status.st_size}: truncated or altered; {_REBUILD}"
+        )
+    state = (status.st_mtime_ns, status.st_size, entry["sha256"])
+    if not verify or _verified.get(str(path.absolute())) == state:
+        return
+    digest = file_digest(path)
+    if digest != entry["sha256"]:
+        raise ValueError(f"{path}: expected sha256 {entry['sha256']}, got {digest}: altered; {_REBUILD}")
+    if time.time_ns() - status.st_mtime_ns > _CLOCK_STEP:
+        _verified[str(path.absolute())] = state

@@ -5,16 +5,19 @@ BERT). It is saved as the files that `transformers.AutoTokenizer` reads, so that
 """
 
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
+from jaxtyping import Int32, Int64
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from cde_jax.data.files import fingerprint, read_json, write_json
+from cde_jax.data.files import fingerprint, given_path, read_json, write_json
+from cde_jax.data.texts import as_list
 
 SPECIALS = {
     "pad_token": "[PAD]",
@@ -23,7 +26,10 @@ SPECIALS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+LONGEST_WORD = 100  # characters: WordPiece encodes longer ones as [UNK], so they are left out of the training too
+MOST_TOKENS = 2**24  # of a vocabulary: the trainer reserves memory for all of them
 _ALPHABET = 1000  # characters that get a token of their own in a trained vocabulary; rarer ones are [UNK]
+_log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -39,6 +45,7 @@ class Tokenizer:
         self.backend = backend
         self.specials = dict(specials)
         self.pad_id = backend.token_to_id(pad)
+        self.unknown_id = backend.token_to_id(specials["unk_token"]) if "unk_token" in specials else None
         marks = backend.encode("a").special_tokens_mask
         self._before = next((i for i, mark in enumerate(marks) if not mark), len(marks))
         self._after = next((i for i, mark in enumerate(reversed(marks)) if not mark), len(marks))
@@ -49,13 +56,15 @@ class Tokenizer:
 
         Raises ValueError if there is neither, for example because the name needs a network and there is none.
         """
-        folder = Path(name_or_path)
+        folder = given_path(name_or_path, "tokenizer")
         if (folder / "tokenizer.json").exists():
             try:
                 backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             except Exception as error:  # the library raises a bare Exception
                 raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); write it again") from None
             return cls(backend, _specials_of_folder(folder, backend))
+        if folder.is_absolute() and not folder.exists():  # no name on a hub
+            raise ValueError(f"{folder}: expected a folder with tokenizer.json, there is none; it was moved or deleted")
         from transformers import AutoTokenizer  # seconds to import, and only needed here
 
         try:
@@ -77,30 +86,46 @@ class Tokenizer:
         The library alone does not: it numbers the pieces "##c" in the order of a randomised hash map, and ties
         between merges are broken by number. So the alphabet and its "##" pieces are given to it in a fixed order.
         The texts are gone through twice; an iterator, which can be only once, is held in memory.
+
+        Raises ValueError for a vocabulary without room for anything but single characters, or larger than 2^24.
         """
+        if vocab_size > MOST_TOKENS:
+            raise ValueError(f"vocab_size {vocab_size}: expected at most {MOST_TOKENS} (usual are 8,000 to 250,000)")
+        if isinstance(texts, str | list | tuple | set | frozenset | dict):
+            texts = as_list(texts, "texts")
         texts = list(texts) if isinstance(texts, Iterator) else texts
         normalizer = normalizers.BertNormalizer(lowercase=True)
         counts: Counter[str] = Counter()
-        read = 0
-        for text in texts:
+        number = 0
+        for number, text in enumerate(texts, 1):  # noqa: B007
             counts.update(normalizer.normalize_str(text))
-            read += 1
-        found = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:_ALPHABET]
-        smallest = len(SPECIALS) + 2 * len(found)
-        if not found or vocab_size <= smallest:
+        alphabet = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:_ALPHABET]
+        smallest = len(SPECIALS) + 2 * len(alphabet)
+        if not alphabet or vocab_size <= smallest:
             raise ValueError(
-                f"vocab_size {vocab_size}: {read} texts with {len(found)} characters need more than "
+                f"vocab_size {vocab_size}: {number} texts with {len(alphabet)} characters need more than "
                 f"{smallest}; give more text or a larger vocabulary"
             )
-        fixed = [*SPECIALS.values(), *sorted(found), *(f"##{c}" for c in sorted(found))]
+        if vocab_size < 2 * smallest:
+            _log.warning(
+                "vocab_size %d is small for these texts: %d tokens are single characters, %d are left for words and "
+                "their parts; texts become long sequences. Use %d or more",
+                vocab_size,
+                smallest,
+                vocab_size - smallest,
+                10 * smallest,
+            )
+        fixed = [*SPECIALS.values(), *sorted(alphabet), *(f"##{c}" for c in sorted(alphabet))]
         model = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIALS["unk_token"]))
         model.normalizer = normalizer
-        model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        # The time of training is quadratic in the length of a word.
+        overlong = pre_tokenizers.Split(tokenizers.Regex(rf"^.{{{LONGEST_WORD + 1},}}$"), "removed")
+        model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), overlong])
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             special_tokens=fixed,
-            initial_alphabet=found,
-            limit_alphabet=len(found),
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
             show_progress=False,
         )
         model.train_from_iterator(iter(texts), trainer)
@@ -116,18 +141,20 @@ class Tokenizer:
         """Digest of everything that decides the ids."""
         return fingerprint([json.loads(self.backend.to_str()), self.specials])
 
-    def encode(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
-        """Ids of each text, int32 [≤ max_length], with the special tokens; what is cut is the text's end."""
+    def encode(self, texts: Iterable[str], max_length: int) -> list[Int32[np.ndarray, "_"]]:
+        """Ids of each text, at most max_length, with the special tokens; what is cut is the text's end."""
         return self.encode_counted(texts, max_length)[0]
 
-    def encode_counted(self, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """As `encode`, and the lengths before cutting, int64 [n]."""
+    def encode_counted(
+        self, texts: Iterable[str], max_length: int
+    ) -> tuple[list[Int32[np.ndarray, "_"]], Int64[np.ndarray, "n"]]:
+        """As `encode`, and the lengths before cutting. A single text or a set of texts is a ValueError."""
         if max_length <= self._before + self._after:
             raise ValueError(
                 f"max_length {max_length}: expected more than the {self._before + self._after} special tokens"
             )
         rows, lengths = [], []
-        for encoding in self.backend.encode_batch_fast(list(texts)):
+        for encoding in self.backend.encode_batch_fast(as_list(texts, "texts")):
             ids = np.array(encoding.ids, np.int32)
             lengths.append(len(ids))
             if len(ids) > max_length:
@@ -159,18 +186,18 @@ def _bert(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
 
 
 def _specials_of_folder(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
-    found: dict[str, str] = {}
+    specials: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            entries = read_json(folder / name)
+            entries = read_json(folder / name, dict)
             for key in SPECIALS | {"bos_token": "", "eos_token": ""}:
                 value = entries.get(key)
                 value = value.get("content") if isinstance(value, dict) else value  # an AddedToken as JSON
                 if isinstance(value, str):
-                    found[key] = value
-    if "pad_token" not in found:  # a bare tokenizer.json
-        found |= {key: token for key, token in SPECIALS.items() if backend.token_to_id(token) is not None}
-    return found
+                    specials[key] = value
+    if "pad_token" not in specials:  # a bare tokenizer.json
+        specials |= {key: token for key, token in SPECIALS.items() if backend.token_to_id(token) is not None}
+    return specials
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,11 +6,16 @@ or without a header line. Only queries that have qrels are kept, as BEIR's own r
 
 import json
 import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cde_jax.data.files import NewFolder, explained
+from cde_jax.data.files import NewFolder, explain_os_errors, given_path
 from cde_jax.data.sources.jsonl import json_lines, text_field, text_lines
+
+_HEADERS = ("score", "relevance", "rel", "label", "grade")  # of the third column
 
 
 @dataclass(frozen=True)
@@ -23,25 +28,77 @@ class EvaluationSet:
     qrels: dict[str, dict[str, int]]
 
 
+def set_name(folder: str | Path) -> str:
+    """The name of the set in a folder: the folder's own."""
+    return Path(os.path.abspath(given_path(folder, "evaluation set"))).name
+
+
+def read_sets(folders: Sequence[str | Path]) -> list[EvaluationSet]:
+    """Read several BEIR folders. Two of one name, by which results are kept, are a ValueError before any is read."""
+    for name, count in Counter(map(set_name, folders)).items():
+        if count > 1:
+            same = [str(folder) for folder in folders if set_name(folder) == name]
+            raise ValueError(
+                f"expected evaluation sets of different names, got {count} of the name {name!r}: {same}; "
+                "rename a folder"
+            )
+    return [read(folder) for folder in folders]
+
+
 def read(folder: str | Path) -> EvaluationSet:
     """Read a BEIR folder; a document's text is its title and text joined by a space.
 
-    Raises ValueError with file and line for missing files, broken lines, and qrels that name unknown ids.
+    Raises ValueError with file and line for missing files, broken lines, doubled ids, qrels that name unknown ids or
+    a pair twice, and for qrels in which nothing is relevant.
     """
-    folder = Path(folder)
-    corpus = {}
-    path = _existing(folder, "corpus.jsonl", "corpus.jsonl.gz")
-    for place, entry in json_lines(path):
-        title = text_field(entry, "title", place, empty=True) if entry.get("title") is not None else ""
-        # Published sets have documents without text; they are part of their corpora, so they stay.
-        text = f"{title} {text_field(entry, 'text', place, empty=True)}".strip()
-        _insert(corpus, text_field(entry, "_id", place), text, place)
-    queries = {}
-    path = _existing(folder, "queries.jsonl", "queries.jsonl.gz")
-    for place, entry in json_lines(path):
+    folder, name = given_path(folder, "evaluation set"), set_name(folder)
+    corpus: dict[str, str] = {}
+    for place, entry in json_lines(_existing(folder, "corpus.jsonl", "corpus.jsonl.gz")):
+        _insert(corpus, *document(entry, place), place)
+    queries: dict[str, str] = {}
+    for place, entry in json_lines(_existing(folder, "queries.jsonl", "queries.jsonl.gz")):
         _insert(queries, text_field(entry, "_id", place), text_field(entry, "text", place), place)
-    qrels = _read_qrels(_existing(folder, "qrels.tsv", "qrels/test.tsv"), queries, corpus)
-    return EvaluationSet(folder.name, {query: queries[query] for query in qrels}, corpus, qrels)
+    path = _existing(folder, "qrels.tsv", "qrels/test.tsv")
+    qrels: dict[str, dict[str, int]] = {}
+    for place, query, identifier, relevance in qrels_lines(path):
+        for kind, key, known in (("query", query, queries), ("document", identifier, corpus)):
+            if key not in known:
+                raise ValueError(f"{place}: names the {kind} {key!r}, which is not among the {len(known)} read")
+        if identifier in qrels.setdefault(query, {}):
+            raise ValueError(
+                f"{place}: the query {query!r} with the document {identifier!r} was there before; each "
+                "pair needs one line"
+            )
+        qrels[query][identifier] = relevance
+    if not any(relevance > 0 for relevant in qrels.values() for relevance in relevant.values()):
+        raise ValueError(f"{path}: expected lines of query id, document id and score with scores above 0, found none")
+    return EvaluationSet(name, {query: queries[query] for query in qrels}, corpus, qrels)
+
+
+def document(entry: dict[str, Any], place: str) -> tuple[str, str]:
+    """Id and text of a line of corpus.jsonl. Published sets have documents without text, so these are kept."""
+    title = text_field(entry, "title", place, empty=True) if entry.get("title") is not None else ""
+    return text_field(entry, "_id", place), f"{title} {text_field(entry, 'text', place, empty=True)}".strip()
+
+
+def qrels_lines(path: Path, columns: int = 3) -> Iterator[tuple[str, str, str, int]]:
+    """("file:line", query id, document id, relevance) of every line but a header.
+
+    With 4 `columns` (TREC's layout, MS MARCO) the second one is ignored.
+    """
+    for place, line in text_lines(path):
+        row = line.rstrip("\r\n").split("\t")
+        if len(row) != columns:
+            raise ValueError(
+                f"{place}: expected query id, document id, score in {columns} fields with tabs between, got {row!r:.80}"
+            )
+        if place == f"{path}:1" and row[-1].strip().lower() in _HEADERS:
+            continue
+        try:
+            relevance = int(row[-1])
+        except ValueError:
+            raise ValueError(f"{place}: expected an integer score, got {row[-1]!r}") from None
+        yield place, row[0], row[-2], relevance
 
 
 def write(evaluation_set: EvaluationSet, folder: str | Path) -> None:
@@ -55,17 +112,14 @@ def write(evaluation_set: EvaluationSet, folder: str | Path) -> None:
             for document, score in relevant.items()
         ),
     }
-    with NewFolder(folder, marker="corpus.jsonl") as new:
-        try:
-            (new.path / "qrels").mkdir()
-            for name, content in lines.items():
-                with open(new.path / name, "w", encoding="utf-8", newline="\n") as file:
-                    file.writelines(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-            new.put_in_place()
-        except OSError as error:
-            raise explained(error, Path(folder)) from error
+    with NewFolder(folder, marker="corpus.jsonl") as new, explain_os_errors(folder):
+        (new.path / "qrels").mkdir()
+        for name, content in lines.items():
+            with open(new.path / name, "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(content)
+                file.flush()
+                os.fsync(file.fileno())
+        new.put_in_place()
 
 
 def _line(entry: dict[str, str]) -> str:
@@ -76,6 +130,8 @@ def _existing(folder: Path, *names: str) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
+        if (folder / name).is_symlink():
+            raise ValueError(f"{folder / name}: expected a file, got a link to nothing; repair it")
     raise ValueError(f"{folder}: expected {' or '.join(names)}, found neither; give a folder in BEIR's layout")
 
 
@@ -83,25 +139,3 @@ def _insert(texts: dict[str, str], key: str, text: str, place: str) -> None:
     if key in texts:
         raise ValueError(f"{place}: the _id {key!r} was there before; ids must differ")
     texts[key] = text
-
-
-def _read_qrels(path: Path, queries: dict[str, str], corpus: dict[str, str]) -> dict[str, dict[str, int]]:
-    qrels: dict[str, dict[str, int]] = {}
-    for place, line in text_lines(path):
-        row = line.rstrip("\r\n").split("\t")
-        if len(row) != 3:
-            raise ValueError(f"{place}: expected query id, document id, score with tabs between, got {row!r:.80}")
-        query, document, score = row
-        try:
-            relevance = int(score)
-        except ValueError:
-            if place == f"{path}:1":
-                continue  # the header line
-            raise ValueError(f"{place}: expected an integer score, got {score!r}") from None
-        for kind, key, known in (("query", query, queries), ("document", document, corpus)):
-            if key not in known:
-                raise ValueError(f"{place}: names the {kind} {key!r}, which is not among the {len(known)} read")
-        qrels.setdefault(query, {})[document] = relevance
-    if not qrels:
-        raise ValueError(f"{path}: expected lines of query id, document id and score, found none")
-    return qrels

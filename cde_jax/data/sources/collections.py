@@ -9,9 +9,12 @@ repository, a BEIR set in its unpacked archive.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from cde_jax.data.files import given_path
+from cde_jax.data.texts import as_list
 
 PREFIXES = ("search_query", "search_document", "classification", "clustering")
 _SEARCH = ("search_query", "search_document")
@@ -122,12 +125,12 @@ _BEIR = ("fever", "fiqa", "hotpotqa", "msmarco", "nfcorpus", "nq-train", "scifac
 
 def _table() -> dict[str, Collection]:
     table = {}
-    for family, sets in (("nomic-unsupervised", _NOMIC_UNSUPERVISED), ("nomic-supervised", _NOMIC_SUPERVISED)):
+    for group, sets in (("nomic-unsupervised", _NOMIC_UNSUPERVISED), ("nomic-supervised", _NOMIC_SUPERVISED)):
         for name, (folder, shards, prefixes, columns) in sets.items():
             objective = "triplet" if len(columns) == 3 else "paired"
             bucket = "contrastive-index-filtered" if folder.endswith("_full") else "contrastive"
             files = (f"{bucket}/{folder}/shard-{{:05d}}.jsonl.gz",)
-            table[f"{family}/{name}"] = Collection("nomic", files, *prefixes, objective, columns, shards)
+            table[f"{group}/{name}"] = Collection("nomic", files, *prefixes, objective, columns, shards)
     for name, prefixes in _BGE.items():
         files = (f"bge-full-data/data/{name}-*-of-*.parquet",)
         table[f"bge/{name}"] = Collection("bge", files, *prefixes, "triplet", ("query", "pos", "neg"))
@@ -141,17 +144,18 @@ def _table() -> dict[str, Collection]:
     return table
 
 
-COLLECTIONS = _table()  # "family/set" → Collection
+COLLECTIONS = _table()  # "group/set" → Collection
 
 
-def select(names: Sequence[str]) -> dict[str, Collection]:
-    """The collections that the names stand for, each once, in order: "family/set", or "family" for all its sets.
+def select(names: Iterable[str]) -> dict[str, Collection]:
+    """The collections that the names stand for, each once, in order: "group/set", or "group" for all its sets.
 
     No names, or one that is not in the table, is a ValueError that offers the nearest.
     """
+    names = as_list(names, "collections")
     if not names:
         raise ValueError(
-            f"expected names of collections, got none; known are {', '.join(families())}, or one set of them"
+            f"expected names of collections, got none; known are {', '.join(groups())}, or one set of them"
         )
     chosen: dict[str, Collection] = {}
     for name in names:
@@ -162,19 +166,19 @@ def select(names: Sequence[str]) -> dict[str, Collection]:
     return chosen
 
 
-def families() -> list[str]:
+def groups() -> list[str]:
     """The first parts of the names, in the table's order."""
     return list(dict.fromkeys(full.split("/")[0] for full in COLLECTIONS))
 
 
-def domains(names: Sequence[str]) -> dict[str, str]:
-    """ "family/set" → the domain of its pairs: the set's name, or in full where two chosen sets share it."""
+def domains(names: Iterable[str]) -> dict[str, str]:
+    """ "group/set" → the domain of its pairs: the set's name, or in full where two chosen sets share it."""
     short = {full: full.split("/")[1] for full in select(names)}
     shared = [name for name in short.values() if list(short.values()).count(name) > 1]
     return {full: full if name in shared else name for full, name in short.items()}
 
 
-def prefixes(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+def prefixes(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Domain → what stands before every query and every document of it, e.g. ("search_query: ", …)."""
     chosen = select(names)
     return {
@@ -184,8 +188,8 @@ def prefixes(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def find(name: str, folder: str | Path) -> list[Path]:
-    """The files of the set "family/set" below the folder, in order; all that were published must be there."""
-    collection, folder = COLLECTIONS[name], Path(folder).expanduser()
+    """The files of the set "group/set" below the folder, in order; all that were published must be there."""
+    collection, folder = COLLECTIONS[name], given_path(folder, "folder of the collections")
     wanted: list[Path] = []
     for pattern in collection.files:
         if collection.shards:
@@ -222,11 +226,9 @@ def _numbered(name: str, folder: Path, pattern: str) -> list[Path]:
 
 
 def _nearest(name: str) -> str:
-    known = [*families(), *COLLECTIONS]
+    known = [*groups(), *COLLECTIONS]
     same_set = [full for full in COLLECTIONS if full.split("/")[1] == name]
     near = same_set or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if not near:
         near = [full for full in COLLECTIONS if difflib.get_close_matches(name, [full.split("/")[1]], cutoff=0.6)]
-    return (
-        f"did you mean {' or '.join(near[:3])}?" if near else f"known are {', '.join(families())}, or one set of them"
-    )
+    return f"did you mean {' or '.join(near[:3])}?" if near else f"known are {', '.join(groups())}, or one set of them"

@@ -17,14 +17,13 @@ import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
-from cde_jax.data.pairs import Pair, text_key
+from cde_jax.data.pairs import Pair
 from cde_jax.data.sources.beir import EvaluationSet
+from cde_jax.data.texts import as_list, text_key
 
 QUERY_WORDS = 3  # fewer words (with two letters in a row) say too little to look for …
 REST_WORDS = 8  # … or to be found by
-RULES = 1  # part of the identity: raise it when the same packages give other pairs than before
+READER_VERSION = 1  # part of the identity: raise it when the same packages give other pairs than before
 # Other people's tests and copies of other packages: their text is in no user's documentation, or there twice.
 _SKIPPED = {
     *("tests", "test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"),
@@ -43,34 +42,26 @@ _SECTION = re.compile(
 _logger = logging.getLogger(__name__)
 
 
-def core_packages(distribution: str = "cde_jax") -> tuple[str, ...]:
-    """Sorted import names of everything that `distribution` requires without extras, and they require in turn.
+# The packages of `core_packages`, by import name: what was required, directly or not, when the demo was measured. The
+# list is fixed, so that a change of our requirements does not change the demo's pairs.
+_CORE = """
+PIL absl aiofiles annotated_doc annotated_types anyio array_record attr attrs bm25s certifi charset_normalizer click
+cloudpickle contourpy cycler dateutil docstring_parser einops etils faiss filelock flax flaxlib_src fontTools fsspec
+google grain h11 hf_xet httpcore2 httpx2 huggingface_hub humanize idna immutabledict jax jaxlib jaxtyping joblib
+kiwisolver markdown_it matplotlib mdurl ml_collections ml_dtypes mpl_toolkits msgpack narwhals numpy opt_einsum optax
+orbax packaging portpicker prometheus_client promise psutil pyarrow pydantic pydantic_core pygments pylab pyparsing
+pytrec_eval regex requests rich safetensors scipy shellingham simple_parsing simplejson six sklearn tensorboardX
+tensorflow_datasets tensorflow_metadata tensorstore termcolor threadpoolctl tokenizers toml tqdm transformers tree
+treescope truststore typer typing_extensions typing_inspection tzdata urllib3 uvloop wadler_lindig wrapt yaml zipp
+"""
 
-    Read from the installed metadata with this machine's markers, so that what else is installed beside it does
-    not matter. A requirement that is not installed is left out with a warning.
-    """
-    found: dict[str, importlib.metadata.Distribution] = {}
-    seen: set[tuple[str, str]] = set()
-    waiting = [(_canonical(distribution), "")]
-    while waiting:
-        name, extra = waiting.pop()
-        if (name, extra) in seen:
-            continue
-        seen.add((name, extra))
-        try:
-            found[name] = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            if name == _canonical(distribution):
-                raise ValueError(f"{distribution} is not installed: its requirements are not known") from None
-            _logger.warning("%s is required but not installed: its docstrings are not read", name)
-            continue
-        for text in found[name].requires or ():
-            requirement = Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                required = _canonical(requirement.name)
-                waiting += [(required, wanted) for wanted in ("", *requirement.extras)]
-    del found[_canonical(distribution)]
-    return tuple(sorted({name for each in found.values() for name in _import_names(each)}))
+
+def core_packages() -> tuple[str, ...]:
+    """Import names of the packages that the demo reads, as far as they are installed; a warning names the others."""
+    names = _CORE.split()
+    if missing := [name for name in names if _spec(name) is None]:
+        _logger.warning("not installed, so their docstrings are not read: %s", ", ".join(missing))
+    return tuple(name for name in names if name not in missing)
 
 
 def installed_packages() -> tuple[str, ...]:
@@ -80,13 +71,13 @@ def installed_packages() -> tuple[str, ...]:
 
 
 def identity(packages: Sequence[str], standard_library: bool) -> dict[str, str]:
-    """Package → versions of the distributions that provide it, Python's version, and the rules of reading.
+    """Package → versions of the distributions that provide it, Python's version, and the reader's.
 
     Two equal identities give the same pairs; nothing is read to know it. (Python's version matters even without
     its library: what it cannot parse is skipped.)
     """
     owners = importlib.metadata.packages_distributions()
-    versions = {"(rules)": str(RULES), "(python)": platform.python_version()}
+    versions = {"(rules)": str(READER_VERSION), "(python)": platform.python_version()}
     versions["(standard library)"] = "read" if standard_library else "not read"
     for package in sorted(set(packages)):
         names = sorted({_canonical(name) for name in owners.get(package, ())})
@@ -95,7 +86,11 @@ def identity(packages: Sequence[str], standard_library: bool) -> dict[str, str]:
 
 
 def read_pairs(
-    packages: Sequence[str], *, standard_library: bool, counts: MutableMapping[str, int] | None = None
+    packages: Iterable[str],
+    *,
+    standard_library: bool,
+    counts: MutableMapping[str, int] | None = None,
+    log: InputLog | None = None,
 ) -> Iterator[Pair]:
     """The pairs of the packages' docstrings, in order of package, file and line.
 
@@ -103,32 +98,17 @@ def read_pairs(
     whose query or whose rest was there before are dropped (the same function under a second name, a method that
     repeats its parent's text): the names would make their documents differ, so it is decided here, before
     `clean`. Read all packages in one call, so that a held-out one shares no text with the others. `counts` gains
-    "files", "unreadable files", "docstrings", "too short", "repeated queries", "repeated texts" and "pairs".
+    "files", "unreadable files", "docstrings", "too short", "repeated queries", "repeated texts" and "pairs"; `log`
+    the pairs of each package, and the files that are not readable.
 
     A package that is not installed is a ValueError, before anything is read.
     """
-    sources = [(name, _files_of(name)) for name in sorted(set(packages))]
+    sources = [(name, _files_of(name)) for name in sorted(set(as_list(packages, "packages")))]
     if standard_library:
         sources += [(name, _standard_files(name)) for name in _standard_names()]
     if not sources:
         raise ValueError("expected packages to read, got none; name some or read the standard library")
-    return _read(sources, {} if counts is None else counts)
-
-
-def domain_table(pairs: Iterable[Pair]) -> str:
-    """The table of domains as text: pairs and median words of query and document, the largest domain first."""
-    words: dict[str, list[tuple[int, int]]] = {}
-    for pair in pairs:
-        words.setdefault(pair.domain, []).append((len(pair.query.split()), len(pair.document.split())))
-    order = sorted(words, key=lambda name: (-len(words[name]), name))
-    width = max([len("domain"), *map(len, order)])
-    lines = [f"{'domain':<{width}}  {'pairs':>6}  {'query words':>11}  {'document words':>14}"]
-    for name in [*order, None]:
-        rows = words[name] if name is not None else [row for each in words.values() for row in each]
-        title = name if name is not None else f"{len(order)} domains"
-        medians = [sorted(column)[len(column) // 2] for column in zip(*rows, strict=True)] or [0, 0]
-        lines.append(f"{title:<{width}}  {len(rows):>6}  {medians[0]:>11}  {medians[1]:>14}")
-    return "\n".join(lines)
+    return _read(sources, {} if counts is None else counts, InputLog() if log is None else log)
 
 
 def evaluation_set(domain: str, pairs: Iterable[Pair]) -> EvaluationSet:
@@ -177,17 +157,22 @@ def _words(text: str) -> int:
     return sum(1 for word in text.split() if _WORD.search(word))
 
 
-def _read(sources: list[tuple[str, list[tuple[str, Path]]]], counts: MutableMapping[str, int]) -> Iterator[Pair]:
+def _read(
+    sources: list[tuple[str, list[tuple[str, Path]]]], counts: MutableMapping[str, int], log: InputLog
+) -> Iterator[Pair]:
     names = ("files", "unreadable files", "docstrings", "too short", "repeated queries", "repeated texts", "pairs")
     counts.update({name: counts.get(name, 0) for name in names})
     queries: set[int] = set()
     texts: set[int] = set()
     for domain, files in sources:
+        before = counts["pairs"]
         for module, path in files:
             counts["files"] += 1
-            tree = _parse(path)
-            if tree is None:
+            try:
+                tree = _parse(path)
+            except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
                 counts["unreadable files"] += 1
+                log.skip(f"{module} ({path.name})", f"{type(error).__name__}: {error}")
                 continue
             for name, docstring in _docstrings(tree, module):
                 counts["docstrings"] += 1
@@ -203,18 +188,16 @@ def _read(sources: list[tuple[str, list[tuple[str, Path]]]], counts: MutableMapp
                 texts.add(rest_key)
                 counts["pairs"] += 1
                 yield Pair(domain, query, f"{name} {rest}")
+        log.pairs[domain] = counts["pairs"] - before
 
 
-def _parse(path: Path) -> ast.Module | None:
+def _parse(path: Path) -> ast.Module:
     collecting = gc.isenabled()
     gc.disable()  # a tree is many small objects and no cycle: the collector takes a third of the time for nothing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
             return ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
-        _logger.info("%s is not read: %s", path, error)
-        return None
     finally:
         if collecting:
             gc.enable()
@@ -257,8 +240,12 @@ def _import_names(distribution: importlib.metadata.Distribution) -> set[str]:
     return names
 
 
+def _spec(package: str) -> importlib.machinery.ModuleSpec | None:
+    return importlib.machinery.PathFinder.find_spec(package)  # looks, does not import
+
+
 def _files_of(package: str) -> list[tuple[str, Path]]:
-    spec = importlib.machinery.PathFinder.find_spec(package)  # looks, does not import
+    spec = _spec(package)
     if spec is None:
         raise ValueError(f"package {package!r} is not installed; install it or take it out of the packages to read")
     if spec.submodule_search_locations is None:

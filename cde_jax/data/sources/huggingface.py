@@ -12,9 +12,7 @@ or memory-mapped. Rows without text are left out, counted and logged.
 """
 
 import functools
-import hashlib
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,15 +20,17 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cde_jax.data.pairs import Pair
+from cde_jax.data.files import digests, file_digest, given_path
+from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources.formats import parquet_columns, parquet_rows, rows, texts
+from cde_jax.data.texts import as_list
 
 FIELDS = ("query", "document", "negatives", "domain")
 _REQUIRED = ("query", "document")
 _log = logging.getLogger(__name__)
 
 
-class _Part(NamedTuple):
+class _Table(NamedTuple):
     """One file or data set: its default domain, its columns, and what reads them."""
 
     domain: str
@@ -38,92 +38,94 @@ class _Part(NamedTuple):
     read: Any  # columns → ("place", row)s
 
 
-def read_pairs(paths: Sequence[str], columns: Sequence[str] = ()) -> Iterator[Pair]:
+def read_pairs(paths: Iterable[str], columns: Iterable[str] = (), log: InputLog | None = None) -> Iterator[Pair]:
     """The pairs of the paths, in order.
 
-    `columns` gives ours under their names, ("query=question", "document=answer", "negatives=hard", "domain=source");
-    one that is not given is the column of its own name. Query and document must be there. Documents and negatives
-    are a text or a list of texts (each document makes a pair); the domain defaults to the data set's name. Unknown
-    and missing columns are a ValueError that lists those present, before anything is read.
+    `columns` maps our fields to the data's columns, ("query=question", "document=answer", "negatives=hard",
+    "domain=source"); a field that is not given is the column of its own name. Query and document must be there.
+    Documents and negatives are a text or a list of texts (each document makes a pair); the domain defaults to the
+    data set's name. Unknown and missing columns are a ValueError that lists those present, before anything is read.
+    `log` gains the pairs of each file or data set, and what was left out.
     """
     chosen = _chosen(columns)
-    parts = [(part, _mapping(part, chosen)) for path in _demand(paths) for part in _parts(path)]
-    return _read(parts)
+    tables = [(name, table, _mapping(table, chosen)) for path in _given(paths) for name, table in _tables(path)]
+    return _read(tables, InputLog() if log is None else log)
 
 
-def identity(paths: Sequence[str]) -> dict[str, str]:
-    """Local files → sha256 of their bytes, names on the Hub → the commit that is read."""
-    local: list[Path] = []
-    commits = {}
-    for path in _demand(paths):
-        files = _parquet_files(path)
-        name, _, _ = _split(path)
-        if not files and Path(name).expanduser().is_dir():
-            files = _visible_files(Path(name).expanduser())
-        if files:
-            local += files
+def identity(paths: Iterable[str]) -> dict[str, str]:
+    """What decides the pairs, wherever it is stored: local files → sha256 of their bytes, names on the Hub → commit.
+
+    A data set's name, configuration and split belong to it. Names begin with the path's number if there are several.
+    """
+    paths = _given(paths)
+    known: dict[str, str] = {}
+    for number, path in enumerate(paths, 1):
+        name, config, split = _split(path)
+        folder = Path(name).expanduser()
+        if files := _parquet_files(path):
+            found = {file.name: file_digest(file) for file in files}
+        elif folder.is_dir():
+            found = {"(data set)": f"{_title(folder, config)}#{split}"} | digests(_visible_files(folder), folder)
         else:
-            commits[name] = _commit(name)
-    return commits | _digests(local)
+            found = {f"{name}:{config or ''}#{split}": _commit(name)}
+        known |= {(f"{number}:{key}" if len(paths) > 1 else key): value for key, value in found.items()}
+    return known
 
 
-def _digests(files: list[Path]) -> dict[str, str]:
-    """File name (relative to the folder that all share) → sha256."""
-    shared = os.path.commonpath([file.absolute().parent for file in files]) if files else ""
-    digests = {}
-    for file in files:
-        with open(file, "rb") as content:
-            digests[os.path.relpath(file.absolute(), shared)] = hashlib.file_digest(content, "sha256").hexdigest()
-    return digests
-
-
-def _demand(paths: Sequence[str]) -> list[str]:
+def _given(paths: Iterable[str]) -> list[str]:
+    paths = as_list(paths, "paths", (str, Path))
     if not paths:
         raise ValueError("expected paths of data sets, got none; name a data set, a folder or Parquet files")
+    for path in paths:
+        given_path(path)
     return [str(path) for path in paths]
 
 
-def _chosen(columns: Sequence[str]) -> dict[str, str]:
-    """Our name → theirs, from "ours=theirs"."""
+def _chosen(columns: Iterable[str]) -> dict[str, str]:
+    """Field → column, from "FIELD=COLUMN"."""
     chosen: dict[str, str] = {}
-    for text in columns:
-        ours, equals, theirs = (part.strip() for part in text.partition("="))
-        if not equals or not theirs or ours not in FIELDS or ours in chosen:
-            raise ValueError(f"column {text!r}: expected OURS=THEIRS, with OURS once each of {', '.join(FIELDS)}")
-        chosen[ours] = theirs
+    for text in as_list(columns, "columns"):
+        field, equals, column = (part.strip() for part in text.partition("="))
+        if not equals or not column or field not in FIELDS or field in chosen:
+            raise ValueError(f"column {text!r}: expected FIELD=COLUMN, with FIELD once each of {', '.join(FIELDS)}")
+        chosen[field] = column
     return chosen
 
 
-def _mapping(part: _Part, chosen: dict[str, str]) -> dict[str, str]:
-    """Our name → their column, of those that this data set has."""
-    mapping = {ours: chosen.get(ours, ours) for ours in FIELDS}
-    wanted = [theirs for ours, theirs in mapping.items() if ours in chosen or ours in _REQUIRED]
-    if absent := [theirs for theirs in wanted if theirs not in part.columns]:
+def _mapping(table: _Table, chosen: dict[str, str]) -> dict[str, str]:
+    """Field → column, of those that this table has."""
+    mapping = {field: chosen.get(field, field) for field in FIELDS}
+    wanted = [column for field, column in mapping.items() if field in chosen or field in _REQUIRED]
+    if absent := [column for column in wanted if column not in table.columns]:
         raise ValueError(
-            f"{part.domain}: expected the columns {absent}, found {list(part.columns)}; give ours under their names, "
-            "for example query=question"
+            f"{table.domain}: expected the columns {absent}, found {list(table.columns)}; name the columns of the "
+            "fields, for example query=question"
         )
-    return {ours: theirs for ours, theirs in mapping.items() if theirs in part.columns}
+    return {field: column for field, column in mapping.items() if column in table.columns}
 
 
-def _read(parts: list[tuple[_Part, dict[str, str]]]) -> Iterator[Pair]:
-    for part, mapping in parts:
+def _read(tables: list[tuple[str, _Table, dict[str, str]]], log: InputLog) -> Iterator[Pair]:
+    for name, table, mapping in tables:
         left_out: Counter[str] = Counter()
         count = 0
-        for place, row in part.read(list(dict.fromkeys(mapping.values()))):
-            query, document, negatives, domain = (row[mapping[name]] if name in mapping else None for name in FIELDS)
-            domain = "".join(texts(domain, "domain", place)) or part.domain
+        for place, row in table.read(list(dict.fromkeys(mapping.values()))):
+            query, document, negatives, domain = (row[mapping[field]] if field in mapping else None for field in FIELDS)
+            domain = "".join(texts(domain, "domain", place)) or table.domain
             for texts_of_row in rows(query, document, negatives, place, left_out):
                 count += 1
                 yield Pair(domain, *texts_of_row)
-        if reasons := dict(sorted((+left_out).items())):
-            _log.warning("%s: %d pairs; left out: %s", part.domain, count, reasons)
+        log.finish(name, count, left_out)
 
 
-def _parts(path: str) -> list[_Part]:
+def _tables(path: str) -> list[tuple[str, _Table]]:
+    """Name and content of each file of a path, or of its data set."""
     if files := _parquet_files(path):
-        return [_Part(_stem(file), parquet_columns(file), functools.partial(parquet_rows, file)) for file in files]
-    return [_data_set(path)]
+        stems = [re.sub(r"-\d+-of-\d+$", "", file.stem) for file in files]  # arguana-00000-of-00002 → arguana
+        return [
+            (file.name, _Table(stem, parquet_columns(file), functools.partial(parquet_rows, file)))
+            for stem, file in zip(stems, files, strict=True)
+        ]
+    return [(path, _data_set(path))]
 
 
 def _parquet_files(path: str) -> list[Path]:
@@ -143,13 +145,8 @@ def _parquet_files(path: str) -> list[Path]:
 
 def _visible_files(folder: Path) -> list[Path]:
     """All files below a folder but hidden ones, such as those that the Hub's client keeps beside a copy."""
-    every = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [file for file in every if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-
-
-def _stem(file: Path) -> str:
-    """`arguana-00000-of-00002.parquet` → `arguana`."""
-    return re.sub(r"-\d+-of-\d+$", "", file.stem)
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def _split(path: str) -> tuple[str, str | None, str]:
@@ -161,12 +158,18 @@ def _split(path: str) -> tuple[str, str | None, str]:
     return name, config or None, split or "train"
 
 
-def _data_set(path: str) -> _Part:
+def _title(folder: Path, config: str | None) -> str:
+    """The domain of a local data set."""
+    name = folder.resolve().name
+    return f"{name}:{config}" if config else name
+
+
+def _data_set(path: str) -> _Table:
     library = _library()
     name, config, split = _split(path)
     folder = Path(name).expanduser()
-    title = folder.resolve().name if folder.exists() else name
-    source, commit = (str(folder), None) if folder.exists() else (name, _commit(name))
+    local = folder.exists()
+    source, commit = (str(folder), None) if local else (name, _commit(name))
     try:
         if any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
             data = library.load_from_disk(source)
@@ -176,12 +179,12 @@ def _data_set(path: str) -> _Part:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not readable as a data set ({error}); a path is NAME[:CONFIG][#SPLIT]") from error
     columns = data.column_names or list(next(iter(data), {}))
-    return _Part(f"{title}:{config}" if config else title, columns, functools.partial(_rows, data, path))
+    title = _title(folder, config) if local else f"{name}:{config}" if config else name
+    return _Table(title, columns, functools.partial(_rows, data, path))
 
 
 def _rows(data: Any, path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    kept: Iterable[dict[str, Any]] = data.select_columns(list(columns))
-    for number, row in enumerate(kept, 1):
+    for number, row in enumerate(data.select_columns(list(columns)), 1):
         yield f"{path}: row {number}", row
 
 

@@ -2,110 +2,126 @@
 
     {"query": "…", "document": "…", "domain": "optional", "negatives": ["optional", …]}
 
-Other keys are ignored, apart from likely misspellings of the optional ones. The domain defaults to the file's
-name without its endings. Every mistake is a ValueError that begins with file and line.
+Other keys are ignored, apart from likely misspellings of these. The domain defaults to the file's name without its
+endings. Whatever is wrong with a line is a ValueError that begins with file and line.
 """
 
 import gzip
-import hashlib
 import json
 import os
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from cde_jax.data.pairs import Pair
+from cde_jax.data.files import file_digest, given_path
+from cde_jax.data.pairs import InputLog, Pair
+from cde_jax.data.texts import as_list, has_text
 
 _ENDINGS = (".jsonl", ".jsonl.gz")
+_KEYS = ("query", "document", "domain", "negatives")
 _MISTAKEN = {"negative": "negatives", "hard_negatives": "negatives", "neg": "negatives", "domains": "domain"}
+_MISTAKEN |= {"queries": "query", "documents": "document"}
 
 
-def read_pairs(paths: str | Path | Sequence[str | Path]) -> Iterator[Pair]:
+def read_pairs(paths: str | Path | Iterable[str | Path], log: InputLog | None = None) -> Iterator[Pair]:
     """The pairs of files, folders (every .jsonl and .jsonl.gz below, sorted) and glob patterns, in order.
 
-    That there are files is checked before this returns, their lines as they are read.
+    That there are files is checked before this returns, their lines as they are read. `log` gains the files that are
+    skipped, and how many pairs each other one gave.
     """
-    return _read(find(paths))
+    log = InputLog() if log is None else log
+    return _read(find(paths, log), log)
 
 
-def identity(paths: str | Path | Sequence[str | Path]) -> dict[str, str]:
-    """File name (relative to the folder that all share) → sha256 of its bytes."""
-    files = find(paths)
-    shared = os.path.commonpath([file.absolute().parent for file in files])
-    digests = {}
-    for file in files:
-        with open(file, "rb") as content:
-            name = file.absolute().relative_to(shared).as_posix()
-            digests[name] = hashlib.file_digest(content, "sha256").hexdigest()
-    return digests
+def identity(paths: str | Path | Iterable[str | Path]) -> dict[str, str]:
+    """The files' names, as `find` gives them, → sha256 of their bytes: the same wherever the files are stored."""
+    return {name: file_digest(file) for name, file in find(paths).items()}
 
 
-def find(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files that the paths name, each once; a path that names none is a ValueError."""
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+def find(paths: str | Path | Iterable[str | Path], log: InputLog | None = None) -> dict[str, Path]:
+    """The files that the paths name, each once and in order, by their name below the path.
+
+    Names begin with the path's number if there are several. A path that names no file, and a file that is empty or
+    not readable, is a ValueError; other files of a folder are noted in `log`.
+    """
+    log = InputLog() if log is None else log
+    paths = [paths] if isinstance(paths, str | Path) else as_list(paths, "paths", (str, Path))
     if not paths:
         raise ValueError("expected paths of .jsonl files, got none; name a file, a folder or a pattern")
-    found: dict[Path, None] = {}
-    for path in paths:
-        files = _files(Path(path).expanduser())
-        if not files:
-            raise ValueError(f"{path}: expected .jsonl or .jsonl.gz files, found none; correct the path")
-        for file in files:
+    files: dict[Path, str] = {}
+    for number, path in enumerate(paths, 1):
+        prefix = f"{number}:" if len(paths) > 1 else ""
+        named = _files(given_path(path), prefix, log)
+        if not named:
+            skipped = [name for name in log.skipped if name.startswith(prefix)]
+            raise ValueError(
+                f"{path}: expected .jsonl or .jsonl.gz files, found none"
+                f"{f' (other files: {skipped[:5]})' if skipped else ''}; correct the path"
+            )
+        for name, file in named.items():
+            if not os.access(file, os.R_OK):
+                raise ValueError(f"{file}: this process may not read it; change its permissions or move it away")
             if file.stat().st_size == 0:
                 raise ValueError(f"{file}: the file is empty; expected one JSON object a line")
-        found |= dict.fromkeys(files)
-    return list(found)
+            files.setdefault(file, prefix + name)
+    return {name: file for file, name in files.items()}
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:line", line) of every line of a UTF-8 file that is not blank, through gzip if it ends in .gz."""
     number = 0
-    opener = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        lines = iter(file)
-        while True:
-            try:
-                line = next(lines, None)
-            except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-                # Text is decoded ahead of the line asked for, so this names the first that may hold the fault.
-                raise ValueError(f"{path}:{number + 1}: from here not readable ({error}); repair the file") from None
-            if line is None:
-                return
-            number += 1
-            if line.strip():
-                yield f"{path}:{number}", line
+    try:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        # Text is decoded ahead of the line asked for, so this names the first that may be broken.
+        raise ValueError(f"{path}:{number + 1}: from here not readable ({error}); repair the file") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) of every line that is not blank; a file without any is a ValueError."""
     empty = True
     for place, line in text_lines(path):
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: broken JSON ({error}); expected one object a line") from None
-        if not isinstance(entry, dict):
-            raise ValueError(f"{place}: expected a JSON object, got {type(entry).__name__}")
         empty = False
-        yield place, entry
+        yield place, json_object(line, place)
     if empty:
         raise ValueError(f"{path}: expected one JSON object a line, found no lines")
 
 
-def text_field(entry: dict[str, Any], key: str, place: str, *, empty: bool = False) -> str:
-    """`entry[key]`, a text; missing, of another type, or without text (unless `empty`) is a ValueError."""
+def json_object(line: str, place: str) -> dict[str, Any]:
+    """The object of a line of JSON; broken JSON, something else and doubled keys are ValueErrors."""
+    try:
+        entry = json.loads(line, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: broken JSON ({error}); expected one object a line") from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: expected a JSON object, got {type(entry).__name__}")
+    return entry
+
+
+def field(entry: dict[str, Any], key: str, place: str) -> Any:
+    """`entry[key]`; a missing one is a ValueError."""
     if key not in entry:
         raise ValueError(f"{place}: expected the key {key!r}, found {sorted(entry)}")
-    return _text(entry[key], key, place, empty)
+    return entry[key]
 
 
-def _text(value: Any, key: str, place: str, empty: bool = False) -> str:
+def text_field(entry: dict[str, Any], key: str, place: str, *, empty: bool = False) -> str:
+    """`entry[key]`, a text; missing, of another type, or without text (unless `empty`) is a ValueError."""
+    return as_text(field(entry, key, place), key, place, empty=empty)
+
+
+def as_text(value: Any, key: str, place: str, *, empty: bool = False) -> str:
+    """`value`, a text that can be stored; ValueError as `text_field`."""
     if not isinstance(value, str):
         raise ValueError(f"{place}: expected text as {key!r}, got {type(value).__name__}: {value!r:.60}")
-    if not value.strip() and not empty:
-        raise ValueError(f"{place}: {key!r} has no text; fill it in or take the line out")
+    if not empty and not has_text(value):
+        raise ValueError(f"{place}: {key!r} has no text, got {value!r:.60}; fill it in or take the line out")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -113,27 +129,68 @@ def _text(value: Any, key: str, place: str, empty: bool = False) -> str:
     return value
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*.jsonl*") if file.is_file() and file.name.endswith(_ENDINGS))
+def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = dict(items)
+    if len(entry) < len(items):
+        names = [name for name, _ in items]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return entry
+
+
+def _files(path: Path, prefix: str, log: InputLog) -> dict[str, Path]:
+    """Name → file of one path, sorted by name."""
     if path.is_file():
-        return [path]
-    if has_magic(str(path)):
-        return [Path(name) for name in sorted(glob(str(path), recursive=True)) if Path(name).is_file()]
-    return []
+        return {path.name: path}
+    if path.is_dir():
+        folder, entries, endings = path, _below(path), _ENDINGS
+    else:  # a pattern's files may have any name
+        folder = next(parent for parent in path.parents if not has_magic(str(parent)))
+        entries, endings = map(Path, glob(str(path), recursive=True)), ("",)
+    files = {}
+    for entry in sorted(entries):
+        name = entry.relative_to(folder).as_posix()
+        if entry.is_dir():
+            log.skip(prefix + name, "a folder, or a link to one; name it as a path of its own")
+        elif not entry.name.lower().endswith(endings):
+            log.skip(prefix + name, f"its name does not end in {' or '.join(_ENDINGS)}")
+        elif not entry.is_file():
+            raise ValueError(f"{entry}: expected a file, got a link to nothing or a special file; remove it")
+        else:
+            files[name] = entry
+    return files
 
 
-def _read(files: list[Path]) -> Iterator[Pair]:
-    for file in files:
-        default = file.name.removesuffix(".gz").removesuffix(".jsonl")
+def _below(folder: Path) -> Iterator[Path]:
+    """Files, and links to folders, below a folder; a subfolder that cannot be read is a ValueError."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: the folder is not readable ({error.strerror}); change its permissions")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        yield from (Path(parent, name) for name in [*names, *links])
+
+
+def _read(files: dict[str, Path], log: InputLog) -> Iterator[Pair]:
+    for name, file in files.items():
+        default = re.sub(r"(\.jsonl)?(\.gz)?$", "", file.name, flags=re.IGNORECASE)
+        count = 0
         for place, entry in json_lines(file):
-            if mistaken := sorted(set(entry) & set(_MISTAKEN)):
-                wanted = _MISTAKEN[mistaken[0]]
-                raise ValueError(f"{place}: unknown key {mistaken[0]!r}; did you mean {wanted!r}?")
-            query, document = text_field(entry, "query", place), text_field(entry, "document", place)
-            domain = default if entry.get("domain") is None else text_field(entry, "domain", place)
-            negatives = entry.get("negatives") or []
-            if not isinstance(negatives, list):
-                raise ValueError(f"{place}: expected a list of texts as 'negatives', got {negatives!r:.60}")
-            texts = tuple(_text(negative, "negatives", place) for negative in negatives)
-            yield Pair(domain, query, document, texts)
+            count += 1
+            yield _pair(entry, place, default)
+        log.pairs[name] = count
+
+
+def _pair(entry: dict[str, Any], place: str, default_domain: str) -> Pair:
+    for key in entry:
+        if key not in _KEYS:
+            meant = key.strip().lower()
+            meant = _MISTAKEN.get(meant, meant)
+            if meant in _KEYS:
+                raise ValueError(f"{place}: unknown key {key!r}; did you mean {meant!r}?")
+    query, document = text_field(entry, "query", place), text_field(entry, "document", place)
+    domain = default_domain if entry.get("domain") is None else text_field(entry, "domain", place)
+    negatives = entry.get("negatives")
+    if negatives is not None and not isinstance(negatives, list):
+        raise ValueError(f"{place}: expected a list of texts as 'negatives', got {negatives!r:.60}")
+    return Pair(domain, query, document, tuple(as_text(text, "negatives", place) for text in negatives or ()))

@@ -10,13 +10,12 @@
 
 import contextlib
 import errno
-import hashlib
 import io
 import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,14 +24,14 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from cde_jax.data.files import NewFolder, explained, read_json, sync_folder, write_json
-from cde_jax.data.pairs import Pair
+from cde_jax.data.files import NewFolder, digests, explain_os_errors, given_path, read_json, sync, write_json
+from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources.collections import COLLECTIONS, domains, find, prefixes, select
-from cde_jax.data.sources.formats import Shard, shards
+from cde_jax.data.sources.formats import Shard, parts, shards
 
 __all__ = ["CollectionPairs", "identity", "prefixes", "read_pairs"]
 
-RULES = 1  # part of the identity: raise it when the same files give other pairs than before
+READER_VERSION = 1  # part of the identity: raise it when the same files give other pairs than before
 _SOURCE = "source.json"  # beside the data set: what it was built from, and what was left out
 _BLOCK = 256  # rows read at a time
 _BAR_AFTER = 3.0  # seconds of work on a shard before a progress bar shows
@@ -46,7 +45,7 @@ class CollectionPairs(tfds.core.ShardBasedBuilder):
     shuffle hold a gigabyte in memory and need TensorFlow for more; this one holds 8 bytes a row.)
     """
 
-    VERSION = tfds.core.Version(f"{RULES}.0.0")
+    VERSION = tfds.core.Version(f"{READER_VERSION}.0.0")
     BUILDER_CONFIGS: ClassVar[list[Any]] = [
         tfds.core.BuilderConfig(name=name.replace("/", ".")) for name in COLLECTIONS
     ]
@@ -68,33 +67,32 @@ class CollectionPairs(tfds.core.ShardBasedBuilder):
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Any]]:
         name = self.builder_config.name.replace(".", "/")
-        parts = shards(COLLECTIONS[name], find(name, Path(dl_manager.manual_dir)), self.left_out)
-        titles = (f"{name} {i + 1}/{len(parts)}" for i in range(len(parts)))
-        return {"train": [partial(_examples, part, title) for part, title in zip(parts, titles, strict=True)]}
+        readers = shards(COLLECTIONS[name], find(name, Path(dl_manager.manual_dir)), self.left_out)
+        titles = [f"{name} {i}/{len(readers)}" for i in range(1, len(readers) + 1)]
+        return {"train": [partial(_examples, *each) for each in zip(readers, titles, strict=True)]}
 
 
-def read_pairs(names: Sequence[str], folder: str | Path, cache: str | Path) -> Iterator[Pair]:
+def read_pairs(
+    names: Iterable[str], folder: str | Path, cache: str | Path, log: InputLog | None = None
+) -> Iterator[Pair]:
     """The pairs of the named collections (see `collections.select`) in order of set, file and line.
 
     `folder` holds the published files, `cache` the data sets: a set is built when it is first reached and kept
     until its files change (their names, sizes or times). Unknown names and missing files are ValueErrors before
-    anything is built; a broken file is one that begins with file and line, and leaves no data set behind.
+    anything is built; a broken file is one that begins with file and line, and leaves no data set behind. `log` gains
+    the pairs of each set, and what was left out.
     """
-    chosen, folder, cache = domains(names), Path(folder).expanduser(), Path(cache).expanduser()
+    chosen, folder, cache = domains(names), given_path(folder), given_path(cache)
     for name in chosen:
         find(name, folder)
-    return _read(chosen, folder, cache)
+    return _read(chosen, folder, cache, InputLog() if log is None else log)
 
 
-def identity(names: Sequence[str], folder: str | Path) -> dict[str, str]:
-    """File name (relative to the folder) → sha256 of its bytes, and the rules of reading."""
-    folder = Path(folder).expanduser()
-    digests = {"(rules)": str(RULES)}
-    for name in select(names):
-        for path in find(name, folder):
-            with open(path, "rb") as content:
-                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
-    return digests
+def identity(names: Iterable[str], folder: str | Path) -> dict[str, str]:
+    """File name (relative to the folder) → sha256 of its bytes, and the version of the reader."""
+    folder = given_path(folder)
+    files = [path for name in select(names) for path in find(name, folder)]
+    return {"(rules)": str(READER_VERSION)} | digests(dict.fromkeys(files), folder)
 
 
 def _examples(part: Shard, title: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -106,10 +104,11 @@ def _examples(part: Shard, title: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield keyed
 
 
-def _read(chosen: dict[str, str], folder: Path, cache: Path) -> Iterator[Pair]:
+def _read(chosen: dict[str, str], folder: Path, cache: Path, log: InputLog) -> Iterator[Pair]:
     for name, domain in chosen.items():
-        builder = _built(name, folder, cache / name)
-        for number, length in enumerate(builder.info.splits["train"].shard_lengths):
+        builder, left_out = _built(name, folder, cache / name)
+        lengths = builder.info.splits["train"].shard_lengths
+        for number, length in enumerate(lengths):
             if not length:
                 continue
             # Shard by shard: a source holds the index of all that it spans.
@@ -118,6 +117,10 @@ def _read(chosen: dict[str, str], folder: Path, cache: Path) -> Iterator[Pair]:
             for start in range(0, length, _BLOCK):
                 for record in source.__getitems__(range(start, min(start + _BLOCK, length))):
                     yield _pair(domain, record)
+        files = parts(COLLECTIONS[name], [path.relative_to(folder) for path in find(name, folder)])
+        for paths, length in zip(files, lengths, strict=True):
+            log.finish(" + ".join(path.as_posix() for path in paths), length, {})
+        log.left_out |= {f"{name}: {reason}": count for reason, count in left_out.items()}
 
 
 def _pair(domain: str, record: bytes) -> Pair:
@@ -129,51 +132,44 @@ def _pair(domain: str, record: bytes) -> Pair:
     return Pair(domain, query[0], document[0], tuple(negatives))
 
 
-def _built(name: str, folder: Path, target: Path) -> CollectionPairs:
-    """The set's builder on its data set in `target`, which is built anew if its files are not those it is from."""
+def _built(name: str, folder: Path, target: Path) -> tuple[CollectionPairs, dict[str, int]]:
+    """The set's builder on its data set in `target`, built anew if its files are not those it is from; what it left out."""
     status = {path.relative_to(folder).as_posix(): path.stat() for path in find(name, folder)}
     files = {path: [each.st_size, each.st_mtime_ns] for path, each in status.items()}
-    source = {"collection": name, "rules": RULES, "files": files}
-    if not (target / _SOURCE).is_file() or read_json(target / _SOURCE)["source"] != source:
+    source = {"collection": name, "rules": READER_VERSION, "files": files}
+    if not (target / _SOURCE).is_file() or read_json(target / _SOURCE, keys=("source",))["source"] != source:
         _build(name, folder, target, source)
-    return CollectionPairs(data_dir=target, config=name.replace("/", "."))
+    builder = CollectionPairs(data_dir=target, config=name.replace("/", "."))
+    return builder, read_json(target / _SOURCE, keys=("left out",))["left out"]
 
 
 def _build(name: str, folder: Path, target: Path, source: dict[str, Any]) -> None:
-    with NewFolder(target, marker=_SOURCE) as new:
+    with NewFolder(target, marker=_SOURCE) as new, _full_disk_explained(target):
         builder = CollectionPairs(data_dir=new.path, config=name.replace("/", "."))
         settings = tfds.download.DownloadConfig(manual_dir=folder)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # where TFDS announces a download
-                builder.download_and_prepare(download_config=settings)
-            count = builder.info.splits["train"].num_examples
-            if not count:
-                raise ValueError(f"{name}: expected pairs in {folder}, found none; left out: {dict(builder.left_out)}")
-            left_out = dict(sorted((+builder.left_out).items()))
-            write_json(new.path / _SOURCE, {"source": source, "pairs": count, "left out": left_out})
-            shutil.rmtree(new.path / "downloads")  # TFDS makes it even where nothing is fetched
-            for path in new.path.rglob("*"):
-                _sync(path)
-            new.put_in_place()
-        except (OSError, RuntimeError) as error:
-            raise _explained(error, target) from error
+        with contextlib.redirect_stdout(io.StringIO()):  # where TFDS announces a download
+            builder.download_and_prepare(download_config=settings)
+        count = builder.info.splits["train"].num_examples
+        if not count:
+            raise ValueError(f"{name}: expected pairs in {folder}, found none; left out: {dict(builder.left_out)}")
+        left_out = dict(sorted((+builder.left_out).items()))
+        write_json(new.path / _SOURCE, {"source": source, "pairs": count, "left out": left_out})
+        shutil.rmtree(new.path / "downloads")  # TFDS makes it even where nothing is fetched
+        for path in new.path.rglob("*"):
+            sync(path)
+        new.put_in_place()
     if left_out:
         _log.warning("%s: %d pairs; left out: %s", name, count, left_out)
 
 
-def _sync(path: Path) -> None:
-    if path.is_dir():
-        sync_folder(path)
-    else:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def _explained(error: OSError | RuntimeError, target: Path) -> Exception:
-    """ArrayRecord tells of a full disk by a RuntimeError with the system's words; this is the OSError it stands for."""
-    if isinstance(error, OSError):
-        return explained(error, target)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        if os.strerror(code) in str(error):
-            return explained(OSError(code, str(error)), target)
-    return error
+@contextlib.contextmanager
+def _full_disk_explained(target: Path) -> Iterator[None]:
+    """As `explain_os_errors`; ArrayRecord reports a full disk by a RuntimeError with the system's words."""
+    with explain_os_errors(target):
+        try:
+            yield
+        except RuntimeError as error:
+            for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if os.strerror(code) in str(error):
+                    raise OSError(code, str(error)) from error
+            raise
