@@ -9,12 +9,12 @@ from cde_jax.data.sources import collections, formats
 from cde_jax.data.sources.collections import COLLECTIONS, PREFIXES
 
 
-def families() -> Counter:
+def groups() -> Counter:
     return Counter(name.split("/")[0] for name in COLLECTIONS)
 
 
-def test_the_table_has_every_set_of_every_family():
-    assert families() == {
+def test_the_table_has_every_set_of_every_group():
+    assert groups() == {
         "nomic-unsupervised": 29,
         "nomic-supervised": 10,
         "bge": 33,
@@ -22,7 +22,7 @@ def test_the_table_has_every_set_of_every_family():
         "msmarco-hard-negatives": 1,
         "beir": 7,
     }
-    assert list(families()) == collections.families()
+    assert list(groups()) == collections.groups()
 
 
 def test_every_entry_is_legal():
@@ -42,7 +42,7 @@ def test_every_entry_is_legal():
 
 
 @pytest.mark.parametrize(
-    ("family", "tasks"),
+    ("group", "tasks"),
     [
         # As counted in the published configurations.
         ("nomic-unsupervised", {"clustering": 9, "classification": 12, "search_query": 8}),
@@ -50,8 +50,8 @@ def test_every_entry_is_legal():
         ("bge", {"classification": 10, "search_query": 12, "clustering": 11}),
     ],
 )
-def test_each_family_has_the_prefixes_of_its_publisher(family, tasks):
-    assert Counter(each.query_prefix for each in collections.select([family]).values()) == tasks
+def test_each_group_has_the_prefixes_of_its_publisher(group, tasks):
+    assert Counter(each.query_prefix for each in collections.select([group]).values()) == tasks
 
 
 def test_each_format_has_a_reader_and_a_set_in_the_tests():
@@ -59,7 +59,7 @@ def test_each_format_has_a_reader_and_a_set_in_the_tests():
     assert used == set(formats.READERS) == {COLLECTIONS[name].format for name in SETS}
 
 
-def test_a_family_stands_for_its_sets_and_names_are_taken_once_in_order():
+def test_a_group_stands_for_its_sets_and_names_are_taken_once_in_order():
     assert len(collections.select(["nomic-unsupervised"])) == 29
     names = ["bge/nq", "nomic-unsupervised/squad", "bge/nq"]
     assert list(collections.select(names)) == ["bge/nq", "nomic-unsupervised/squad"]

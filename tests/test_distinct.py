@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cde_jax.data import distinct
-from cde_jax.data.distinct import Column, DistinctTexts, first_occurrence, number_by_appearance
-from cde_jax.data.keys import fold, text_key
+from cde_jax.data.distinct import Column, DistinctTexts, combine_keys, first_occurrence, number_by_appearance
+from cde_jax.data.texts import text_key
 
 KEYS = st.lists(st.integers(0, 12) | st.sampled_from([2**64 - 1, 2**63, 2**40]), max_size=60)
 
@@ -39,7 +39,7 @@ def test_memory_does_not_grow_with_the_rows_nor_with_one_key_in_most_of_them(tmp
         keys = np.random.default_rng(0).integers(0, 2**63, 1 << 12).astype(np.uint64)
         with Column(tmp_path, np.uint64) as column:
             for i in range(rows >> 12):
-                block = fold(keys, np.full(len(keys), 0 if repeated else i, np.uint64))
+                block = combine_keys(keys, np.full(len(keys), 0 if repeated else i, np.uint64))
                 column.append(block if not repeated else np.where(keys % np.uint64(8) == 0, block, keys[0]))
             on_disk = column.array()
         tracemalloc.start()
@@ -51,8 +51,8 @@ def test_memory_does_not_grow_with_the_rows_nor_with_one_key_in_most_of_them(tmp
     small, large = peak(1 << 15, False), peak(1 << 18, False)
     assert (small[1], large[1]) == (1 << 15, 1 << 18)
     assert large[0] < 1.5 * small[0]
-    skewed = peak(1 << 18, True)
-    assert skewed[1] < 1 << 10 and skewed[0] < 1.5 * small[0]
+    small, large = peak(1 << 15, True), peak(1 << 18, True)
+    assert large[1] < 1 << 10 and large[0] < 1.5 * small[0]
 
 
 def test_a_column_is_read_only_and_stays_after_its_file_is_closed(tmp_path):
@@ -67,9 +67,9 @@ def test_a_column_is_read_only_and_stays_after_its_file_is_closed(tmp_path):
         array[0] = 1
 
 
-def test_two_keys_fold_into_one_that_differs_where_one_of_them_does():
+def test_two_keys_combine_into_one_that_differs_where_one_of_them_does():
     left, right = np.meshgrid(*[np.arange(300, dtype=np.uint64)] * 2)
-    assert len(np.unique(fold(left.ravel(), right.ravel()))) == 300 * 300
+    assert len(np.unique(combine_keys(left.ravel(), right.ravel()))) == 300 * 300
 
 
 ROWS = st.lists(
@@ -105,7 +105,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, call):
         import numpy as np
         from cde_jax.data.distinct import DistinctTexts, number_by_appearance
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-        keys, folder = np.arange(4000, dtype=np.uint64), sys.argv[1]
+        keys, folder = np.arange(6000, dtype=np.uint64), sys.argv[1]
         try:
             with DistinctTexts(folder) as texts:
                 {call}

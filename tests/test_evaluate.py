@@ -9,9 +9,9 @@ from flax import nnx
 
 from cde_jax.adapters.whitening import pseudo_queries
 from cde_jax.batching.surrogate import lsa
+from cde_jax.data.files import read_json, write_json
 from cde_jax.data.sources import beir
 from cde_jax.data.sources.beir import EvaluationSet
-from cde_jax.data.store import read_json, write_json
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.evaluation import beir as evaluation
 from cde_jax.evaluation.baselines import bm25, evaluate_baselines, rank_vectors

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cde_jax.data.pairs import Pair
+from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources import huggingface
 
 COLUMNS = ("query=question", "document=answer", "negatives=hard", "domain=source")
@@ -95,10 +95,13 @@ def test_a_pass_can_be_repeated(repository):
     [
         (("query=question",), r"expected the columns \['document'\], found \['question', 'answer', 'hard', 'source'\]"),
         (("query=question", "document=answer", "domain=topic"), r"expected the columns \['topic'\], found"),
-        (("question=query",), "column 'question=query': expected OURS=THEIRS, with OURS once each of query, document"),
-        (("query",), "column 'query': expected OURS=THEIRS"),
-        (("query=",), "column 'query=': expected OURS=THEIRS"),
-        (("query=question", "query=answer"), "column 'query=answer': expected OURS=THEIRS"),
+        (
+            ("question=query",),
+            "column 'question=query': expected FIELD=COLUMN, with FIELD once each of query, document",
+        ),
+        (("query",), "column 'query': expected FIELD=COLUMN"),
+        (("query=",), "column 'query=': expected FIELD=COLUMN"),
+        (("query=question", "query=answer"), "column 'query=answer': expected FIELD=COLUMN"),
     ],
 )
 def test_wrong_columns_are_named_before_anything_is_read(repository, columns, message):
@@ -108,11 +111,13 @@ def test_wrong_columns_are_named_before_anything_is_read(repository, columns, me
 
 
 def test_rows_without_text_are_left_out_and_logged(tmp_path, caplog):
-    rows = [{"query": q, "document": d, "domain": "x"} for q, d in (("q", "d"), ("", "d"), ("q", None), ("q", " "))]
+    rows = [
+        {"query": q, "document": d, "domain": "x"} for q, d in (("q", "d"), ("\u200b", "d"), ("q", None), ("q", " "))
+    ]
     path = parquet(tmp_path / "set.parquet", rows)
     assert read(path, columns=()) == [Pair("x", "q", "d")]
     assert [record.getMessage() for record in caplog.records] == [
-        "set: 1 pairs; left out: {'rows whose document has no text': 2, 'rows whose query has no text': 1}"
+        "set.parquet: 1 pairs; left out: {'rows whose document has no text': 2, 'rows whose query has no text': 1}"
     ]
 
 
@@ -135,6 +140,13 @@ def test_values_of_other_types_are_named_by_row(tmp_path, row, message):
 def test_paths_that_name_nothing_readable_are_errors(tmp_path):
     with pytest.raises(ValueError, match="expected paths of data sets, got none"):
         read()
+    with pytest.raises(ValueError, match="expected a path, got ''"):
+        read("")
+    for paths in ("one.parquet", {"one.parquet", "two.parquet"}):
+        with pytest.raises(ValueError, match="paths: expected a list of texts, got a"):
+            huggingface.identity(paths)
+    with pytest.raises(ValueError, match="columns: expected a list of texts, got a single one, 'query=q'"):
+        huggingface.read_pairs(["one.parquet"], "query=q")
     for path in (tmp_path / "none.parquet", tmp_path / "*.parquet"):
         with pytest.raises(ValueError, match="expected Parquet files, found none; correct the path"):
             read(path)
@@ -144,6 +156,9 @@ def test_paths_that_name_nothing_readable_are_errors(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"broken\.parquet: not readable as Parquet"):
         read(tmp_path / "broken.parquet")
+    (tmp_path / "gone-0.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"gone-0\.parquet: not readable as Parquet"):
+        read(tmp_path / "gone-*.parquet")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: not readable as a data set"):
         read(tmp_path / "empty")
@@ -174,25 +189,42 @@ def test_without_the_library_the_error_says_how_to_install_it(repository, monkey
     assert read(repository / "data" / "train-*.parquet") == PAIRS
 
 
-def test_the_identity_is_of_every_local_file(repository):
+def test_the_identity_is_the_content_wherever_it_is_stored(repository, tmp_path):
     (repository / ".cache/huggingface").mkdir(parents=True)
     (repository / ".cache/huggingface/x.metadata").write_text("a time")  # the Hub's client writes these
     (repository / ".gitattributes").write_text("*.parquet")
     (repository / "data/LICENSE").touch()
     whole = huggingface.identity([str(repository)])
-    assert sorted(whole) == [
-        "LICENSE",
-        "test-00000-of-00001.parquet",
-        "train-00000-of-00002.parquet",
-        "train-00001-of-00002.parquet",
+    shards = [f"train-0000{i}-of-00002.parquet" for i in range(2)]
+    assert list(whole) == [
+        "(data set)",
+        "data/LICENSE",
+        "data/test-00000-of-00001.parquet",
+        *(f"data/{s}" for s in shards),
     ]
+    assert whole["(data set)"] == "faq#train"
+    before = huggingface.identity([str(repository / "data" / "train-*.parquet")])
+    assert before == {name: whole[f"data/{name}"] for name in shards}
+    assert huggingface.identity([f"{repository}#test"]) == whole | {"(data set)": "faq#test"}
+    assert huggingface.identity([f"{repository}:law"])["(data set)"] == "faq:law#train"
+    two = [str(repository / "data" / name) for name in shards]
+    assert huggingface.identity(two) != huggingface.identity(two[::-1])
+    moved = (tmp_path / "elsewhere").joinpath("faq")
+    moved.parent.mkdir()
+    repository.rename(moved)
+    assert huggingface.identity([str(moved)]) == whole
+    parquet(moved / "data/train-00001-of-00002.parquet", ROWS[:1])
+    after = huggingface.identity([str(moved / "data" / "train-*.parquet")])
+    assert [name for name in after if after[name] != before[name]] == [shards[1]]
+
+
+def test_the_log_has_the_pairs_of_each_file_and_data_set(repository):
+    log = InputLog()
     pattern = str(repository / "data" / "train-*.parquet")
-    before = huggingface.identity([pattern])
-    assert before == {name: whole[name] for name in whole if name.startswith("train")}
-    assert huggingface.identity([f"{repository}#test"]) == whole
-    parquet(repository / "data/train-00001-of-00002.parquet", ROWS[:1])
-    after = huggingface.identity([pattern])
-    assert [name for name in after if after[name] != before[name]] == ["train-00001-of-00002.parquet"]
+    for _ in range(2):
+        list(huggingface.read_pairs([pattern, f"{repository}#test"], COLUMNS, log))
+    shards = {"1:train-00000-of-00002.parquet": 2, "1:train-00001-of-00002.parquet": 1}
+    assert log == InputLog(shards | {"2:faq#test": 1})
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):

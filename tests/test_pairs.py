@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cde_jax.data import distinct
-from cde_jax.data.keys import text_key
-from cde_jax.data.pairs import Pair, clean, percentile, write_pairs
+from cde_jax.data.pairs import InputLog, Pair, clean, percentile, write_pairs
 from cde_jax.data.store import Store
+from cde_jax.data.texts import as_list, has_text, text_key
 from cde_jax.data.tokens import Tokenizer
 
 PAIRS = [
@@ -53,38 +53,25 @@ def test_duplicates_are_dropped_and_counted(tmp_path):
     pairs = [
         Pair("a", "one", "first text"),
         Pair("a", "One.", "First  text!"),  # both equal
-        Pair("b", "two", "first text"),  # the document was there
-        Pair("b", "one", "other text", ("Other text", "wrong")),  # the query was there: allowed
+        Pair("b", "two", "first text"),  # shares a document: kept
+        Pair("b", "one", "other text", ("Other text", "wrong")),  # shares a query: kept
     ]
     counts = {}
-    assert list(clean(lambda: pairs, counts, folder=tmp_path)) == [pairs[0], pairs[3]._replace(negatives=("wrong",))]
-    assert counts == {
-        "read": 4,
-        "duplicate pairs": 1,
-        "duplicate documents": 1,
-        "negatives equal to the positive": 1,
-        "kept": 2,
-    }
-    counts = {}
-    assert len(list(clean(lambda: pairs, counts, folder=tmp_path, unique_documents=False))) == 3
-    assert counts["duplicate documents"] == 0
+    kept = [pairs[0], pairs[2], pairs[3]._replace(negatives=("wrong",))]
+    assert list(clean(lambda: pairs, counts, folder=tmp_path)) == kept
+    assert counts == {"read": 4, "duplicate pairs": 1, "negatives equal to the positive": 1, "kept": 3}
 
 
-def cleaned(pairs, unique_documents):
+def cleaned(pairs):
     """`clean` as it is defined, with everything seen in memory."""
-    seen, documents, kept, dropped = set(), set(), [], {"duplicate pairs": 0, "duplicate documents": 0}
+    seen, kept = set(), []
     for pair in pairs:
         document = text_key(pair.document)
         both = (text_key(pair.query), document)
-        if both in seen:
-            dropped["duplicate pairs"] += 1
-        elif unique_documents and document in documents:
-            dropped["duplicate documents"] += 1
-        else:
+        if both not in seen:
             seen.add(both)
-            documents.add(document)
             kept.append(pair._replace(negatives=tuple(t for t in pair.negatives if text_key(t) != document)))
-    return kept, dropped
+    return kept
 
 
 TEXTS = st.sampled_from(["a", "A!", "b", "c", "d", "a b", "A  b"])
@@ -92,22 +79,28 @@ SOME_PAIRS = st.lists(st.builds(Pair, st.sampled_from("xy"), TEXTS, TEXTS, st.li
 
 
 @settings(deadline=None)
-@given(pairs=SOME_PAIRS, unique_documents=st.booleans(), block=st.sampled_from([1, 3, 4096]))
-def test_cleaning_through_the_disk_is_cleaning_in_memory(tmp_path_factory, pairs, unique_documents, block):
+@given(pairs=SOME_PAIRS, block=st.sampled_from([1, 3, 4096]))
+def test_cleaning_through_the_disk_is_cleaning_in_memory(tmp_path_factory, pairs, block):
     counts, folder = {}, tmp_path_factory.mktemp("clean")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cde_jax.data.pairs._BLOCK", block)
         patch.setattr(distinct, "_BLOCK", block)
         patch.setattr(distinct, "_BUCKET", block)
-        got = list(clean(lambda: iter(pairs), counts, folder=folder, unique_documents=unique_documents))
-    kept, dropped = cleaned(pairs, unique_documents)
+        got = list(clean(lambda: iter(pairs), counts, folder=folder))
+    kept = cleaned(pairs)
     assert got == kept
-    assert counts == dropped | {
+    left_out = sum(len(pair.negatives) for pair in first_of_each(pairs)) - sum(len(pair.negatives) for pair in kept)
+    assert counts == {
         "read": len(pairs),
+        "duplicate pairs": len(pairs) - len(kept),
+        "negatives equal to the positive": left_out,
         "kept": len(kept),
-        "negatives equal to the positive": counts["negatives equal to the positive"],
     }
     assert os.listdir(folder) == []
+
+
+def first_of_each(pairs):
+    return list({(text_key(p.query), text_key(p.document)): p for p in reversed(pairs)}.values())
 
 
 def test_memory_of_cleaning_does_not_grow_with_the_pairs(tmp_path, monkeypatch):
@@ -117,7 +110,7 @@ def test_memory_of_cleaning_does_not_grow_with_the_pairs(tmp_path, monkeypatch):
 
     def peak(n):
         tracemalloc.start()
-        source = lambda: (Pair("a", f"q{i}", f"d{i % (n // 2)}") for i in range(n))  # noqa: E731
+        source = lambda: (Pair("a", f"q{i % (n // 2)}", f"d{i % (n // 2)}") for i in range(n))  # noqa: E731
         kept = sum(1 for _ in clean(source, {}, folder=tmp_path))
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -150,6 +143,8 @@ def test_pairs_that_change_between_the_passes_are_an_error(second, number, token
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
+        (Pair("a", "\u200b\u2060\x07", "text"), "pair 1 of domain 'a' has no text as its query"),
+        (Pair("a", "q", "d", ("d2", "\ufeff")), "has a hard negative without text"),
         (Pair("a", " ", "text"), "pair 1 of domain 'a' has no text as its query .*'text'"),
         (Pair("a", "q", ""), "pair 1 of domain 'a' has no text as its document .*'q'"),
         (Pair("a", "q", "d", ("",)), "pair 1 of domain 'a' has a hard negative without text"),
@@ -255,6 +250,7 @@ def test_the_fingerprint_follows_pairs_order_and_settings(tokenizer, tmp_path):
 
     first = written(PAIRS)
     assert written(PAIRS, source={"kind": "elsewhere"}) == first
+    assert written(PAIRS, counts={"read": 4}, inputs=InputLog({"moved.jsonl": 3}, {"x.csv": "why"})) == first
     others = [
         written(PAIRS[::-1]),
         written(PAIRS[:2]),
@@ -264,15 +260,76 @@ def test_the_fingerprint_follows_pairs_order_and_settings(tokenizer, tmp_path):
         written(PAIRS, prefixes={"a": ("ask ", "text: ")}),
         written(PAIRS, prefixes={"a": ("search: ", "ask ")}),
         written(PAIRS, prefixes={"b": ("search: ", "ask ")}),
+        written([PAIRS[0], PAIRS[1]._replace(document="math.fsum accurate sun"), PAIRS[2]]),
+        written([PAIRS[0]._replace(query="mean of arrays"), *PAIRS[1:]]),
+        written([PAIRS[0]._replace(domain="a"), *PAIRS[1:]]),
+        written([PAIRS[0]._replace(negatives=PAIRS[0].negatives[::-1]), *PAIRS[1:]]),
+        written(PAIRS, query_length=7),
+        written(PAIRS, document_prefix="text"),
     ]
-    assert len({first, *others}) == 9
+    assert len({first, *others}) == 15
+    more = Tokenizer.train(["mean of an array"] * 9, 60)
+    assert write_pairs(tmp_path / "other", PAIRS, more, **SETTINGS).fingerprint != first
     assert written(PAIRS, prefixes={"c": ("ask ", "")}) == first
+
+
+def test_the_manifest_lists_what_was_read_and_skipped(tokenizer, tmp_path, caplog):
+    log = InputLog()
+    log.skip("x.csv", "its name")
+    log.skip("x.csv", "its name")
+    log.finish("a.jsonl", 3, {"rows without text": 2, "none of these": 0})
+    log.finish("a.jsonl", 3, {"rows without text": 2, "none of these": 0})
+    assert [record.getMessage() for record in caplog.records] == [
+        "x.csv is not read: its name",
+        "a.jsonl: 3 pairs; left out: {'rows without text': 2}",
+    ]
+    store = write_pairs(tmp_path / "pairs", PAIRS, tokenizer, inputs=log, **SETTINGS)
+    assert store.manifest["inputs"] == {
+        "pairs": {"a.jsonl": 3},
+        "skipped": {"x.csv": "its name"},
+        "left_out": {"a.jsonl": {"rows without text": 2}},
+    }
+
+
+def test_texts_unknown_to_the_tokenizer_are_warned_of_with_the_number(tokenizer, tmp_path, caplog):
+    plain = SETTINGS | {"query_prefix": "", "document_prefix": ""}
+    write_pairs(tmp_path / "pairs", [pair._replace(negatives=()) for pair in PAIRS], tokenizer, **plain)
+    assert not caplog.records
+    write_pairs(tmp_path / "pairs", [Pair("a", "中文", "mean")], tokenizer, **plain)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "50 % of the query tokens, prefix included, are unknown to the tokenizer (2 of 4)"
+    )
+
+
+@pytest.mark.parametrize("text", ["", " \n\t", "\u200b", "\u200d\ufeff\u00ad", "\x00\x1b", "\u2028"])
+def test_spaces_control_and_zero_width_characters_are_no_text(text):
+    assert not has_text(text)
+    assert has_text(text + "!") and has_text("é" + text) and has_text("中")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("one text", "got a single one, 'one text'; write"),
+        (b"bytes", "got a single one"),
+        ({"a", "b"}, "got a set, whose order is arbitrary; give a list"),
+        ({"a": 1}.keys(), "got a dict_keys, whose order"),
+        ({"a": "b"}, "got a dict, whose order"),
+        (["a", 3], "got int as item 1: 3"),
+        (["a", None], "got NoneType as item 1"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(texts, message):
+    with pytest.raises(ValueError, match=f"queries: expected a list of texts, {message}"):
+        as_list(texts, "queries")
+    assert as_list(iter(["a", "b"]), "queries") == as_list(np.array(["a", "b"]), "queries") == ["a", "b"]
 
 
 def test_data_needs_no_device_library():
     code = (
-        "import sys; import cde_jax.data.pairs, cde_jax.data.sources.docstrings\n"
-        "print([name for name in ('jax', 'flax', 'torch', 'transformers') if name in sys.modules])"
+        "import sys; import cde_jax.data.pairs; from cde_jax.data.sources import docstrings, huggingface\n"
+        "print([name for name in ('jax', 'flax', 'torch', 'transformers', 'faiss') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from cde_jax.data.pairs import Pair, clean
+from cde_jax.data.pairs import InputLog, Pair, clean
 from cde_jax.data.sources import beir, docstrings, jsonl
 
 REST = "Takes one argument and gives back another thing entirely, as written here"
@@ -74,8 +74,8 @@ def short():
 
 
 def test_docstrings_become_pairs_in_source_order_without_importing(package):
-    counts = {}
-    pairs = list(docstrings.read_pairs(["single", package], standard_library=False, counts=counts))
+    counts, log = {}, InputLog()
+    pairs = list(docstrings.read_pairs(["single", package], standard_library=False, counts=counts, log=log))
     assert pairs == [
         Pair("little", "The little package of things.", f"little {REST} number zero."),
         Pair("little", "A thing to hold.", f"little.Thing Parameters a : int {REST} in the class."),
@@ -94,6 +94,10 @@ def test_docstrings_become_pairs_in_source_order_without_importing(package):
         "repeated texts": 0,
         "pairs": 7,
     }
+    assert log.pairs == {"little": 6, "single": 1}
+    assert (
+        list(log.skipped) == ["little.broken (broken.py)"] and "SyntaxError" in log.skipped["little.broken (broken.py)"]
+    )
     assert package not in sys.modules
     assert pairs == list(docstrings.read_pairs([package, "single", package], standard_library=False))
 
@@ -111,19 +115,32 @@ def test_a_missing_package_is_named_before_anything_is_read():
         docstrings.read_pairs(["numpy", "no_such_package"], standard_library=False)
     with pytest.raises(ValueError, match="expected packages to read"):
         docstrings.read_pairs([], standard_library=False)
+    with pytest.raises(ValueError, match="packages: expected a list of texts, got a single one, 'numpy'"):
+        docstrings.read_pairs("numpy", standard_library=False)
 
 
-def test_the_core_is_the_closure_of_the_requirements_without_extras():
+def test_the_core_packages_are_a_fixed_list_of_those_installed(monkeypatch, caplog):
     core = docstrings.core_packages()
     assert list(core) == sorted(set(core))
-    assert {"numpy", "scipy", "sklearn", "jax", "transformers", "urllib3"} <= set(core)  # urllib3 is indirect
+    assert {"numpy", "scipy", "sklearn", "jax", "transformers", "urllib3", "faiss"} <= set(core)
     assert not {"torch", "pytest", "beartype", "hypothesis", "ruff", "cde_jax"} & set(core)
     assert set(core) | {"pytest"} <= set(docstrings.installed_packages())
+    # Neither requirements nor distributions decide: `faiss` may come from faiss-cpu or faiss-gpu, and not be required.
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: iter(()))
+    monkeypatch.setattr("importlib.metadata.requires", None)
+    monkeypatch.setattr("importlib.metadata.distribution", None)
+    assert docstrings.core_packages() == core
+    spec = docstrings._spec
+    monkeypatch.setattr(docstrings, "_spec", lambda name: None if name == "faiss" else spec(name))
+    caplog.clear()
+    assert docstrings.core_packages() == tuple(name for name in core if name != "faiss")
+    assert "faiss" in caplog.text and "numpy" not in caplog.text
+
+
+def test_the_identity_of_packages_is_their_versions():
     identity = docstrings.identity(["numpy", "sklearn"], False)
     assert identity["sklearn"].startswith("scikit-learn 1.")
     assert identity != docstrings.identity(["numpy", "sklearn"], True)
-    with pytest.raises(ValueError, match="is not installed"):
-        docstrings.core_packages("no-such-distribution")
 
 
 def test_one_module_of_the_standard_library_is_a_domain(monkeypatch):
@@ -147,16 +164,6 @@ def test_the_core_gives_enough_pairs_and_domains(tmp_path):
     assert len({pair.domain for pair in pairs}) >= 20
 
 
-def test_the_table_of_domains_is_sorted_by_size():
-    pairs = [Pair("a", "one two", "three"), Pair("bb", "x y z", "p q"), Pair("bb", "x", "p q")]
-    lines = docstrings.domain_table(pairs).splitlines()
-    assert [line.split() for line in lines[1:]] == [
-        ["bb", "2", "3", "2"],
-        ["a", "1", "2", "1"],
-        ["2", "domains", "3", "2", "2"],
-    ]
-
-
 def test_an_evaluation_set_has_each_text_once_with_all_that_is_relevant():
     pairs = [Pair("a", "q one", "d one"), Pair("b", "q", "d"), Pair("a", "Q one!", "d two"), Pair("a", "q2", "D one")]
     found = docstrings.evaluation_set("a", pairs)
@@ -170,23 +177,115 @@ def test_an_evaluation_set_has_each_text_once_with_all_that_is_relevant():
         docstrings.evaluation_set("c", pairs)
 
 
-def test_json_lines_are_read_from_files_folders_and_patterns(tmp_path):
-    first = {"query": "q1", "document": "d1", "negatives": ["n"], "id": 3}
-    second = {"query": "q2", "document": "d2", "domain": "law"}
-    (tmp_path / "b.jsonl").write_text(json.dumps(first) + "\n\n" + json.dumps(second))
-    (tmp_path / "deep").mkdir()
-    with gzip.open(tmp_path / "deep" / "a.jsonl.gz", "wt") as file:
+FIRST = {"query": "q1", "document": "d1", "negatives": ["n"], "id": 3}
+SECOND = {"query": "q2", "document": "d2", "domain": "law"}
+
+
+@pytest.fixture
+def lines_folder(tmp_path):
+    """`data/` with b.jsonl of two pairs and deep/a.jsonl.gz of one."""
+    folder = tmp_path / "data"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "b.jsonl").write_text(json.dumps(FIRST) + "\n\n" + json.dumps(SECOND))
+    with gzip.open(folder / "deep" / "a.jsonl.gz", "wt") as file:
         file.write(json.dumps({"query": "ä", "document": "d3", "negatives": None}))
+    return folder
+
+
+def test_json_lines_are_read_from_files_folders_and_patterns(lines_folder):
     expected = [Pair("b", "q1", "d1", ("n",)), Pair("law", "q2", "d2")]
-    assert list(jsonl.read_pairs(tmp_path / "b.jsonl")) == expected
+    assert list(jsonl.read_pairs(lines_folder / "b.jsonl")) == expected
     expected.append(Pair("a", "ä", "d3"))
-    assert list(jsonl.read_pairs(tmp_path)) == expected
-    assert list(jsonl.read_pairs([str(tmp_path / "*.jsonl"), tmp_path])) == expected
-    before = jsonl.identity([tmp_path])
-    assert sorted(before) == ["b.jsonl", "deep/a.jsonl.gz"]
-    (tmp_path / "b.jsonl").write_text(json.dumps(second))
-    after = jsonl.identity([tmp_path])
+    assert list(jsonl.read_pairs(lines_folder)) == expected
+    assert list(jsonl.read_pairs([str(lines_folder / "*.jsonl"), lines_folder])) == expected
+    assert list(jsonl.read_pairs([str(lines_folder / "**" / "*.jsonl*")])) == expected
+
+
+def test_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
+    for name in ("c", "a/z", "b", "a/y"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text('{"query": "q", "document": "d"}')
+    walk, pattern = os.walk, jsonl.glob
+    monkeypatch.setattr(os, "walk", lambda *a, **k: reversed([(p, f[::-1], n[::-1]) for p, f, n in walk(*a, **k)]))
+    monkeypatch.setattr(jsonl, "glob", lambda *a, **k: pattern(*a, **k)[::-1])
+    assert [pair.domain for pair in jsonl.read_pairs(tmp_path)] == ["y", "z", "b", "c"]
+    assert [pair.domain for pair in jsonl.read_pairs(str(tmp_path / "**/*.jsonl"))] == ["y", "z", "b", "c"]
+
+
+def test_the_identity_of_files_is_their_content_and_order_wherever_they_are(lines_folder, tmp_path):
+    before = jsonl.identity([lines_folder])
+    assert list(before) == ["b.jsonl", "deep/a.jsonl.gz"]
+    assert jsonl.identity(lines_folder / "b.jsonl") == {"b.jsonl": before["b.jsonl"]}
+    two = [lines_folder / "b.jsonl", lines_folder / "deep"]
+    assert jsonl.identity(two) == {"1:b.jsonl": before["b.jsonl"], "2:a.jsonl.gz": before["deep/a.jsonl.gz"]}
+    assert jsonl.identity(two[::-1]) != jsonl.identity(two)  # the pairs come in another order
+    moved = lines_folder.rename(tmp_path / "moved")
+    assert jsonl.identity([moved]) == before == jsonl.identity(str(moved / "**" / "*.jsonl*"))
+    (moved / "b.jsonl").write_text(json.dumps(SECOND))
+    after = jsonl.identity([moved])
     assert [name for name in after if after[name] != before[name]] == ["b.jsonl"]
+
+
+def test_the_log_has_the_pairs_of_each_file_and_why_others_are_skipped(lines_folder, tmp_path, caplog):
+    (lines_folder / "C.JSONL").write_text(json.dumps(SECOND))  # read: the case of the ending does not matter
+    (lines_folder / "notes.txt").touch()
+    (lines_folder / "more.json").write_text("{}")
+    (lines_folder / "linked").symlink_to(tmp_path)
+    log = InputLog()
+    for _ in range(2):
+        assert len(list(jsonl.read_pairs(lines_folder, log))) == 4
+    assert log.pairs == {"b.jsonl": 2, "C.JSONL": 1, "deep/a.jsonl.gz": 1}
+    assert log.skipped.keys() == {"notes.txt", "more.json", "linked"}
+    assert log.skipped["notes.txt"] == "its name does not end in .jsonl or .jsonl.gz"
+    assert log.skipped["linked"].startswith("a folder, or a link to one; name it")
+    assert sorted(record.args[0] for record in caplog.records) == ["linked", "more.json", "notes.txt"]
+    log = InputLog()
+    assert len(list(jsonl.read_pairs([lines_folder / "C.JSONL", f"{lines_folder}/[bd]*"], log))) == 3
+    assert log.pairs == {"1:C.JSONL": 1, "2:b.jsonl": 2} and list(log.skipped) == ["2:deep"]
+
+
+def test_a_folder_in_which_nothing_can_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"found none \(other files: \['a.json'\]\); correct the path"):
+        jsonl.read_pairs(tmp_path)
+    (tmp_path / "x.jsonl").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path, f"{tmp_path}/x*"):
+        with pytest.raises(ValueError, match=r"x\.jsonl: expected a file, got a link to nothing"):
+            jsonl.read_pairs(path)
+    (tmp_path / "x.jsonl").unlink()
+    (tmp_path / "x.jsonl").write_text('{"query": "q", "document": "d"}')
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may be run by root, who may read everything
+    with pytest.raises(ValueError, match=r"x\.jsonl: this process may not read it; change its permissions"):
+        jsonl.read_pairs(tmp_path)
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (tmp_path / "deep").mkdir()
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(ValueError, match=r"deep: the folder is not readable \(Permission denied"):
+        jsonl.read_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ("", "path: expected a path, got ''; the current folder is '.'"),
+        (" ", "expected a path, got ' '"),
+        (["a.jsonl", ""], "expected a path, got ''|found none"),
+        ("a\0b", "expected a path"),
+        ({"a.jsonl", "b.jsonl"}, "paths: expected a list of texts, got a set, whose order is arbitrary"),
+    ],
+)
+def test_what_is_no_path_is_refused(paths, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"query": "q", "document": "d"}')
+    with pytest.raises(ValueError, match=message):
+        jsonl.read_pairs(paths)
+    assert len(list(jsonl.read_pairs("."))) == 1
 
 
 @pytest.mark.parametrize(
@@ -202,6 +301,19 @@ def test_json_lines_are_read_from_files_folders_and_patterns(tmp_path):
         ('{"query": "q", "document": "d", "negatives": [""]}', "'negatives' has no text"),
         ('{"query": "q", "document": "d", "negative": ["n"]}', "did you mean 'negatives'"),
         ('{"query": "\\ud800", "document": "d"}', "'query' is not valid Unicode"),
+        ('{"query": "\\u200b\\u0000", "document": "d"}', "'query' has no text"),
+        ('{"query": "q", "document": "d", "negatives": ["\\ufeff"]}', "'negatives' has no text"),
+        ('{"Query": "q", "document": "d"}', "unknown key 'Query'; did you mean 'query'"),
+        ('{"query": "q", "document": "d", "Domain": "x"}', "unknown key 'Domain'; did you mean 'domain'"),
+        ('{"query": "q", "document": "d", " negatives": ["n"]}', "did you mean 'negatives'"),
+        ('{"query": "q", "document": "d", "NEG": ["n"]}', "did you mean 'negatives'"),
+        ('{"query": "q", "document": "d", "query": "r"}', "the key 'query' is there twice"),
+        ('{"query": "q", "document": "d", "negatives": ""}', "expected a list of texts as 'negatives', got ''"),
+        ('{"query": "q", "document": "d", "negatives": 0}', "expected a list of texts as 'negatives', got 0"),
+        ('{"query": "q", "document": "d", "negatives": {}}', "expected a list of texts as 'negatives', got {}"),
+        ('{"query": "q", "document": "d", "negatives": ["n", 3]}', "expected text as 'negatives', got int"),
+        ("[" * 10**5, "broken JSON .*recursion"),
+        ('{"query": ' + "1" * 5000 + "}", "broken JSON .*digits"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, message):
@@ -255,6 +367,14 @@ def test_a_beir_folder_comes_back_as_written(tmp_path):
         ("qrels/test.tsv", "q2\td3\t1\n", "test.tsv:1: names the document 'd3'"),
         ("qrels/test.tsv", "q2\td1\t1\nq2\td1\tx\n", "test.tsv:2: expected an integer score, got 'x'"),
         ("qrels/test.tsv", "q2 d1 1\n", "test.tsv:1: expected query id, document id, score"),
+        ("qrels/test.tsv", "", "test.tsv: expected lines of query id"),
+        ("qrels/test.tsv", "q2\td1\tx\nq2\td2\t1\n", "test.tsv:1: expected an integer score, got 'x'"),
+        ("qrels/test.tsv", "q2\td1\t1.0\n", "test.tsv:1: expected an integer score, got '1.0'"),
+        ("qrels/test.tsv", "q2\td1\t0\nq2\td2\t-1\n", "with scores above 0, found none"),
+        ("qrels/test.tsv", "q2\td1\t1\nq2\td1\t1\n", "test.tsv:2: the query 'q2' with the document 'd1' was there"),
+        ("queries.jsonl", '{"_id": "q2", "text": "\\u200b"}', "queries.jsonl:1: 'text' has no text"),
+        ("queries.jsonl", '{"_id": "q2", "text": "t"}\n' * 2, "queries.jsonl:2: the _id 'q2' was there before"),
+        ("corpus.jsonl", '{"_id": "d", "text": null}', "corpus.jsonl:1: expected text as 'text', got NoneType"),
         ("queries.jsonl", '{"_id": "q2", "text": "t"}\n{"_id": "q2"', "queries.jsonl:2: broken JSON"),
         ("queries.jsonl", '{"_id": "q2", "text": ""}', "queries.jsonl:1: 'text' has no text"),
         ("corpus.jsonl", '{"_id": "d", "text": ""}\n' * 2, "corpus.jsonl:2: the _id 'd' was there before"),
@@ -267,3 +387,22 @@ def test_a_bad_beir_folder_is_named(tmp_path, name, content, message):
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(ValueError, match=message):
         beir.read(tmp_path / "set")
+
+
+def test_a_qrels_link_to_nothing_is_named(tmp_path):
+    beir.write(SET, tmp_path / "set")
+    (tmp_path / "set/qrels.tsv").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"qrels\.tsv: expected a file, got a link to nothing"):
+        beir.read(tmp_path / "set")
+    with pytest.raises(ValueError, match="evaluation set: expected a path, got ''"):
+        beir.read("")
+
+
+def test_evaluation_sets_of_one_name_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        beir.write(SET, tmp_path / name)
+    assert [found.name for found in beir.read_sets([tmp_path / "a", f"{tmp_path}/b/"])] == ["a", "b"]
+    monkeypatch.chdir(tmp_path / "b")
+    assert beir.read(".").name == "b"
+    with pytest.raises(ValueError, match=r"expected evaluation sets of different names, got 2 of the name 'b': \["):
+        beir.read_sets([tmp_path / "a", tmp_path / "nowhere/b", "."])

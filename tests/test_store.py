@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cde_jax.data.store import Ragged, Store, StoreWriter, fingerprint, read_json, write_json
+from cde_jax.data import store as store_module
+from cde_jax.data.files import fingerprint, read_json, write_json
+from cde_jax.data.store import Ragged, Store, StoreWriter
 
 ROWS = [[1, 2, 3], [], [7], [4, 5]]
 
@@ -79,6 +81,31 @@ def test_every_flipped_byte_of_every_file_is_found(tmp_path):
         Store.open(tmp_path / "s", verify=False)
 
 
+def test_a_file_is_hashed_once_in_a_process_until_it_changes(tmp_path, monkeypatch):
+    write(tmp_path / "s")
+    hashed = []
+    digest = store_module.file_digest
+    monkeypatch.setattr(store_module, "file_digest", lambda path: hashed.append(path.name) or digest(path))
+    for path in (tmp_path / "s").iterdir():  # as if written long ago
+        os.utime(path, ns=(0, 10**18))
+    for _ in range(3):
+        Store.open(tmp_path / "s")
+    assert sorted(hashed) == [
+        "a.bin",
+        "empty.offsets.bin",
+        "empty.values.bin",
+        "none.bin",
+        "r.offsets.bin",
+        "r.values.bin",
+    ]
+    flip(tmp_path / "s/a.bin", 3)
+    with pytest.raises(ValueError, match=r"a\.bin: expected sha256"):
+        Store.open(tmp_path / "s")
+    flip(tmp_path / "s/a.bin", 3)
+    Store.open(tmp_path / "s")
+    assert hashed[6:] == ["a.bin", "a.bin"]
+
+
 def test_truncated_missing_and_foreign_stores_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"found no manifest\.json"):
         Store.open(tmp_path / "s")
@@ -97,6 +124,9 @@ def test_truncated_missing_and_foreign_stores_are_named(tmp_path):
     manifest = tmp_path / "s" / "manifest.json"
     manifest.write_text(manifest.read_text()[:-20])
     with pytest.raises(ValueError, match="truncated or altered"):
+        Store.open(tmp_path / "s")
+    manifest.write_text('{"kind": "numbers"}')
+    with pytest.raises(ValueError, match=r"json: expected the keys .*\['format', 'arrays', 'manifest_sha256'\]"):
         Store.open(tmp_path / "s")
     manifest.write_text('{"kind": "numbers", "format": 0, "arrays": {}, "manifest_sha256": ""}')
     with pytest.raises(ValueError, match="expected store format 1, got 0"):
@@ -143,11 +173,12 @@ def test_a_killed_writer_leaves_no_store_and_the_next_one_sweeps(tmp_path):
     """
     assert run(code, tmp_path / "s").returncode == -signal.SIGKILL
     (left,) = os.listdir(tmp_path)
-    assert left.startswith(".s.tmp-")
+    assert left == ".s.tmp" and os.listdir(tmp_path / left) == ["a.bin"]
     with StoreWriter(tmp_path / "s", "numbers") as living:
+        assert os.listdir(tmp_path / left) == []  # the dead writer's files are gone
         living.append("a", np.zeros(1))
-        assert len(os.listdir(tmp_path)) == 1  # the dead writer's folder is gone
-        write(tmp_path / "s")  # a second writer leaves the living one's folder alone
+        with pytest.raises(ValueError, match="s: another process is writing it; wait"):
+            write(tmp_path / "s")
         living.finish()
     assert os.listdir(tmp_path) == ["s"]
     assert list(Store.open(tmp_path / "s").manifest["arrays"]) == ["a"]
@@ -192,7 +223,8 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path):
         import resource, sys
         from pathlib import Path
         import numpy as np
-        from cde_jax.data.store import StoreWriter, write_json
+        from cde_jax.data.files import write_json
+        from cde_jax.data.store import StoreWriter
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         try:
             with StoreWriter(Path(sys.argv[1], "s"), "numbers") as writer:
@@ -263,3 +295,27 @@ def test_json_files_hold_finite_numbers_and_broken_ones_are_named(tmp_path):
         read_json(path)
     with pytest.raises(ValueError, match="there is none"):
         read_json(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "message"),
+    [
+        ("[1]", {"keys": ("a", "b")}, r"expected a JSON object, got list: \[1\]"),
+        ('{"a": 1}', {"keys": ("a", "b")}, r"expected the keys \['a', 'b'\], \['b'\] are missing"),
+        ("3", {"kind": list}, "expected a JSON array, got int: 3"),
+        ("[" * 10**5, {}, "not readable as JSON .*recursion"),
+        ("1" * 5000, {}, "not readable as JSON .*digits"),
+        ("\udcff", {}, "not readable as JSON .*utf-8"),
+        (None, {}, "not readable as JSON .*directory"),
+    ],
+)
+def test_json_files_that_hold_something_else_are_named(tmp_path, content, expected, message):
+    path = tmp_path / "x.json"
+    path.mkdir() if content is None else path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"x\.json: {message}"):
+        read_json(path, **expected)
+
+
+def test_json_of_the_expected_form_is_read(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1, "b": []})
+    assert read_json(tmp_path / "x.json", dict) == read_json(tmp_path / "x.json", keys=("b", "a")) == {"a": 1, "b": []}

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -89,3 +90,46 @@ def test_texts_that_can_be_read_again_are_not_held_in_memory():
     trained = Tokenizer.train(texts, 60)
     assert texts.passes == 2
     assert trained.fingerprint == Tokenizer.train(iter(["open the file", "close the file"] * 3), 60).fingerprint
+
+
+def test_overlong_words_are_left_out_of_the_vocabulary_and_take_no_time():
+    plain = Tokenizer.train(TEXTS, 90)
+    started = time.process_time()
+    trained = Tokenizer.train([*TEXTS, "mean" * 75_000, "x" * 1001], 92)
+    assert time.process_time() - started < 10  # 35 s when it was part of the training
+    assert trained.encode(["mean" * 75_000], 8)[0].tolist() == trained.encode(["[UNK]"], 8)[0].tolist()
+    assert set(plain.backend.get_vocab()) - set(trained.backend.get_vocab()) == set()
+    assert set(trained.backend.get_vocab()) - set(plain.backend.get_vocab()) == {"x", "##x"}
+    assert max(map(len, Tokenizer.train(["y" * 1000] * 9, 40).backend.get_vocab())) == 1000
+
+
+def test_a_vocabulary_that_hardly_holds_the_alphabet_is_warned_of(caplog):
+    Tokenizer.train(["abcdefgh"] * 9, 43)
+    assert not caplog.records
+    Tokenizer.train(["abcdefgh"] * 9, 41)
+    (record,) = caplog.records
+    said = "vocab_size 41 is small for these texts: 21 tokens are single characters, 20 are left for words"
+    assert record.getMessage().startswith(said) and record.getMessage().endswith("Use 210 or more")
+
+
+def test_an_absurd_vocabulary_is_refused_before_memory_is_reserved():
+    with pytest.raises(ValueError, match="vocab_size 1000000000000: expected at most 16777216"):
+        Tokenizer.train(TEXTS, 10**12)
+
+
+def test_what_is_no_list_of_texts_is_refused(tokenizer):
+    for texts in ("one text", {"a", "set"}):
+        for call in (lambda: tokenizer.encode(texts, 8), lambda: Tokenizer.train(texts, 90)):  # noqa: B023
+            with pytest.raises(ValueError, match="texts: expected a list of texts, got a s"):
+                call()
+
+
+def test_a_tokenizer_that_was_deleted_or_altered_is_named(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"gone: expected a folder with tokenizer\.json, there is none; it was moved"):
+        Tokenizer.load(tmp_path / "gone")
+    with pytest.raises(ValueError, match="tokenizer: expected a path, got ''"):
+        Tokenizer.load("")
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected a JSON object, got list"):
+        Tokenizer.load(tmp_path)

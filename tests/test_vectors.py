@@ -12,8 +12,7 @@ from tiny_pairs import bag_of_words, tiny_pairs
 
 from cde_jax.batching import surrogate
 from cde_jax.batching.surrogate import Texts, vectors_fingerprint, write_vectors
-from cde_jax.data.resume import ResumableWriter
-from cde_jax.data.store import Store
+from cde_jax.data.store import Store, StoreWriter
 
 TESTS = str(Path(__file__).parent)
 
@@ -140,50 +139,51 @@ def test_an_error_keeps_what_is_encoded_and_the_next_run_goes_on(tmp_path, pairs
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs", "v", "whole"]
 
 
-OTHERS, ALTERED = "it belongs to other inputs or settings", "was truncated or altered"
+def blocks(tmp_path):
+    (folder,) = tmp_path.glob(".v.blocks-*")
+    return folder
+
+
+@pytest.mark.parametrize("change", [{"settings": {"width": 3}}, {"name": "other"}, {"encode": bag_of_words}, "pairs"])
+def test_blocks_of_other_inputs_or_settings_are_discarded_with_a_warning(tmp_path, pairs, change, caplog):
+    with pytest.raises(RuntimeError):
+        write(tmp_path / "v", pairs, failing(padded_words, after=2 + 10))
+    left = blocks(tmp_path)
+    assert len(list(left.iterdir())) == 10
+    if change == "pairs":
+        pairs = tiny_pairs(tmp_path / "others", seed=1)
+    changed = change if isinstance(change, dict) else {}
+    store = write(tmp_path / "v", pairs, **changed)
+    assert "of other inputs or settings are discarded" in caplog.text
+    assert bytes_of(store.directory) == bytes_of(write(tmp_path / "fresh", pairs, **changed).directory)
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("damage", "reason"),
     [
-        ({"settings": {"width": 3}}, OTHERS),
-        ({"name": "other"}, OTHERS),
-        ({"encode": bag_of_words}, OTHERS),  # of another width
-        ("pairs", OTHERS),
-        ("altered", ALTERED),
-        ("truncated", ALTERED),
-        ("missing", "No such file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "truncated or altered"),
+        (lambda file: file.write_bytes(bytes(file.stat().st_size)), "expected sha256"),
+        (lambda file: file.unlink(), "it is missing"),
     ],
 )
-def test_what_cannot_be_taken_up_is_discarded_with_a_word(tmp_path, pairs, change, reason, caplog):
+def test_a_broken_block_is_encoded_again(tmp_path, pairs, damage, reason, caplog):
     with pytest.raises(RuntimeError):
         write(tmp_path / "v", pairs, failing(padded_words, after=2 + 10))
-    left = tmp_path / ".v.partial" / "documents.bin"
-    content = bytearray(left.read_bytes())
-    assert len(content) == 10 * 14 * 2
-    if change == "pairs":
-        pairs = tiny_pairs(tmp_path / "others", seed=1)
-    elif change == "truncated":
-        left.write_bytes(content[:-1])
-    elif change == "altered":
-        content[-1] ^= 1
-        left.write_bytes(content)
-    elif change == "missing":
-        left.unlink()
-    changed = change if isinstance(change, dict) else {}
-    store = write(tmp_path / "v", pairs, **changed)
-    assert "what was half written is discarded" in caplog.text and reason in caplog.text
-    assert bytes_of(store.directory) == bytes_of(write(tmp_path / "fresh", pairs, **changed).directory)
-    assert not left.parent.exists()
+    damage(blocks(tmp_path) / "documents-000000000005" / "vectors.bin")
+    calls = []
+    store = write(tmp_path / "v", pairs, noting(padded_words, calls))
+    assert "a block of vectors is discarded" in caplog.text and reason in caplog.text
+    assert sum(map(len, calls[2:])) == 78 - 46 + 5
+    assert bytes_of(store.directory) == bytes_of(write(tmp_path / "fresh", pairs).directory)
 
 
 def test_two_writers_of_one_store_do_not_meet(tmp_path, pairs):
-    with ResumableWriter(tmp_path / "v", "vectors", {"fingerprint": "first"}) as writer:
+    with StoreWriter(tmp_path / "v", "vectors") as writer:
         writer.append("queries", np.zeros((2, 3)))
-        writer.checkpoint()
         with pytest.raises(ValueError, match="another process is writing it"):
             write(tmp_path / "v", pairs)
-        writer.finish()
+        writer.finish({"fingerprint": "first"})
     assert Store.open(tmp_path / "v").fingerprint == "first"
     write(tmp_path / "v", pairs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs", "v"]
@@ -260,7 +260,7 @@ print(at)
 def test_many_kills_one_after_another_lose_one_block_each(tmp_path, pairs, monkeypatch):
     more = """
 random = random.Random(0)
-print([write(folder / "v", random.randrange(8, 20)) for _ in range(20)].index(True))
+print([write(folder / "v", random.randrange(20, 60)) for _ in range(20)].index(True))
 """
     done = run(KILLED + more, tmp_path, 9)
     assert done.returncode == 0, done.stderr
@@ -272,20 +272,21 @@ print([write(folder / "v", random.randrange(8, 20)) for _ in range(20)].index(Tr
 # Directories that cannot be written.
 
 
-def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, pairs, monkeypatch):
-    more = """
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+@pytest.mark.parametrize(("limit", "file", "encoded"), [(200, "vectors.bin", 78), (1000, "v/queries.bin", 0)])
+def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, pairs, monkeypatch, limit, file, encoded):
+    more = f"""
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    surrogate.write_vectors(folder / "v", pairs, padded_words, name="words", settings={})
+    surrogate.write_vectors(folder / "v", pairs, padded_words, name="words", settings=dict())
 except OSError as error:
     print(error)
 """
     said = run(KILLED + more, tmp_path, 9).stdout
-    assert "free some space" in said and "v/queries.bin" in said
+    assert "free some space" in said and file in said
     monkeypatch.setattr(surrogate, "BLOCK", 9)
     calls = []
     store = write(tmp_path / "v", pairs, noting(padded_words, calls))
-    assert sum(map(len, calls[2:])) == 78 - 27  # three blocks of 252 bytes were there
+    assert sum(map(len, calls[2:])) == encoded
     assert bytes_of(store.directory) == bytes_of(write(tmp_path / "whole", pairs).directory)
 
 
@@ -294,14 +295,13 @@ def test_a_read_only_directory_says_so():
     code = """
         import os, tempfile
         from cde_jax.data.files import write_json
-        from cde_jax.data.resume import ResumableWriter
         from cde_jax.data.store import StoreWriter
         with tempfile.TemporaryDirectory() as folder:
             os.chmod(folder, 0o555)
             if os.getuid() == 0:
                 os.seteuid(65534)
             for attempt in (
-                lambda: ResumableWriter(folder + "/v", "vectors", {}).__enter__(),
+                lambda: StoreWriter(folder + "/v", "vectors").__enter__(),
                 lambda: StoreWriter(folder + "/deep/v", "vectors").__enter__(),
                 lambda: write_json(folder + "/config.json", {}),
             ):

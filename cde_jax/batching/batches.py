@@ -20,7 +20,7 @@ from cde_jax.batching.mine import mine_hard_negatives
 from cde_jax.batching.negatives import Positives, choose_hard_negatives, cosine, false_negative_mask, positives
 from cde_jax.batching.pack import document_centroids, epoch_batches, epoch_size
 from cde_jax.config import Batching
-from cde_jax.data.files import explained, write_all
+from cde_jax.data.files import explain_os_errors, write_all
 from cde_jax.data.store import Ragged, Store
 
 # Keep the random numbers of one seed apart: of the arrangement and of the hard negatives.
@@ -175,12 +175,10 @@ def _mine(part: Part, judge: Filter, settings: Batching, seed: int, scratch: Pat
         margin=settings.mine_margin,
         seed=seed,
     )
-    try:
-        with tempfile.TemporaryFile(dir=scratch, buffering=0) as file:  # it has no name: a kill frees it
-            write_all(file, mined.reshape(-1).view(np.uint8))
-            return np.memmap(file, mined.dtype, "r", shape=mined.shape).view(np.ndarray)
-    except OSError as error:
-        raise explained(error, scratch) from error
+    # The file has no name: a kill frees it.
+    with explain_os_errors(scratch), tempfile.TemporaryFile(dir=scratch, buffering=0) as file:
+        write_all(file, mined.reshape(-1).view(np.uint8))
+        return np.memmap(file, mined.dtype, "r", shape=mined.shape).view(np.ndarray)
 
 
 def _arrange(

@@ -4,10 +4,13 @@
 our own checkpoints comes in as plain functions texts → vectors (paper, section 3.1: "a separate model").
 """
 
+import glob
 import hashlib
 import logging
 import math
+import shutil
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from cde_jax.data.resume import ResumableWriter
-from cde_jax.data.store import Ragged, Store, StoreWriter, fingerprint
+from cde_jax.data.files import fingerprint
+from cde_jax.data.store import Ragged, Store, StoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -192,8 +195,9 @@ def write_vectors(
     for documents. It gets 4096 consecutive rows at a time, the longest first, so that texts of similar length stand
     together: always the same texts in the same order, because padding moves the last bits of a vector.
 
-    Each block is durable at once. After a kill or an error, the same call goes on behind the last block, and the
-    finished store is byte-equal; what is half written with other pairs, `name`, `settings` or width is discarded.
+    Each block is kept as a store of its own until all are there, so that after a kill or an error the same call goes
+    on behind the last one; blocks of other pairs, `name`, `settings` or width are discarded. Needs twice the room of
+    the vectors.
 
     Raises ValueError if `encode` gives vectors that are not finite in float16, or not one of the same width for each
     text; OSError if there is no room or no right to write.
@@ -203,20 +207,43 @@ def write_vectors(
     width = None
     for side in sides:  # one text each: models of two widths are found before anything is encoded
         width = side.encode(np.zeros(1, np.int64), width, name).shape[1]
-    about = {"fingerprint": vectors_fingerprint(store.fingerprint, name, settings), "width": width}
-    with ResumableWriter(directory, "vectors", about) as writer:
-        done = sum(writer.rows(side.array) for side in sides)
-        total = sum(len(side.texts) for side in sides)
-        if done:
-            log.info("vectors of %s: %d of %d texts are there, going on", name, done, total)
-        with tqdm(total=total, initial=done, desc="vectors", unit=" texts", delay=BAR_AFTER, leave=False) as bar:
-            for side in sides:
-                for start in range(writer.rows(side.array), len(side.texts), BLOCK):
-                    rows = np.arange(start, min(start + BLOCK, len(side.texts)))
-                    writer.append(side.array, side.encode(rows, width, name))
-                    writer.checkpoint()
-                    bar.update(len(rows))
-        return writer.finish({"pairs": store.fingerprint, "surrogate": name, "settings": settings})
+    digest = vectors_fingerprint(store.fingerprint, name, settings)
+    stem = f".{Path(directory).name}.blocks-"
+    blocks = Path(directory).absolute().parent / f"{stem}{fingerprint([digest, width, BLOCK])[:16]}"
+    for other in blocks.parent.glob(f"{glob.escape(stem)}*"):
+        if other != blocks:
+            log.warning("%s: blocks of vectors of other inputs or settings are discarded", other)
+            shutil.rmtree(other)
+    starts = [(side, start) for side in sides for start in range(0, len(side.texts), BLOCK)]
+    folders = [blocks / f"{side.array}-{start:012d}" for side, start in starts]
+    sizes = [min(BLOCK, len(side.texts) - start) for side, start in starts]
+    whole = [_is_whole(folder) for folder in folders]
+    done = int(np.dot(sizes, whole))
+    if done:
+        log.info("vectors of %s: %d of %d texts are there, going on", name, done, sum(sizes))
+    with tqdm(total=sum(sizes), initial=done, desc="vectors", unit=" texts", delay=BAR_AFTER, leave=False) as bar:
+        for (side, start), folder, size in compress(zip(starts, folders, sizes, strict=True), np.logical_not(whole)):
+            with StoreWriter(folder, "block") as writer:
+                writer.append("vectors", side.encode(np.arange(start, start + size), width, name))
+                writer.finish()
+            bar.update(size)
+    with StoreWriter(directory, "vectors") as writer:
+        for (side, _), folder in zip(starts, folders, strict=True):
+            writer.append(side.array, Store.open(folder, kind="block", verify=False).array("vectors"))
+        described = {"pairs": store.fingerprint, "surrogate": name, "settings": settings, "width": width}
+        finished = writer.finish({"fingerprint": digest} | described)
+    shutil.rmtree(blocks)
+    return finished
+
+
+def _is_whole(block: Path) -> bool:
+    """Whether a block was written before; a broken one is discarded."""
+    try:
+        return block.exists() and bool(Store.open(block, kind="block"))
+    except ValueError as error:
+        log.warning("a block of vectors is discarded: %s", error)
+        shutil.rmtree(block)
+        return False
 
 
 class _Side:

@@ -43,9 +43,9 @@ class Pair(NamedTuple):
 class InputLog:
     """What a source read, for the manifest and the report. Files are named below the path that was given."""
 
-    pairs: dict[str, int] = field(default_factory=dict)  # file (or package, or set) → pairs that it gave
+    pairs: dict[str, int] = field(default_factory=dict)  # file (or package, or data set) → pairs that it gave
     skipped: dict[str, str] = field(default_factory=dict)  # file → why it was not read
-    left_out: dict[str, int] = field(default_factory=dict)  # "file: reason" → rows and texts that were left out
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)  # file → reason → rows and texts left out
 
     def skip(self, name: str, reason: str) -> None:
         """Note a file that is not read; the first time as a log line too."""
@@ -53,13 +53,13 @@ class InputLog:
             _log.warning("%s is not read: %s", name, reason)
         self.skipped[name] = reason
 
-    def finish(self, name: str, pairs: int, left_out: Mapping[str, int]) -> None:
-        """Note what a file (set, package) gave; what it left out as a log line too, the first time."""
-        left_out = {f"{name}: {reason}": count for reason, count in sorted(left_out.items()) if count}
-        if not left_out.items() <= self.left_out.items():
-            _log.warning("%d pairs; left out: %s", pairs, left_out)
+    def finish(self, name: str, pairs: int, left_out: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Note what a file gave, and by reason what it left out; the latter as a log line too, the first time."""
+        left_out = {reason: count for reason, count in sorted(left_out.items()) if count}
+        if left_out and self.left_out.get(name) != left_out:
+            _log.warning("%s: %d pairs; left out: %s", name, pairs, left_out)
+            self.left_out[name] = left_out
         self.pairs[name] = pairs
-        self.left_out |= left_out
 
 
 def clean(
@@ -226,8 +226,8 @@ class _Side:
         """Warn where the tokenizer does not fit the texts."""
         if self.unknown > MANY_UNKNOWN * self.tokens:
             _log.warning(
-                "%.0f %% of the %s tokens are unknown to the tokenizer (%d of %d): choose one that was made for such "
-                "texts, or a larger data.vocab_size",
+                "%.0f %% of the %s tokens, prefix included, are unknown to the tokenizer (%d of %d): choose one for "
+                "such texts, or a larger data.vocab_size",
                 100 * self.unknown / self.tokens,
                 self.name,
                 self.unknown,

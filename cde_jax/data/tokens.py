@@ -26,7 +26,7 @@ SPECIALS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-LONGEST_WORD = 100  # characters: WordPiece encodes longer ones as [UNK], so they are left out of the training too
+LONGEST_WORD = 1000  # characters; longer ones are no words, and training takes a time quadratic in the length
 MOST_TOKENS = 2**24  # of a vocabulary: the trainer reserves memory for all of them
 _ALPHABET = 1000  # characters that get a token of their own in a trained vocabulary; rarer ones are [UNK]
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Tokenizer:
             except Exception as error:  # the library raises a bare Exception
                 raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); write it again") from None
             return cls(backend, _specials_of_folder(folder, backend))
-        if folder.is_absolute() and not folder.exists():  # no name on a hub
+        if isinstance(name_or_path, Path) or len(folder.parts) > 2:  # no name on a hub
             raise ValueError(f"{folder}: expected a folder with tokenizer.json, there is none; it was moved or deleted")
         from transformers import AutoTokenizer  # seconds to import, and only needed here
 
@@ -118,7 +118,6 @@ class Tokenizer:
         fixed = [*SPECIALS.values(), *sorted(alphabet), *(f"##{c}" for c in sorted(alphabet))]
         model = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIALS["unk_token"]))
         model.normalizer = normalizer
-        # The time of training is quadratic in the length of a word.
         overlong = pre_tokenizers.Split(tokenizers.Regex(rf"^.{{{LONGEST_WORD + 1},}}$"), "removed")
         model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), overlong])
         trainer = trainers.WordPieceTrainer(

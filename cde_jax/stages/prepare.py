@@ -17,7 +17,7 @@ from cde_jax.batching.build import build_plan
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import Config, evaluation_name, flatten
 from cde_jax.data.files import fingerprint
-from cde_jax.data.pairs import Pair, clean, write_pairs
+from cde_jax.data.pairs import InputLog, Pair, clean, write_pairs
 from cde_jax.data.sources import beir, docstrings, huggingface, jsonl
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
@@ -94,24 +94,26 @@ class _Source(NamedTuple):
     prefixes: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
 
-def _source(config: Config, workdir: Path, counts: Counter[str]) -> _Source:
+def _source(config: Config, workdir: Path, counts: Counter[str], inputs: InputLog) -> _Source:
     d = config.data
     if d.source == "jsonl":
-        return _Source(lambda: jsonl.read_pairs(d.paths), lambda: jsonl.identity(d.paths))
+        return _Source(lambda: jsonl.read_pairs(d.paths, inputs), lambda: jsonl.identity(d.paths))
     if d.source == "huggingface":
-        return _Source(lambda: huggingface.read_pairs(d.paths, d.columns), lambda: huggingface.identity(d.paths))
+        return _Source(
+            lambda: huggingface.read_pairs(d.paths, d.columns, inputs), lambda: huggingface.identity(d.paths)
+        )
     if d.source == "tfds":
         from cde_jax.data.sources import tfds_pairs  # takes seconds to import
 
         names, folder, cache = d.collections, Path(d.paths[0]), workdir / COLLECTIONS
         return _Source(
-            lambda: tfds_pairs.read_pairs(names, folder, cache),
+            lambda: tfds_pairs.read_pairs(names, folder, cache, inputs),
             lambda: tfds_pairs.identity(names, folder),
             tfds_pairs.prefixes(names),
         )
     packages = _packages(config)
     return _Source(
-        lambda: _docstrings(config, packages, workdir, counts),
+        lambda: _docstrings(config, packages, workdir, counts, inputs),
         lambda: docstrings.identity(packages, d.standard_library),
     )
 
@@ -125,12 +127,13 @@ def _packages(config: Config) -> tuple[str, ...]:
     return packages
 
 
-def _docstrings(config: Config, packages: tuple[str, ...], workdir: Path, counts: Counter[str]) -> Iterator[Pair]:
+def _docstrings(
+    config: Config, packages: tuple[str, ...], workdir: Path, counts: Counter[str], inputs: InputLog
+) -> Iterator[Pair]:
     """The training pairs; the held-out packages become evaluation sets."""
     d = config.data
     log.info("reading docstrings")
-    everything = list(docstrings.read_pairs(packages, standard_library=d.standard_library, counts=counts))
-    log.info("docstrings by domain:\n%s", docstrings.domain_table(everything))
+    everything = list(docstrings.read_pairs(packages, standard_library=d.standard_library, counts=counts, log=inputs))
     for name in d.held_out:
         beir.write(docstrings.evaluation_set(name, everything), workdir / SETS / name)
     return iter([pair for pair in everything if pair.domain not in d.held_out])
@@ -139,7 +142,8 @@ def _docstrings(config: Config, packages: tuple[str, ...], workdir: Path, counts
 def _pairs(config: Config, workdir: Path, rebuild: bool) -> Store:
     d = config.data
     counts: Counter[str] = Counter()
-    source = _source(config, workdir, counts)
+    inputs = InputLog()
+    source = _source(config, workdir, counts, inputs)
     about = {
         "settings": {k: v for k, v in dataclasses.asdict(d).items() if k != "evaluation"},
         "inputs": source.identity(),
@@ -156,7 +160,7 @@ def _pairs(config: Config, workdir: Path, rebuild: bool) -> Store:
     tokenizer.save(workdir / TOKENIZER)
     return write_pairs(
         workdir / PAIRS,
-        clean(source.read, counts, folder=workdir / STORE, unique_documents=False),
+        clean(source.read, counts, folder=workdir / STORE),
         tokenizer,
         query_prefix=d.query_prefix,
         document_prefix=d.document_prefix,
@@ -165,6 +169,7 @@ def _pairs(config: Config, workdir: Path, rebuild: bool) -> Store:
         document_length=d.document_length,
         source=about,
         counts=counts,
+        inputs=inputs,
     )
 
 

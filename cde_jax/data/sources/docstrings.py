@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 
-from cde_jax.data.pairs import Pair
+from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.texts import as_list, text_key
 
@@ -188,7 +188,7 @@ def _read(
                 texts.add(rest_key)
                 counts["pairs"] += 1
                 yield Pair(domain, query, f"{name} {rest}")
-        log.pairs[domain] = counts["pairs"] - before
+        log.finish(domain, counts["pairs"] - before)
 
 
 def _parse(path: Path) -> ast.Module:

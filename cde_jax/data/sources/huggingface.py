@@ -48,7 +48,11 @@ def read_pairs(paths: Iterable[str], columns: Iterable[str] = (), log: InputLog 
     `log` gains the pairs of each file or data set, and what was left out.
     """
     chosen = _chosen(columns)
-    tables = [(name, table, _mapping(table, chosen)) for path in _given(paths) for name, table in _tables(path)]
+    tables = [
+        (prefix + name, table, _mapping(table, chosen))
+        for prefix, path in _given(paths)
+        for name, table in _tables(path)
+    ]
     return _read(tables, InputLog() if log is None else log)
 
 
@@ -57,9 +61,8 @@ def identity(paths: Iterable[str]) -> dict[str, str]:
 
     A data set's name, configuration and split belong to it. Names begin with the path's number if there are several.
     """
-    paths = _given(paths)
     known: dict[str, str] = {}
-    for number, path in enumerate(paths, 1):
+    for prefix, path in _given(paths):
         name, config, split = _split(path)
         folder = Path(name).expanduser()
         if files := _parquet_files(path):
@@ -68,17 +71,18 @@ def identity(paths: Iterable[str]) -> dict[str, str]:
             found = {"(data set)": f"{_title(folder, config)}#{split}"} | digests(_visible_files(folder), folder)
         else:
             found = {f"{name}:{config or ''}#{split}": _commit(name)}
-        known |= {(f"{number}:{key}" if len(paths) > 1 else key): value for key, value in found.items()}
+        known |= {prefix + key: value for key, value in found.items()}
     return known
 
 
-def _given(paths: Iterable[str]) -> list[str]:
+def _given(paths: Iterable[str]) -> list[tuple[str, str]]:
+    """The paths, and what precedes the names of their files: their number, if there are several."""
     paths = as_list(paths, "paths", (str, Path))
     if not paths:
         raise ValueError("expected paths of data sets, got none; name a data set, a folder or Parquet files")
     for path in paths:
         given_path(path)
-    return [str(path) for path in paths]
+    return [(f"{number}:" if len(paths) > 1 else "", str(path)) for number, path in enumerate(paths, 1)]
 
 
 def _chosen(columns: Iterable[str]) -> dict[str, str]:
@@ -125,7 +129,8 @@ def _tables(path: str) -> list[tuple[str, _Table]]:
             (file.name, _Table(stem, parquet_columns(file), functools.partial(parquet_rows, file)))
             for stem, file in zip(stems, files, strict=True)
         ]
-    return [(path, _data_set(path))]
+    table = _data_set(path)
+    return [(f"{table.domain}#{_split(path)[2]}", table)]
 
 
 def _parquet_files(path: str) -> list[Path]:
@@ -135,7 +140,7 @@ def _parquet_files(path: str) -> list[Path]:
         return []
     if has_magic(path) and not files[0].exists():
         files = [Path(name) for name in sorted(glob(str(files[0]), recursive=True))]
-    files = [file for file in files if file.is_file()]
+    files = [file for file in files if file.is_file() or file.is_symlink()]
     if (path.endswith(".parquet") or has_magic(path)) and not files:
         raise ValueError(f"{path}: expected Parquet files, found none; correct the path")
     if other := [file for file in files if file.suffix != ".parquet"]:

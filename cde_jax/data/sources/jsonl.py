@@ -120,12 +120,12 @@ def as_text(value: Any, key: str, place: str, *, empty: bool = False) -> str:
     """`value`, a text that can be stored; ValueError as `text_field`."""
     if not isinstance(value, str):
         raise ValueError(f"{place}: expected text as {key!r}, got {type(value).__name__}: {value!r:.60}")
-    if not empty and not has_text(value):
-        raise ValueError(f"{place}: {key!r} has no text, got {value!r:.60}; fill it in or take the line out")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place}: {key!r} is not valid Unicode ({error.reason}); correct the escapes") from None
+    if not empty and not has_text(value):
+        raise ValueError(f"{place}: {key!r} has no text, got {value!r:.60}; fill it in or take the line out")
     return value
 
 
@@ -178,7 +178,7 @@ def _read(files: dict[str, Path], log: InputLog) -> Iterator[Pair]:
         for place, entry in json_lines(file):
             count += 1
             yield _pair(entry, place, default)
-        log.pairs[name] = count
+        log.finish(name, count)
 
 
 def _pair(entry: dict[str, Any], place: str, default_domain: str) -> Pair:

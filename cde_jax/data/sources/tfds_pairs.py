@@ -119,8 +119,9 @@ def _read(chosen: dict[str, str], folder: Path, cache: Path, log: InputLog) -> I
                     yield _pair(domain, record)
         files = parts(COLLECTIONS[name], [path.relative_to(folder) for path in find(name, folder)])
         for paths, length in zip(files, lengths, strict=True):
-            log.finish(" + ".join(path.as_posix() for path in paths), length, {})
-        log.left_out |= {f"{name}: {reason}": count for reason, count in left_out.items()}
+            log.finish(" + ".join(path.as_posix() for path in paths), length)
+        if left_out:
+            log.left_out[name] = left_out
 
 
 def _pair(domain: str, record: bytes) -> Pair:
@@ -133,7 +134,7 @@ def _pair(domain: str, record: bytes) -> Pair:
 
 
 def _built(name: str, folder: Path, target: Path) -> tuple[CollectionPairs, dict[str, int]]:
-    """The set's builder on its data set in `target`, built anew if its files are not those it is from; what it left out."""
+    """The set's builder on its data set in `target`, built anew if the files have changed, and what was left out."""
     status = {path.relative_to(folder).as_posix(): path.stat() for path in find(name, folder)}
     files = {path: [each.st_size, each.st_mtime_ns] for path, each in status.items()}
     source = {"collection": name, "rules": READER_VERSION, "files": files}
