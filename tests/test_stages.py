@@ -15,6 +15,8 @@ from cde_jax import Embedder
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import fingerprint, read_json, write_json
+from cde_jax.evaluation import beir
+from cde_jax.evaluation.metrics import Scores
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.stages import run as stages
 from cde_jax.stages.assemble import build_model
@@ -81,6 +83,8 @@ def test_every_artefact_is_there_and_readable(done):
     kinds = {"same corpus", "same corpus, whitened", "random training documents", "none", "BM25", "LSA"}
     assert set(evaluation["sets"]["held"]) == kinds
     assert all(0 <= value <= 1 for value in evaluation["sets"]["held"].values())
+    scores = Scores.from_json(read_json(workdir / "per_query.json"))
+    assert scores.means == evaluation["sets"] and len(scores.per_query["held"]["BM25"]) == 12
     assert {"config.json", "model.safetensors", "README.md"} <= {p.name for p in (workdir / "export").iterdir()}
     assert len(said) == 3
     assert "129 pairs in 4 domains" in said[0] and "NDCG@10" in said[1] and str(workdir / "export") in said[2]
@@ -142,6 +146,17 @@ def test_a_second_run_keeps_everything_and_says_so(data, done, workdir, caplog):
     assert "the plan is there and fits: kept" in text and "all 6 steps are done: training is skipped" in text
     assert "the evaluation of this model is there: kept" in text and "the export of this model is there: kept" in text
     assert said[1] == done[1][1]  # the same table
+
+
+def test_an_evaluation_is_made_again_for_another_cutoff_and_kept_for_the_same(data, workdir, monkeypatch):
+    calls = []
+    scores = Scores(3, {"held": {"none": {"q0": 0.5}}})
+    monkeypatch.setattr(beir, "evaluate_embedder", lambda *args: calls.append(args[3:]) or scores)
+    for _ in range(2):
+        go(data, workdir, "evaluate", evaluate__cutoff=3, evaluate__baselines=False)
+    assert calls == [(0, 3)]
+    assert read_json(workdir / "evaluation.json")["metric"] == "ndcg@3"
+    assert Scores.from_json(read_json(workdir / "per_query.json")) == scores
 
 
 def test_stages_can_be_run_one_by_one(data, done, tmp_path):
