@@ -207,7 +207,9 @@ def test_rankings_are_scored_later_from_their_file(tokenizer, tmp_path):
 def test_each_kind_of_context_is_sampled_by_the_seed_and_whitened_vectors_are_not_swapped(tokenizer, monkeypatch):
     model, seeds, kinds = embedder("isolated", tokenizer), [], []
     embed_context = model.embed_context
-    monkeypatch.setattr(model, "embed_context", lambda corpus, seed: seeds.append(seed) or embed_context(corpus, seed))
+    monkeypatch.setattr(
+        model, "embed_context", lambda *args, **more: seeds.append(args[1]) or embed_context(*args, **more)
+    )
 
     def search(queries, documents, k):
         kinds.append((len(queries), len(documents), k))

@@ -57,7 +57,8 @@ def test_half_precision_documents_are_searched_as_float32():
 
 @pytest.mark.parametrize("where", ["queries", "documents"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_vectors_that_are_not_finite_are_an_error_that_names_the_row(where, value):
+def test_vectors_that_are_not_finite_are_an_error_that_names_the_row(where, value, monkeypatch):
+    monkeypatch.setattr(index, "DOCUMENT_BLOCK", 2)
     vectors = {"queries": rows(4), "documents": rows(9)}
     vectors[where][3, 2] = value
     with pytest.raises(ValueError, match=f"{where}: .* in 1 of . rows .first: row 3"):

@@ -27,6 +27,10 @@ def test_a_direction_is_shortened_by_its_share_of_the_variance():
     np.testing.assert_allclose(found.matrix, found.matrix.T, atol=1e-6)
 
 
+def test_the_defaults_are_those_that_were_measured():
+    assert (MEAN_FRACTION, STRENGTH, SAMPLE_SIZE) == (0.75, 16.0, 512)
+
+
 def test_each_kind_of_text_loses_a_share_of_its_own_centre():
     queries, documents = of_a_corpus()
     found = whitening(queries, documents, strength=0.0)

@@ -4,16 +4,17 @@ The source of the context decides what a contextual model's score means, so all 
 searched (the paper's setting), the same with whitened vectors, unrelated training documents, and null slots.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Integer
 
-from cde_jax.adapters.whitening import SAMPLE_SIZE, pseudo_queries, whitening
+from cde_jax.adapters.whitening import pseudo_queries
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.evaluation.metrics import Rankings, Run, Scores, ndcg, score_rankings
 from cde_jax.evaluation.tokens import TokenSet
-from cde_jax.retrieval.embedder import WHITENING_STREAM, Context, Embedder, sample_rows
+from cde_jax.retrieval.embedder import Context, Embedder
 from cde_jax.retrieval.index import as_run, search
 
 SAME_CORPUS, RANDOM_DOCUMENTS, NO_CONTEXT = "same corpus", "random training documents", "none"
@@ -46,19 +47,23 @@ def rank(
         other_context = embedder.embed_context(other_documents, seed)  # one sample for all sets
     rankings: Rankings = {}
     for dataset in sets:
+        corpus = list(dataset.corpus.values())
+        pseudo = dataset.pseudo_queries if isinstance(dataset, TokenSet) else pseudo_queries(corpus, seed)
+        context = embedder.embed_context(corpus, seed, queries=pseudo)
         contexts: dict[str, Context | None] = {}
         if embedder.contextual:
-            contexts[SAME_CORPUS] = embedder.embed_context(list(dataset.corpus.values()), seed)
+            contexts[SAME_CORPUS] = dataclasses.replace(context, whitening=None)
         if other_context is not None:
             contexts[RANDOM_DOCUMENTS] = other_context
         if embedder.works_without_context:
             contexts[NO_CONTEXT] = None
         runs = rankings[dataset.name] = {}
-        for kind, context in contexts.items():
-            vectors = _encode(embedder, dataset, context)
-            runs[kind] = _run(dataset, *vectors, k)
+        for kind, of_kind in contexts.items():
+            queries, documents = _encode(embedder, dataset, of_kind)
+            runs[kind] = _run(dataset, queries, documents, k)
             if WHITENED not in runs:  # of the first kind only
-                runs[WHITENED] = _run(dataset, *_whitened(embedder, dataset, context, *vectors, seed), k)
+                w = context.whitening
+                runs[WHITENED] = _run(dataset, w.transform_queries(queries), w.transform_documents(documents), k)
     return rankings
 
 
@@ -75,27 +80,12 @@ def check_names(sets: Sequence[EvaluationSet]) -> None:
         raise ValueError(f"evaluation sets need different names, these come more than once: {', '.join(repeated)}")
 
 
-def _encode(embedder: Embedder, dataset: EvaluationSet, context: Context | None) -> list[Float[np.ndarray, "_ D"]]:
-    """Unit vectors of queries and of documents."""
-    queries = embedder.encode_queries(list(dataset.queries.values()), context)
-    return [queries, embedder.encode_documents(list(dataset.corpus.values()), context)]
+def _encode(
+    embedder: Embedder, dataset: EvaluationSet, context: Context | None
+) -> tuple[Float[np.ndarray, "q D"], Float[np.ndarray, "n D"]]:
+    queries = embedder.encode_queries(dataset.queries.values(), context)
+    return queries, embedder.encode_documents(dataset.corpus.values(), context)
 
 
 def _run(dataset: EvaluationSet, queries: Float[np.ndarray, "q D"], documents: Float[np.ndarray, "n D"], k: int) -> Run:
     return as_run(list(dataset.queries), list(dataset.corpus), search(queries, documents, k))
-
-
-def _whitened(
-    embedder: Embedder,
-    dataset: EvaluationSet,
-    context: Context | None,
-    queries: Float[np.ndarray, "q D"],
-    documents: Float[np.ndarray, "n D"],
-    seed: int,
-) -> list[Float[np.ndarray, "_ D"]]:
-    """Vectors as with `embed_context(corpus, seed, queries=pseudo_queries(corpus, seed))`."""
-    stored = isinstance(dataset, TokenSet)
-    pseudo = dataset.pseudo_queries if stored else pseudo_queries(list(dataset.corpus.values()), seed)
-    sample = documents[sample_rows(len(documents), SAMPLE_SIZE, [seed, WHITENING_STREAM])]
-    fitted = whitening(embedder.encode_queries(pseudo, context), sample)
-    return [fitted.transform_queries(queries), fitted.transform_documents(documents)]
