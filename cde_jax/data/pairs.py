@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
-from tqdm import tqdm
 
 from cde_jax.data.distinct import Column, DistinctTexts, combine_keys, each, first_occurrence
 from cde_jax.data.files import fingerprint
@@ -268,6 +267,8 @@ def _checked(pairs: Iterable[Pair], what: str) -> Iterator[list[Pair]]:
 
 def _blocks(items: Iterable[Any], what: str) -> Iterator[list[Any]]:
     """The items in lists, with a progress bar on long work."""
+    from tqdm import tqdm  # not on a bare accelerator image
+
     items = iter(items)
     with tqdm(desc=what, unit="", unit_scale=True, delay=BAR_AFTER, leave=False) as bar:
         while block := list(islice(items, _BLOCK)):

@@ -2,6 +2,7 @@
 
 A `Tokenizer` turns texts into int32 ids with the model's own first and last special tokens ([CLS] … [SEP] for
 BERT). It is saved as the files that `transformers.AutoTokenizer` reads, so that an export needs nothing else.
+`tokenizers` is imported inside functions: a bare accelerator image, which handles token ids only, lacks it.
 """
 
 import json
@@ -12,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 from jaxtyping import Int32, Int64
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from cde_jax.data.files import fingerprint, given_path, read_json, write_json
 from cde_jax.data.texts import as_list
@@ -35,7 +34,7 @@ _log = logging.getLogger(__name__)
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the names of its special tokens. `specials` has at least "pad_token"."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, specials: dict[str, str]):
+    def __init__(self, backend: "tokenizers.Tokenizer", specials: dict[str, str]):
         # Any setting kept in the file would act on every call: lengths are given call by call here.
         backend.no_truncation()
         backend.no_padding()
@@ -56,6 +55,8 @@ class Tokenizer:
 
         Raises ValueError if there is neither, for example because the name needs a network and there is none.
         """
+        import tokenizers
+
         folder = given_path(name_or_path, "tokenizer")
         if (folder / "tokenizer.json").exists():
             try:
@@ -89,6 +90,9 @@ class Tokenizer:
 
         Raises ValueError for a vocabulary without room for anything but single characters, or larger than 2^24.
         """
+        import tokenizers
+        from tokenizers import models, normalizers, pre_tokenizers, trainers
+
         if vocab_size > MOST_TOKENS:
             raise ValueError(f"vocab_size {vocab_size}: expected at most {MOST_TOKENS} (usual are 8,000 to 250,000)")
         if isinstance(texts, str | list | tuple | set | frozenset | dict):
@@ -169,7 +173,10 @@ class Tokenizer:
         write_json(directory / "tokenizer_config.json", config)
 
 
-def _bert(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+def _bert(vocabulary: dict[str, int]) -> "tokenizers.Tokenizer":
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIALS["unk_token"]))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -184,7 +191,7 @@ def _bert(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     return backend
 
 
-def _specials_of_folder(folder: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
+def _specials_of_folder(folder: Path, backend: "tokenizers.Tokenizer") -> dict[str, str]:
     specials: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():

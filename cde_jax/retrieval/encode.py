@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
 from cde_jax.data.texts import as_list, has_text
+from cde_jax.data.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def encode(
     lengths: Sequence[int],
     embed: Callable[[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]], Float[Array, "B W"]],
     *,
-    tokenizer: Any,  # a `data.tokens.Tokenizer`, or None
+    tokenizer: Tokenizer | None,
     vocab_size: int,
     slots: int = 0,
     width: int,

@@ -1,0 +1,62 @@
+"""Ranking on a bare accelerator image: jax, flax, numpy, safetensors, jaxtyping and this package, nothing else."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from test_evaluate import ANIMALS, OTHERS, embedder, tokenizer
+
+from cde_jax.data.store import read_json
+from cde_jax.evaluation.beir import evaluate_embedder
+from cde_jax.evaluation.metrics import score_rankings
+from cde_jax.evaluation.tokens import write_tokens
+
+__all__ = ["tokenizer"]
+
+MISSING = (
+    "bm25s faiss grain huggingface_hub matplotlib ml_collections orbax pytrec_eval sklearn tensorboardX "
+    "threadpoolctl tokenizers torch tqdm transformers"
+)
+
+RANK = """
+import sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys(sys.argv[2].split()))  # importing one of them is an ImportError
+
+import numpy as np
+from flax import nnx
+from cde_jax.data.files import write_json
+from cde_jax.evaluation.beir import rank
+from cde_jax.evaluation.tokens import read_tokens
+from cde_jax.interop.modules import TextSettings
+from cde_jax.models.contextual import BiencoderConfig, ContextualConfig, ContextualEncoder
+from cde_jax.models.encoder import EncoderConfig
+from cde_jax.retrieval.embedder import Embedder
+
+folder = Path(sys.argv[1])
+arrays = np.load(folder / "arrays.npz")
+encoder = EncoderConfig(vocab_size=100, width=32, layers=2, heads=2, mlp_width=48)
+config = ContextualConfig(BiencoderConfig(encoder, head=True), encoder, 4)
+graph, state = nnx.split(nnx.eval_shape(lambda: ContextualEncoder(config, rngs=nnx.Rngs(0))))
+for path, leaf in nnx.to_flat_state(state):
+    leaf.value = arrays[".".join(map(str, path))]
+embedder = Embedder(nnx.merge(graph, state), None, TextSettings("", "", 16, 16))
+documents = [arrays[f"document.{i}"] for i in range(5)]
+write_json(folder / "rankings.json", rank(embedder, [read_tokens(folder / "animals")], documents, seed=3))
+"""
+
+
+def test_token_sets_are_ranked_without_any_other_library_and_scored_where_pytrec_eval_is(tokenizer, tmp_path):
+    from flax import nnx
+
+    model = embedder("isolated", tokenizer)
+    arrays = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model.model))}
+    arrays |= {f"document.{i}": ids for i, ids in enumerate(tokenizer.encode(OTHERS, 16))}
+    np.savez(tmp_path / "arrays.npz", **arrays)
+    write_tokens(ANIMALS, tmp_path / "animals", tokenizer, model.settings, seed=3)
+    command = [sys.executable, "-c", RANK, str(tmp_path), MISSING]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    scores = score_rankings(read_json(tmp_path / "rankings.json"), {"animals": ANIMALS.qrels})
+    assert scores == evaluate_embedder(model, [ANIMALS], OTHERS, seed=3)
