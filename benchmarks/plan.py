@@ -17,6 +17,7 @@ import synthetic
 from harness import emit, peak_bytes
 
 from cde_jax.batching import build
+from cde_jax.batching.surrogate import texts_fingerprint
 from cde_jax.config import Batching
 from cde_jax.data.store import Store, StoreWriter
 
@@ -75,7 +76,7 @@ def write_stores(folder: Path, pairs: int, width: int) -> tuple[Store, Store]:
         for name, array in zip(("queries", "documents"), synthetic.vectors(folder, pairs, width), strict=True):
             for start in range(0, pairs, BLOCK):
                 writer.append(name, array[start : start + BLOCK])
-        vectors = writer.finish({"pairs": written.fingerprint, "surrogate": "synthetic"})
+        vectors = writer.finish({"texts": texts_fingerprint(written), "surrogate": "synthetic"})
     return written, vectors
 
 

@@ -10,10 +10,18 @@ from conftest import shared
 from threadpoolctl import threadpool_limits
 
 from cde_jax.batching import cluster, kmeans
-from cde_jax.batching.cluster import cluster_domains, paired_kmeans
-from cde_jax.batching.kmeans import unit
+from cde_jax.batching.cluster import paired_kmeans
+from cde_jax.config import Batching
+from cde_jax.data.vectors import unit_rows
 
 SETTINGS = {"iterations": 30, "tries": 2, "seed": 3}
+
+
+def cluster_domains(queries, documents, groups, *, seed=3, **settings):
+    """`cluster.cluster_domains` by the settings given by name."""
+    names = {"dimensions": "cluster_dimensions", "rows": "cluster_rows"}
+    settings = {names.get(name, name): value for name, value in settings.items()}
+    return cluster.cluster_domains(queries, documents, groups, Batching(**settings), seed)
 
 
 def blobs(n, k, width, *, noise=0.1, seed=0):
@@ -117,8 +125,8 @@ def test_equal_and_zero_rows_stay_finite(k):
     [
         ({"k": 7}, "1 ≤ k ≤ 6"),
         ({"k": 0}, "k = 0"),
-        ({"iterations": 0}, "iterations ≥ 1"),
-        ({"tries": 0}, "tries ≥ 1"),
+        ({"iterations": 0}, "iterations. must be ≥ 1"),
+        ({"tries": 0}, "tries. must be ≥ 1"),
     ],
 )
 def test_settings_out_of_range_are_named(change, message):
@@ -130,12 +138,11 @@ def test_settings_out_of_range_are_named(change, message):
 def test_vectors_that_are_not_finite_are_named():
     queries, documents, _ = blobs(6, 2, 3)
     documents[4, 1] = np.nan
-    with pytest.raises(ValueError, match=r"1 of 6 pairs have NaN or infinity .*pair 4"):
+    with pytest.raises(ValueError, match=r"1 of the 6 documents have NaN or infinity \(first: row 4\)"):
         paired_kmeans(queries, documents, 2, **SETTINGS)
     queries[5, 0] = np.inf
-    groups = [np.arange(2), np.arange(2, 6)]
-    with pytest.raises(ValueError, match=r"2 of 4 pairs have NaN or infinity .*pair 4"):
-        cluster_domains(queries, documents, groups, cluster_size=2, dimensions=2, rows=1, **SETTINGS)
+    with pytest.raises(ValueError, match=r"1 of the 6 queries have NaN or infinity \(first: row 5\)"):
+        paired_kmeans(queries, documents, 2, **SETTINGS)
 
 
 def test_domains_are_clustered_apart_to_the_size_asked_for():
@@ -152,37 +159,8 @@ def test_a_domain_of_one_pair_is_one_cluster():
     queries, documents, _ = blobs(9, 2, 3)
     found = cluster_domains(queries, documents, [np.array([4]), np.arange(8)], cluster_size=3, **SETTINGS)
     assert found[0].assignments.tolist() == [0]
-    mean = unit(queries[4:5] + documents[4:5])  # of q⊕d and d⊕q
+    mean = unit_rows(queries[4:5] + documents[4:5])  # of q⊕d and d⊕q
     np.testing.assert_allclose(found[0].centroids, np.tile(mean, 2) / np.sqrt(2), atol=1e-6)
-
-
-def test_clusters_larger_than_every_domain_are_warned_of(caplog):
-    queries, documents, _ = blobs(20, 2, 3)
-    cluster_domains(queries, documents, [np.arange(8), np.arange(8, 20)], cluster_size=13, **SETTINGS)
-    assert "the largest has 12 pairs" in caplog.text
-    caplog.clear()
-    cluster_domains(queries, documents, [np.arange(8), np.arange(8, 20)], cluster_size=12, **SETTINGS)
-    assert not caplog.text
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"cluster_size": 0}, "cluster_size ≥ 1, got 0"),
-        ({"cluster_size": 21}, "cluster_size ≤ 20, the number of pairs, got 21"),
-        ({"dimensions": -1}, "dimensions ≥ 0, got -1"),
-        ({"rows": 0}, "rows ≥ 1, got 0"),
-        ({"iterations": 0}, "iterations ≥ 1, got 0"),
-        ({"groups": [np.arange(20), np.arange(0)]}, "domain 1 has none"),
-        ({"documents": np.zeros((20, 4), np.float32)}, r"\[20, 3\] and \[20, 4\]"),
-        ({"documents": np.zeros((19, 3), np.float32)}, r"\[20, 3\] and \[19, 3\]"),
-    ],
-)
-def test_domains_that_cannot_be_clustered_are_named(change, message):
-    queries, documents, _ = blobs(20, 2, 3)
-    given = {"queries": queries, "documents": documents, "groups": [np.arange(20)], "cluster_size": 5} | SETTINGS
-    with pytest.raises(ValueError, match=message):
-        cluster_domains(**(given | change))
 
 
 def svd(queries, documents, dimensions):
@@ -194,7 +172,7 @@ def test_directions_are_those_of_an_uncentred_svd_of_queries_and_documents():
     queries, documents, _ = blobs(300, 6, 20, noise=0.4)
     queries[:, :5] += 3  # far from the origin, where centring would show, and not where the documents are
     documents[:, 5:] += 2
-    found = cluster._projection(cluster._Pairs(queries, documents, np.arange(300)), 4, np.random.default_rng(0))
+    found = cluster._projection(cluster._Domain(queries, documents, np.arange(300)), 4, np.random.default_rng(0))
     expected = svd(queries, documents, 4)
     np.testing.assert_allclose(np.abs((found * expected).sum(axis=0)), 1, atol=1e-4)
 
@@ -202,7 +180,7 @@ def test_directions_are_those_of_an_uncentred_svd_of_queries_and_documents():
 def test_reduced_vectors_have_unit_norm():
     queries, documents, _ = blobs(300, 6, 20, noise=0.4)
     found = cluster_domains(queries, 9 * documents, [np.arange(300)], cluster_size=50, dimensions=4, **SETTINGS)[0]
-    halves = [unit((side @ svd(queries, 9 * documents, 4)).astype(np.float32)) for side in (queries, documents)]
+    halves = [unit_rows((side @ svd(queries, 9 * documents, 4)).astype(np.float32)) for side in (queries, documents)]
     expected = paired_kmeans(*halves, 6, **SETTINGS)
     assert found.centroids.shape == (6, 8)
     assert found.objective == pytest.approx(expected.objective, abs=1e-4)

@@ -81,7 +81,7 @@ def test_models_and_steps_run_on_a_bare_image(file):
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
-        ("faiss", {"batching/kmeans.py", "batching/neighbours.py"}),
+        ("faiss", {"batching/neighbours.py"}),
         ("tensorflow_datasets", {"data/sources/tfds_pairs.py"}),
         ("datasets", {"data/sources/huggingface.py"}),
         ("pyarrow", {"data/sources/formats.py"}),
@@ -161,8 +161,8 @@ def modules(room: str) -> list[str]:
 
 def test_importing_the_package_data_and_batching_loads_no_device_library():
     loaded = loaded_by(["cde_jax", *modules("data"), *modules("batching")])
-    assert {"cde_jax", "faiss", "sklearn"} <= loaded
-    assert not loaded & {"jax", "flax", "torch", "transformers"}
+    assert "cde_jax" in loaded
+    assert not loaded & {"jax", "faiss", "flax", "scipy", "sklearn", "torch", "transformers"}
 
 
 def test_importing_the_stages_loads_no_torch():

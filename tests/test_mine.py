@@ -5,10 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cde_jax.batching import mine, neighbours
-from cde_jax.batching.mine import mine_hard_negatives
+from cde_jax.batching import negatives, neighbours
+from cde_jax.batching.negatives import TextKeys, mine_hard_negatives
 
 repeatable = settings(max_examples=100, derandomize=True, deadline=None)
+
+
+def different(n):
+    """Keys of n different texts."""
+    return np.arange(1, n + 1, dtype=np.uint64)
 
 
 def cosines(query, documents):
@@ -18,8 +23,8 @@ def cosines(query, documents):
 
 def ranked(row, rows, queries, documents, query_keys, document_keys):
     """The group's documents that may be a negative of this pair, nearest first, with their f."""
-    answers = {row} if query_keys is None else {document_keys[i] for i in rows if query_keys[i] == query_keys[row]}
-    others = [i for i in rows if (i if query_keys is None else document_keys[i]) not in answers]
+    answers = {document_keys[i] for i in rows if query_keys[i] == query_keys[row]}
+    others = [i for i in rows if document_keys[i] not in answers]
     f = cosines(queries[row], documents[others]) if others else np.empty(0)
     order = np.argsort(-f, kind="stable")
     return np.array(others, np.int64)[order], f[order]
@@ -35,21 +40,20 @@ def ranked(row, rows, queries, documents, query_keys, document_keys):
     st.booleans(),
     st.integers(0, 9999),
 )
-def test_mined_documents_are_those_of_the_definition(n, extra, first, more, margin, keyed, seed):
+def test_mined_documents_are_those_of_the_definition(n, extra, first, more, margin, equal_texts, seed):
     random = np.random.default_rng(seed)
     queries = random.normal(size=(n, 4)).astype(np.float16)
     documents = random.normal(size=(n + extra, 4)).astype(np.float16)
     documents[:n] += queries  # nearer than the others', mostly
-    query_keys = random.integers(1, n + 2, n).astype(np.uint64) if keyed else None
-    document_keys = random.integers(1, n + 2, n + extra).astype(np.uint64) if keyed else None
+    query_keys, document_keys = different(n), different(n + extra)
+    if equal_texts:
+        query_keys, document_keys = (random.integers(1, n + 2, m).astype(np.uint64) for m in (n, n + extra))
     rows = np.sort(random.choice(n, random.integers(1, n + 1), replace=False))
     last = first + more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mine, "BLOCK", 7)
-        mined = mine_hard_negatives(
-            queries, documents, rows, query_keys=query_keys, document_keys=document_keys, first=first, last=last,
-            margin=margin, seed=0,
-        )  # fmt: skip
+        patch.setattr(negatives, "MINED_BLOCK", 7)
+        keys = TextKeys.of(query_keys, document_keys)
+        mined = mine_hard_negatives(queries, documents, rows, keys, first, last, margin, seed=0)
     assert mined.shape == (len(rows), last - first + 1)
     for row, found in zip(rows.tolist(), mined.tolist(), strict=True):
         expected, f = ranked(row, rows.tolist(), queries, documents, query_keys, document_keys)
@@ -66,16 +70,13 @@ def test_mined_documents_are_those_of_the_definition(n, extra, first, more, marg
 
 
 def test_more_answers_than_are_skipped_leave_places_empty_and_never_an_answer(monkeypatch):
-    monkeypatch.setattr(mine, "SKIPPED", 3)
+    monkeypatch.setattr(negatives, "MOST_SKIPPED", 3)
     random = np.random.default_rng(0)
     queries = np.repeat(random.normal(size=(1, 4)), 20, axis=0)
     documents = np.concatenate([queries[:10] + 0.01 * random.normal(size=(10, 4)), random.normal(size=(10, 4))])
     query_keys = np.concatenate([np.full(10, 1), np.arange(2, 12)]).astype(np.uint64)
-    document_keys = np.arange(1, 21).astype(np.uint64)
-    mined = mine_hard_negatives(
-        queries, documents, np.arange(20), query_keys=query_keys, document_keys=document_keys, first=1, last=9,
-        margin=0.0, seed=0,
-    )  # fmt: skip
+    keys = TextKeys.of(query_keys, different(20))
+    mined = mine_hard_negatives(queries, documents, np.arange(20), keys, first=1, last=9, margin=0.0, seed=0)
     assert (mined[:10, :2] >= 10).all() and (mined[:10, 2:] == -1).all()
 
 
@@ -84,40 +85,32 @@ def test_mining_many_pairs_finds_nearly_the_same(monkeypatch):
     heaps = random.normal(size=(100, 8))[random.integers(100, size=3000)]
     queries = heaps + 0.4 * random.normal(size=heaps.shape)
     documents = queries + 0.1 * random.normal(size=heaps.shape)
+    keys = TextKeys.of(different(3000), different(3000))
     window = {"first": 3, "last": 12, "margin": 0.02, "seed": 0}
-    exact = mine_hard_negatives(queries, documents, np.arange(3000), **window)
+    exact = mine_hard_negatives(queries, documents, np.arange(3000), keys, **window)
     monkeypatch.setattr(neighbours, "EXACT_POINTS", 500)
-    mined = mine_hard_negatives(queries, documents, np.arange(3000), **window)
+    mined = mine_hard_negatives(queries, documents, np.arange(3000), keys, **window)
     assert (mined >= 0).mean() > 0.5 and not np.array_equal(mined, exact)
     both = np.mean([len(set(a) & set(b)) / len(set(a)) for a, b in zip(exact.tolist(), mined.tolist(), strict=True)])
     assert both > 0.9
-    np.testing.assert_array_equal(mined, mine_hard_negatives(queries, documents, np.arange(3000), **window))
+    np.testing.assert_array_equal(mined, mine_hard_negatives(queries, documents, np.arange(3000), keys, **window))
     monkeypatch.setattr(neighbours, "PROBED", 1)
-    mined = mine_hard_negatives(queries, documents, np.arange(3000), first=1, last=200, margin=-2.0, seed=0)
+    mined = mine_hard_negatives(queries, documents, np.arange(3000), keys, first=1, last=200, margin=-2.0, seed=0)
     assert (mined[:, -1] == -1).any()  # a list does not hold so many
     for row, found in enumerate(mined.tolist()):
         found = [document for document in found if document >= 0]
         assert row not in found and len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"first": 0}, "1 ≤ first ≤ last, 1 the nearest document; got 0 and 3"),
-        ({"first": 4}, "got 4 and 3"),
-        ({"margin": 2.1}, r"margin in −2…2 \(a difference of cosines\), got 2.1"),
-        ({"margin": float("nan")}, "got nan"),
-        ({"query_keys": np.ones(2, np.uint64)}, "keys of both queries and documents"),
-    ],
-)
-def test_settings_that_cannot_be_used(changes, message):
-    settings = {"first": 1, "last": 3, "margin": 0.0, "seed": 0} | changes
-    with pytest.raises(ValueError, match=message):
-        mine_hard_negatives(np.eye(2), np.eye(2), np.arange(2), **settings)
-
-
 def test_vectors_with_nan_are_refused():
-    documents = np.eye(3)
+    documents, keys = np.eye(3), TextKeys.of(different(3), different(3))
     documents[1] = np.nan
     with pytest.raises(ValueError, match="first: row 1"):
-        mine_hard_negatives(np.eye(3), documents, np.arange(3), first=1, last=1, margin=0.0, seed=0)
+        mine_hard_negatives(np.eye(3), documents, np.arange(3), keys, first=1, last=1, margin=0.0, seed=0)
+
+
+def test_a_document_exactly_at_the_margin_is_mined():
+    keys = TextKeys.of(different(3), different(3))  # others' documents have cosine 0, a query's own 1
+    for margin, count in ((1.0, 6), (1.0001, 0)):
+        mined = mine_hard_negatives(np.eye(3), np.eye(3), np.arange(3), keys, first=1, last=2, margin=margin, seed=0)
+        assert (mined >= 0).sum() == count

@@ -1,5 +1,7 @@
 """False-negative masks and hard negatives, against definitions written the slow way."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,12 +9,11 @@ from hypothesis import strategies as st
 
 from cde_jax.batching.negatives import (
     UNIT,
+    TextKeys,
     choose_hard_negatives,
     cosine,
     false_negative_mask,
-    is_positive,
-    positives,
-    unit_rows,
+    rounded_unit_rows,
 )
 from cde_jax.data.store import Ragged
 
@@ -28,27 +29,27 @@ def keys(random, count, different):
 def test_positives_of_a_query_are_the_documents_of_all_pairs_with_its_text(seed, n, different, extra):
     random = np.random.default_rng(seed)
     query_keys, document_keys = keys(random, n, different), keys(random, n + extra, different)
-    known = positives(query_keys, document_keys)
+    known = TextKeys.of(query_keys, document_keys)
     true = set(zip(query_keys.tolist(), document_keys[:n].tolist(), strict=True))
-    assert list(zip(known.queries.tolist(), known.documents.tolist(), strict=True)) == sorted(true)
-    queries, documents = keys(random, 6, different + 2), keys(random, 9, different + 2)  # some of them unknown
-    for asked in (documents[None], np.stack([random.permutation(documents) for _ in queries])):
-        rows = np.broadcast_to(asked, (6, 9)).tolist()
-        expected = [[(q, d) in true for d in row] for q, row in zip(queries.tolist(), rows, strict=True)]
-        np.testing.assert_array_equal(is_positive(queries, asked, known), expected)
+    assert list(zip(known.positive_queries.tolist(), known.positive_documents.tolist(), strict=True)) == sorted(true)
+    rows, documents = random.integers(n, size=6), random.integers(n + extra, size=9)
+    for asked in (documents[None], np.stack([random.permutation(documents) for _ in rows])):
+        texts = document_keys[np.broadcast_to(asked, (6, 9))].tolist()
+        expected = [[(q, d) in true for d in row] for q, row in zip(query_keys[rows].tolist(), texts, strict=True)]
+        np.testing.assert_array_equal(known.is_positive(rows, asked), expected)
+    answers = [sum((q, d) in true for d in document_keys.tolist()) for q in query_keys.tolist()]
+    assert known.most_positives() == max(answers)
 
 
 def batch_of(seed, batch, hard, width=4):
-    """Vectors and keys of a small batch, some of whose texts are equal, and the positives of a few more pairs."""
+    """Vectors of a small batch, some of whose texts are equal, its documents' numbers, and the keys of a few pairs."""
     random = np.random.default_rng(seed)
-    columns = batch * (1 + hard)
+    n, columns = batch + 4, batch * (1 + hard)
     queries = random.normal(size=(batch, width)).astype(np.float16)
     documents = random.normal(size=(columns, width)).astype(np.float16)
     documents[random.integers(columns)] = documents[0]
-    query_keys, document_keys = keys(random, batch, batch + 1), keys(random, columns, columns + 1)
-    others = keys(random, 4, batch + 1), keys(random, 4, columns + 1)
-    pairs = [np.concatenate(both) for both in zip((query_keys, document_keys[:batch]), others, strict=True)]
-    return queries, documents, query_keys, document_keys, pairs
+    text_keys = TextKeys.of(keys(random, n, batch + 1), keys(random, n + batch * hard, columns + 1))
+    return queries, documents, np.concatenate([np.arange(batch), np.arange(n, n + batch * hard)]), text_keys
 
 
 def score(q, d):
@@ -64,18 +65,18 @@ def score(q, d):
     st.none() | st.floats(-1, 1).map(lambda x: round(x, 2)),
 )
 def test_mask_is_equation_4_and_equal_texts(seed, batch, hard, margin):
-    queries, documents, query_keys, document_keys, pairs = batch_of(seed, batch, hard)
+    queries, documents, numbers, text_keys = batch_of(seed, batch, hard)
     exempt = np.random.default_rng(seed).random((batch, hard)) < 0.5
     scores = cosine(queries, documents)
-    keep = false_negative_mask(scores, query_keys, document_keys, positives(*pairs), margin=margin, exempt=exempt)
+    keep = false_negative_mask(scores, np.arange(batch), numbers, text_keys, margin=margin, exempt=exempt)
     assert keep.shape == (batch, batch * (1 + hard))
-    true = set(zip(*(side.tolist() for side in pairs), strict=True))
+    true = set(zip(text_keys.queries.tolist(), text_keys.documents.tolist(), strict=False))
     for i in range(batch):
         for j in range(batch * (1 + hard)):
             if i == j:
                 assert keep[i, j]
                 continue
-            equal = (int(query_keys[i]), int(document_keys[j])) in true
+            equal = (int(text_keys.queries[i]), int(text_keys.documents[numbers[j]])) in true
             theirs = j >= batch and (j - batch) // hard == i and exempt[i, (j - batch) % hard]
             near = False
             if margin is not None and not theirs:
@@ -89,10 +90,17 @@ def test_mask_is_equation_4_and_equal_texts(seed, batch, hard, margin):
 def test_a_document_as_good_as_the_positive_is_a_false_negative_at_margin_zero():
     queries = np.random.default_rng(1).normal(size=(3, 33)).astype(np.float16)
     documents = np.repeat(np.random.default_rng(2).normal(size=(1, 33)), 3, axis=0).astype(np.float16)
-    texts = np.arange(1, 4, dtype=np.uint64)
-    scores, known = cosine(queries, documents), positives(texts, texts)
-    np.testing.assert_array_equal(false_negative_mask(scores, texts, texts, known, margin=0.0), np.eye(3, dtype=bool))
-    assert false_negative_mask(scores, texts, texts, known, margin=0.01).all()
+    scores, different = cosine(queries, documents), np.arange(3, dtype=np.uint64)
+    mask = partial(false_negative_mask, scores, np.arange(3), np.arange(3), TextKeys.of(different, different))
+    np.testing.assert_array_equal(mask(margin=0.0), np.eye(3, dtype=bool))
+    assert mask(margin=0.01).all()
+
+
+def test_a_document_exactly_at_the_margin_is_a_false_negative():
+    scores, different = np.array([[0.5, 0.75], [0.0, 0.5]]), np.arange(2, dtype=np.uint64)
+    mask = partial(false_negative_mask, scores, np.arange(2), np.arange(2), TextKeys.of(different, different))
+    assert mask(margin=0.25).tolist() == [[True, False], [True, True]]
+    assert mask(margin=0.2500001).all()
 
 
 @repeatable
@@ -101,7 +109,7 @@ def test_cosine_is_exact_so_that_order_and_place_change_no_bit(seed, width, dtyp
     random = np.random.default_rng(seed)
     queries, documents = (random.normal(size=(count, width)).astype(dtype) for count in (3, 7))
     scores = cosine(queries, documents)
-    whole = [[[int(x * UNIT) for x in row] for row in unit_rows(side)] for side in (queries, documents)]
+    whole = [[[int(x * UNIT) for x in row] for row in rounded_unit_rows(side)] for side in (queries, documents)]
     exact = [[sum(a * b for a, b in zip(q, d, strict=True)) / 2**52 for d in whole[1]] for q in whole[0]]
     np.testing.assert_array_equal(scores, exact)
     np.testing.assert_allclose(scores, [[score(q, d) for d in documents] for q in queries], atol=1e-7, rtol=0)
@@ -113,9 +121,9 @@ def test_cosine_is_exact_so_that_order_and_place_change_no_bit(seed, width, dtyp
 
 
 def test_zero_vectors_are_no_trouble():
-    texts = np.arange(1, 3, dtype=np.uint64)
+    different = TextKeys.of(*(np.arange(2, dtype=np.uint64),) * 2)
     scores = cosine(np.zeros((2, 3)), np.zeros((2, 3)))
-    assert false_negative_mask(scores, texts, texts, positives(texts, texts), margin=0.1).all()
+    assert false_negative_mask(scores, np.arange(2), np.arange(2), different, margin=0.1).all()
 
 
 def ragged(lists):
@@ -130,13 +138,10 @@ def choose(rows, count, listed, query_keys, document_keys, *, mined=None, pool=N
     return choose_hard_negatives(
         np.asarray(rows),
         count,
-        listed=ragged(listed),
-        mined=np.empty((len(rows), 0), np.int64) if mined is None else mined,
-        pool=np.arange(n) if pool is None else pool,
-        query_keys=query_keys,
-        document_keys=document_keys,
-        known=positives(query_keys, document_keys),
-        random=random or np.random.default_rng(0),
+        np.empty((len(rows), 0), np.int64) if mined is None else mined,
+        np.arange(n) if pool is None else pool,
+        TextKeys.of(query_keys, document_keys, ragged(listed)),
+        random or np.random.default_rng(0),
     )
 
 

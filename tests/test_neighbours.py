@@ -1,4 +1,6 @@
-"""Nearest neighbours against a plain sort of all distances."""
+"""Nearest neighbours against a plain sort of all cosines or distances."""
+
+import sys
 
 import numpy as np
 import pytest
@@ -7,19 +9,17 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from cde_jax.batching import neighbours
-from cde_jax.batching.neighbours import Unvisited, nearest
+from cde_jax.batching.neighbours import build_index, load_faiss, nearest_documents, search_selected
 
 repeatable = settings(max_examples=60, derandomize=True, deadline=None)
 
 
-def scores_of(queries, points, cosine):
-    """All scores, greater nearer, in float64."""
-    queries, points = queries.astype(np.float64), points.astype(np.float64)
-    if not cosine:
-        return -((queries[:, None] - points[None]) ** 2).sum(-1)
-    norms = [np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, points)]
-    queries, points = (x / np.where(norm > 0, norm, 1) for x, norm in zip((queries, points), norms, strict=True))
-    return queries @ points.T
+def cosines(queries, documents):
+    """All cosines, in float64."""
+    sides = [side.astype(np.float64) for side in (queries, documents)]
+    norms = [np.linalg.norm(side, axis=1, keepdims=True) for side in sides]
+    queries, documents = (side / np.where(norm > 0, norm, 1) for side, norm in zip(sides, norms, strict=True))
+    return queries @ documents.T
 
 
 def clustered(n, width=8, seed=0):
@@ -31,58 +31,48 @@ def clustered(n, width=8, seed=0):
 
 @repeatable
 @given(
-    st.integers(1, 12),
     st.integers(1, 15),
+    st.integers(0, 5),
     st.integers(1, 20),
-    st.booleans(),
     st.booleans(),
     st.sampled_from(["float16", "float32", "float64"]),
     st.integers(0, 999),
 )
-def test_neighbours_are_those_of_a_sort_of_all(m, n, count, cosine, small_pieces, dtype, seed):
+def test_neighbours_are_those_of_a_sort_of_all(n, others, count, small_pieces, dtype, seed):
     random = np.random.default_rng(seed)
-    queries, points = (random.integers(-2, 3, (size, 3)).astype(dtype) for size in (m, n))  # equal ones, and zeros
+    rows = np.sort(random.choice(n + others, n, replace=False))
+    queries, documents = (random.integers(-2, 3, (n + others, 3)).astype(dtype) for _ in range(2))  # equal ones, zeros
     with pytest.MonkeyPatch.context() as patch:
         if small_pieces:  # so that a query's neighbours come from several indexes
-            patch.setattr(neighbours, "POINT_BYTES", 3 * 3 * 4)
+            patch.setattr(neighbours, "INDEX_BYTES", 3 * 3 * 4)
             patch.setattr(neighbours, "READ_BYTES", 2 * 3 * 4)
-        ids, scores = nearest(queries, points, count, seed=0, cosine=cosine)
+        ids, scores = nearest_documents(queries, documents, rows, count, seed=0)
     found = min(count, n)
-    expected = scores_of(queries, points, cosine)
+    expected = cosines(queries[rows], documents[rows])
     best = np.sort(expected, axis=1)[:, ::-1][:, :found]
-    np.testing.assert_allclose(scores[:, :found] if cosine else -scores[:, :found], best, atol=2e-6)
+    np.testing.assert_allclose(scores[:, :found], best, atol=2e-6)
     np.testing.assert_allclose(np.take_along_axis(expected, ids[:, :found], axis=1), best, atol=2e-6)
     assert all(len(set(row)) == found for row in ids[:, :found].tolist())
     assert (np.diff(ids[:, :found])[np.diff(scores[:, :found]) == 0] > 0).all()
-    assert (ids[:, found:] == -1).all() and np.isinf(scores[:, found:]).all()
+    assert (ids[:, found:] == -1).all() and (scores[:, found:] == -np.inf).all()
 
 
-def test_neighbours_of_some_rows_only():
-    queries, points, rows = clustered(200, seed=1), clustered(200, seed=2), np.arange(3, 200, 7)
-    ids, scores = nearest(queries, points, 5, seed=0, rows=rows)
-    expected = nearest(queries[rows], points[rows], 5, seed=0)
-    np.testing.assert_array_equal(ids, expected.ids)
-    np.testing.assert_array_equal(scores, expected.scores)
-
-
-@pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_inverted_lists_find_nearly_all(monkeypatch, cosine, pieces):
-    points = clustered(4000, seed=3).astype(np.float16)
-    exact = nearest(points, points, 10, seed=0, cosine=cosine)
+def test_inverted_lists_find_nearly_all(monkeypatch, pieces):
+    points, rows = clustered(4000, seed=3).astype(np.float16), np.arange(4000)
+    exact, _ = nearest_documents(points, points, rows, 10, seed=0)
     monkeypatch.setattr(neighbours, "EXACT_POINTS", 500)
-    monkeypatch.setattr(neighbours, "POINT_BYTES", -(-4000 // pieces) * 8 * 4)
-    ids, scores = nearest(points, points, 10, seed=0, cosine=cosine)
-    shared = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), exact.ids.tolist(), strict=True)])
+    monkeypatch.setattr(neighbours, "INDEX_BYTES", -(-4000 // pieces) * 8 * 4)
+    ids, scores = nearest_documents(points, points, rows, 10, seed=0)
+    shared = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), exact.tolist(), strict=True)])
     assert 0.95 < shared < 1  # below 1, or the lists were not used at all
-    sign = 1 if cosine else -1
-    assert (np.diff(sign * scores, axis=1) <= 0).all()
-    np.testing.assert_allclose(sign * scores[0], scores_of(points[:1], points[ids[0]], cosine)[0], atol=1e-4)
-    again = nearest(points, points, 10, seed=0, cosine=cosine)
-    np.testing.assert_array_equal(again.ids, ids)
-    np.testing.assert_array_equal(again.scores, scores)
+    assert (np.diff(scores, axis=1) <= 0).all()
+    np.testing.assert_allclose(scores[0], cosines(points[:1], points[ids[0]])[0], atol=1e-4)
+    again = nearest_documents(points, points, rows, 10, seed=0)
+    np.testing.assert_array_equal(again[0], ids)
+    np.testing.assert_array_equal(again[1], scores)
     monkeypatch.setattr(neighbours, "PROBED", 1)
-    ids, scores = nearest(points, points, 100, seed=0, cosine=cosine)
+    ids, scores = nearest_documents(points, points, rows, 100, seed=0)
     assert (ids < 0).any() and ((ids < 0) == np.isinf(scores)).all()  # a few lists do not hold so many
 
 
@@ -92,44 +82,46 @@ def test_neighbours_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(neighbours, "THREADED_WORK", 0)
     for threads in (1, 2, 3):
         with threadpool_limits(threads):
-            found.append(nearest(points, points, 10, seed=0))
+            found.append(nearest_documents(points, points, np.arange(5000), 10, seed=0))
     for other in found[1:]:
-        np.testing.assert_array_equal(other.ids, found[0].ids)
-        np.testing.assert_array_equal(other.scores, found[0].scores)
+        np.testing.assert_array_equal(other[0], found[0][0])
+        np.testing.assert_array_equal(other[1], found[0][1])
+
+
+def test_an_index_reads_its_points_in_pieces(monkeypatch):
+    monkeypatch.setattr(neighbours, "READ_BYTES", 7 * 8 * 4)
+    points = clustered(100)
+    index = build_index(points.__getitem__, 100, 8, (0,), cosine=False)
+    distances = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(index.search(points, 5)[1], distances.argsort(axis=1)[:, :5])
 
 
 @pytest.mark.parametrize("exact_points", [1000, 100])
-def test_the_nearest_unvisited_point_is_found_however_few_are_left(monkeypatch, exact_points):
+def test_the_nearest_selected_point_is_found_however_few_are_left(monkeypatch, exact_points):
     monkeypatch.setattr(neighbours, "EXACT_POINTS", exact_points)
     monkeypatch.setattr(neighbours, "PROBED", 4)
     points = clustered(600, seed=4)
-    unvisited, left, nearer = Unvisited(points, seed=0), set(range(600)), 0
+    index, selected = build_index(points.__getitem__, 600, 8, (0,), cosine=False), bytearray(b"\xff") * 76
+    left, nearer = set(range(600)), 0
     for point in np.random.default_rng(0).permutation(600)[:-1].tolist():
-        unvisited.visit(point)
+        selected[point >> 3] &= ~(1 << (point & 7))
         left.remove(point)
-        found = unvisited.nearest(point)
+        found = search_selected(index, points[point], selected)
         assert found in left
         distances = ((points - points[point]) ** 2).sum(axis=1)
         nearer += distances[found] > min(distances[i] for i in left) + 1e-5
     assert nearer == 0 if exact_points == 1000 else nearer < 60
 
 
-@pytest.mark.parametrize(
-    ("queries", "points", "count", "message"),
-    [
-        (np.ones((2, 3)), np.ones((2, 3)), 0, "at least one neighbour .* count = 0"),
-        (np.ones((2, 3)), np.ones((2, 4)), 1, "one width, got 3 and 4"),
-        (np.ones((2, 3)), np.array([[1.0], [np.nan]]) * np.ones(3), 1, r"1 of those read together \(first: row 1\)"),
-        (np.array([[np.inf], [1.0]]) * np.ones(3), np.ones((2, 3)), 1, r"first: row 0"),
-    ],
-)
-def test_vectors_that_cannot_be_searched(queries, points, count, message):
-    with pytest.raises(ValueError, match=message):
-        nearest(queries, points, count, seed=0)
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_broken_row_is_named_by_its_own_number(side):
+    sides = [np.ones((9, 3)), np.ones((9, 3))]
+    sides[side][7] = np.nan
+    with pytest.raises(ValueError, match=r"1 of the 3 vectors have NaN or infinity \(first: row 7\)"):
+        nearest_documents(*sides, np.array([2, 5, 7]), 1, seed=0)
 
 
-def test_a_broken_row_is_named_by_its_own_number():
-    points = np.ones((9, 3))
-    points[7] = np.nan
-    with pytest.raises(ValueError, match="first: row 7"):
-        nearest(points, points, 1, seed=0, rows=np.array([2, 5, 7]))
+def test_a_missing_faiss_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match="pip install"):
+        load_faiss()

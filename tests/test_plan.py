@@ -1,5 +1,6 @@
 """The batch plan: what it promises about rows, masks and hard negatives, and that nothing of it changes unseen."""
 
+import itertools
 import json
 import tracemalloc
 
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pairs import PLAN, bag_of_letters, tiny_pairs, tiny_plan, tiny_vectors
 
+from cde_jax.batching.build import check_sizes
 from cde_jax.batching.plan import ARRAYS, BatchPlan
+from cde_jax.batching.surrogate import texts_fingerprint
 from cde_jax.config import Batching
 from cde_jax.data.store import StoreWriter
 
@@ -179,11 +182,24 @@ def test_clusters_are_numbered_through_the_groups(stores, plan, scratch):
         assert sizes.sum() == group["rows"] and 0 < group["objective"] <= 1
         first += group["clusters"]
     assert sum(plan.manifest["cluster_sizes"].values()) == first > 5
+    for group in plan.manifest["groups"]:
+        assert group["clusters"] + group["empty_clusters"] == -(-group["rows"] // PLAN["cluster_size"])
+    assert plan.manifest["empty_clusters"] == sum(group["empty_clusters"] for group in plan.manifest["groups"])
     dropped = tiny_plan(scratch, *stores[:2], batch_size=6, domain_weights=("domain1=0",))
     np.testing.assert_array_equal(dropped.clusters == -1, np.isin(domain, [1, 2, 3]))
     assert [group["clusters"] > 0 for group in dropped.manifest["groups"]] == [True, False]
     whole = tiny_plan(scratch, *stores[:2], method="random")
     assert [(group["clusters"], group["objective"]) for group in whole.manifest["groups"]] == [(1, None)] * 3
+    assert [group["median_cluster_size"] for group in whole.manifest["groups"]] == [20, 13, 5]
+    assert whole.manifest["median_cluster_size"] == 20 and whole.manifest["empty_clusters"] == 0
+
+
+def test_the_median_cluster_size_is_that_of_a_pair(stores, plan):
+    sizes = np.bincount(plan.clusters)[plan.clusters]  # of each pair's cluster
+    assert plan.manifest["median_cluster_size"] == np.median(sizes)
+    for number, group in enumerate(plan.manifest["groups"]):
+        rows = group_rows(plan, int(np.flatnonzero(plan.groups == number)[0]), stores[0])
+        assert group["median_cluster_size"] == np.median(sizes[rows])
 
 
 def test_small_domains_are_merged_or_dropped_and_counted(stores, plan, scratch):
@@ -308,15 +324,38 @@ def test_a_plan_of_other_inputs_names_both_fingerprints_and_the_flag(stores, pla
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"batch_size": 39}, "at least one batch of 39 pairs, got 38"),
         ({"cluster_size": 39}, "cluster_size ≤ 38, the number of pairs, got 39"),
-        ({"domain_weights": ("domain0",)}, '"NAME=0.5"'),
-        ({"domain_weights": ("domain9=2",)}, "'domain9'"),
+        ({"hard_negatives": 38}, "hard_negatives < 38, the number of pairs, got 38"),
+        ({"mine_first": 20, "mine_last": 30}, "mine_first < 20, the pairs of the largest domain, got 20"),
+        ({"domain_weights": ("domain9=2",)}, "'domain9', no domain"),
+        ({"domain_weights": ("domain2=2",)}, "'domain2' has fewer pairs than a batch"),
     ],
 )
-def test_settings_that_do_not_fit_the_pairs_are_named(stores, tmp_path, change, message):
+def test_settings_that_do_not_fit_the_pairs_are_named_before_and_by_the_plan(stores, tmp_path, change, message):
+    settings = Batching(**PLAN | change)
+    with pytest.raises(ValueError, match=message):
+        check_sizes(settings, {"domain0": 20, "domain1": 13, "domain2": 3, "domain3": 2})
     with pytest.raises(ValueError, match=message):
         tiny_plan(tmp_path / "plan", *stores[:2], **change)
     assert not (tmp_path / "plan").exists()
+
+
+def test_settings_that_fit_their_limits_are_accepted(caplog):
+    domains = {"domain0": 20, "domain1": 13}
+    unmined = {"mine_first": 20, "mine_last": 30, "hard_negatives": 0}
+    for change in ({"cluster_size": 20}, {"hard_negatives": 32}, {"mine_first": 19, "mine_last": 30}, unmined):
+        check_sizes(Batching(**PLAN | change), domains)
+    check_sizes(Batching(**PLAN | {"method": "random", "cluster_size": 99}), domains)
+    assert not caplog.text
+    check_sizes(Batching(**PLAN | {"cluster_size": 21}), domains)
+    assert "every domain is one cluster: cluster_size is 21, the largest has 20 pairs" in caplog.text
+
+
+def test_a_batch_of_more_scores_than_memory_is_refused():
+    check_sizes(Batching(batch_size=2**16), {"a": 2**17})
+    with pytest.raises(ValueError, match=r"≤ 4.3e\+09 scores in a batch, B²\(1 \+ hard_negatives\), got 8.6e\+09"):
+        check_sizes(Batching(batch_size=2**16, hard_negatives=1), {"a": 2**17})
 
 
 def altered(directory, vectors, **changes):
@@ -324,21 +363,22 @@ def altered(directory, vectors, **changes):
     with StoreWriter(directory, "vectors") as writer:
         for name in ("queries", "documents"):
             writer.append(name, changes.get(name, vectors.array(name)))
-        return writer.finish({"pairs": vectors.manifest["pairs"]})
+        return writer.finish({"texts": vectors.manifest["texts"]})
 
 
 def test_vectors_that_do_not_fit_are_named(stores, tmp_path):
     pairs, vectors, _ = stores
     other = tiny_pairs(tmp_path / "other", (20, 13, 3, 2), seed=1)
-    with pytest.raises(ValueError, match=rf"vectors .*{other.fingerprint}.*{pairs.fingerprint}.*--rebuild"):
+    both = rf"{texts_fingerprint(other)}.*{texts_fingerprint(pairs)}"
+    with pytest.raises(ValueError, match=f"vectors are of other texts: .*{both}.*--rebuild"):
         tiny_plan(tmp_path / "plan", other, vectors)
     broken = vectors.array("documents").copy()
     broken[41, 3] = np.nan
     for number, (changes, message) in enumerate(
         [
             ({"queries": vectors.array("queries")[:-1]}, "vectors of 38 queries, got 37"),
-            ({"queries": vectors.array("queries")[:, :5]}, "queries of 5 and documents of 13"),
-            ({"documents": broken}, r"vectors of the documents have NaN or infinity \(first: number 41\)"),
+            ({"queries": vectors.array("queries")[:, :5]}, "queries of 5, documents of 13"),
+            ({"documents": broken}, r"vectors of the documents have NaN or infinity \(first: row 41\)"),
         ]
     ):
         wrong = altered(tmp_path / f"vectors{number}", vectors, **changes)
@@ -362,7 +402,7 @@ def bare(folder, query_keys, document_keys, listed=(), topics=0):
     with StoreWriter(folder / "vectors", "vectors") as writer:
         for name, count in (("queries", n), ("documents", len(document_keys))):
             writer.append(name, (topics + 0.3 * random.normal(size=(count, width))).astype(np.float16))
-        return pairs, writer.finish({"pairs": pairs.fingerprint})
+        return pairs, writer.finish({"texts": texts_fingerprint(pairs)})
 
 
 def test_clusters_make_batches_harder(tmp_path):
@@ -380,6 +420,23 @@ def test_clusters_make_batches_harder(tmp_path):
     hard, less, easy = (found["in_batch_negative_similarity"] for found in difficulty.values())
     assert hard > less + 0.1 > easy + 0.2
     assert len({found["random_pair_similarity"] for found in difficulty.values()}) == 1
+
+
+def test_many_masked_negatives_are_warned_of_with_their_share(tmp_path, caplog):
+    stores = bare(tmp_path, range(20), [7] * 20)
+    plan = tiny_plan(tmp_path / "plan", *stores, hard_negatives=0, cluster_size=20)
+    assert plan.manifest["difficulty"]["masked_share"] == 1
+    assert "100.0 % of the negatives are masked" in caplog.text
+    caplog.clear()
+    tiny_plan(tmp_path / "other", *bare(tmp_path / "2", range(20), range(20)), filter_margin=None, hard_negatives=0)
+    assert "masked" not in caplog.text
+
+
+def test_hard_negatives_are_drawn_anew_at_each_step(tmp_path):
+    stores = bare(tmp_path, range(40), range(40))
+    plan = tiny_plan(tmp_path / "plan", *stores, epochs=6)
+    drawn = [plan.hard_negatives[plan.rows == row].tolist() for row in range(40)]  # of a pair, by epoch
+    assert sum(first == second for pair in drawn for first, second in itertools.pairwise(pair)) < 10
 
 
 def test_hard_negatives_that_cannot_be_had_are_told_before_the_work(tmp_path):

@@ -1,6 +1,11 @@
 """The surrogate models: LSA that can be stored without pickle, sentence-transformers."""
 
+import re
+import sys
+from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +14,15 @@ from tiny_pairs import tiny_pairs
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cde_jax.batching import surrogate
-from cde_jax.batching.surrogate import Lsa, Texts, identity, lsa, sentence_transformer, write_vectors
+from cde_jax.batching.surrogate import (
+    Lsa,
+    Texts,
+    check_surrogate,
+    identity,
+    lsa,
+    sentence_transformer,
+    write_vectors,
+)
 
 QUERIES = ["read a csv file", "write json to disk", "where the cat sat", "open a file", "plot a graph of nodes"]
 DOCUMENTS = ["csv: parses a file", "json: dumps to disk", "the dog and the cat sat", "opens files", "graph and nodes"]
@@ -67,10 +80,99 @@ def fit_words(texts):
     return {word for text in texts for word in text.replace(":", "").split() if len(word) > 1}
 
 
-@pytest.mark.parametrize("spec", ["word2vec", "sentence-transformers:", "checkpoint:runs/a"])
-def test_an_unknown_model_is_named(spec):
-    with pytest.raises(ValueError, match=f'"sentence-transformers:NAME" or "checkpoint:DIR", got {spec!r}'):
-        sentence_transformer(spec)
+@pytest.mark.parametrize("texts", ["one text", {"a", "b"}, {"a": "b"}, ["a", 3], [["a"]], None])
+def test_anything_but_lists_of_texts_is_refused(texts):
+    fits = partial(lsa, width=2, seed=0)
+    for call in (fit().encode, lambda x: fits(x, DOCUMENTS), lambda x: fits(QUERIES, x)):
+        with pytest.raises(ValueError, match="expected a list of texts"):
+            call(texts)
+
+
+def test_queries_and_documents_are_fitted_together_all_or_a_sample_of_both(monkeypatch):
+    queries, documents = [f"query{i} word" for i in range(50)], [f"document{i} word" for i in range(50)]
+    assert {"query7", "document7"} <= set(lsa(queries, documents, width=2, seed=0).words)
+    monkeypatch.setattr(surrogate, "FIT_TEXTS", 40)
+    words = lsa(queries, documents, width=2, seed=0).words
+    assert len(words) == 41
+    assert 5 < sum(word.startswith("query") for word in words) < 35
+    assert words != lsa(queries, documents, width=2, seed=1).words
+
+
+@pytest.fixture
+def fake_library(monkeypatch):
+    """A module `sentence_transformers` whose model returns what it is called with, and the models that were made."""
+    made = []
+
+    class SentenceTransformer:
+        max_seq_length = 8192
+
+        def __init__(self, name):
+            self.name, self.device = name, SimpleNamespace(type="cpu")
+            made.append(self)
+
+        def encode_query(self, texts, **options):
+            return ("query", texts, options)
+
+        def encode_document(self, texts, **options):
+            return ("document", texts, options)
+
+    module = ModuleType("sentence_transformers")
+    module.__spec__, module.SentenceTransformer = ModuleSpec("sentence_transformers", None), SentenceTransformer
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    return made
+
+
+def test_a_sentence_transformer_gets_texts_prompts_and_normalisation(tmp_path, fake_library):
+    (tmp_path / "config.json").write_text("{}")
+    spec = f"sentence-transformers:{tmp_path}"
+    options = {"batch_size": 32, "normalize_embeddings": True, "show_progress_bar": False}
+    for prompts, expected in (((), (None, None)), (("q: ", "d: "), ("q: ", "d: "))):
+        queries, documents = sentence_transformer(spec, prompts)
+        assert queries(["a"]) == ("query", ["a"], options | {"prompt": expected[0]})
+        assert documents(["b"]) == ("document", ["b"], options | {"prompt": expected[1]})
+        assert fake_library[-1].name == str(tmp_path) and fake_library[-1].max_seq_length == 512
+
+
+@pytest.mark.parametrize(
+    ("spec", "prompts", "message"),
+    [
+        ("word2vec", (), '"sentence-transformers:NAME" or "checkpoint:DIR"'),
+        ("LSA", (), 'expected "lsa"'),
+        ("sentence-transformers:", (), "expected"),
+        ("checkpoint:", (), "expected"),
+        ("checkpoint:runs/none", (), "runs/none/config.json is not there"),
+        ("lsa", ("q: ", "d: "), r"takes no prompts, got \('q: ', 'd: '\)"),
+        ("checkpoint:HERE", ("q: ", "d: "), "takes no prompts"),
+        ("sentence-transformers:/no/such/folder", (), "a folder with modules.json or config.json"),
+        ("sentence-transformers:./models/none", (), "a folder with"),
+        ("sentence-transformers:EMPTY", (), "a folder with"),
+        ("sentence-transformers:me/no-such-model", (), "neither a folder nor on the hub"),
+        ("sentence-transformers:no-such-model", (), "neither a folder nor on the hub"),
+    ],
+)
+def test_surrogates_that_cannot_be_loaded_are_named_before(tmp_path, fake_library, spec, prompts, message):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    spec = spec.replace("HERE", str(tmp_path)).replace("EMPTY", str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=f"(?s){re.escape(spec)}.* cannot be used: .*{message}"):
+        check_surrogate(spec, prompts)
+    assert not fake_library
+
+
+def test_surrogates_that_can_be_loaded_are_accepted(tmp_path, fake_library, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a: asked.append(a))
+    for name in ("lsa", f"checkpoint:{tmp_path}", f"sentence-transformers:{tmp_path}", "sentence-transformers:minilm"):
+        check_surrogate(name, ("q", "d") if name.startswith("sentence") else ())
+    assert asked == [("sentence-transformers/minilm", "modules.json")]
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'cde_jax\[torch\]'"):
+        check_surrogate("sentence-transformers:minilm")
 
 
 @pytest.mark.slow  # imports torch

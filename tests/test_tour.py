@@ -1,6 +1,7 @@
 """The greedy tour: exact where it says so, and nearly as short on a graph of neighbours."""
 
 import tracemalloc
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cde_jax.batching import neighbours as neighbours_module
-from cde_jax.batching import tour
+from cde_jax.batching import pack
 from cde_jax.batching.pack import greedy_tour
 
 repeatable = settings(max_examples=60, derandomize=True, deadline=None)
@@ -24,6 +25,17 @@ def plain_tour(points, start):
         distance[order] = np.inf
         order.append(int(distance.argmin()))
     return order
+
+
+@contextmanager
+def graph_of(neighbours, **module):
+    """Tours on a graph of so many neighbours, however few the points; `module`: constants of `neighbours.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "EXACT_TOUR", 0)
+        patch.setattr(pack, "NEIGHBOURS", neighbours)
+        for name, value in module.items():
+            patch.setattr(neighbours_module, name, value)
+        yield
 
 
 def length(points, order):
@@ -88,57 +100,48 @@ def test_the_exact_tour_is_exact_at_any_scale_and_place(k, width, scale, offset,
 def test_a_tour_on_a_graph_visits_every_centroid_once(k, neighbours, seed, lists):
     random = np.random.default_rng(seed)
     points = random.integers(0, 4, (k, 2)).astype(np.float32)  # many stand on the same place
-    with pytest.MonkeyPatch.context() as patch:
-        if lists:
-            patch.setattr(neighbours_module, "EXACT_POINTS", 20)
-            patch.setattr(neighbours_module, "PROBED", 1)
-        order = greedy_tour(points, 0, neighbours=neighbours)
+    with graph_of(neighbours, **({"EXACT_POINTS": 20, "PROBED": 1} if lists else {})):
+        order = greedy_tour(points, 0)
     assert order[0] == 0 and sorted(order.tolist()) == list(range(k))
 
 
-@pytest.mark.parametrize("neighbours", [59, 60, 1000])
-def test_with_a_complete_graph_the_tour_is_the_exact_one(neighbours):
-    points = 1e3 + 1e-6 * np.random.default_rng(0).integers(0, 5, (60, 2))  # one place in float32
-    assert greedy_tour(points, 7, neighbours=neighbours).tolist() == plain_tour(points, 7)
+def test_with_a_complete_graph_the_tour_is_the_exact_one():
+    points = np.random.default_rng(0).normal(size=(60, 2))
+    with graph_of(60):
+        assert greedy_tour(points, 7).tolist() == plain_tour(points, 7)
 
 
-@pytest.mark.parametrize("lists", [False, True])
+@pytest.mark.parametrize("lists", [{}, {"EXACT_POINTS": 500}])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_tour_on_a_graph_is_nearly_as_short_as_the_exact_one(monkeypatch, seed, lists):
+def test_a_tour_on_a_graph_is_nearly_as_short_as_the_exact_one(seed, lists):
     points = clustered(2000, seed=seed)
     exact = length(points, greedy_tour(points, 0))
-    if lists:
-        monkeypatch.setattr(neighbours_module, "EXACT_POINTS", 500)
-    order = greedy_tour(points, 0, neighbours=8)
+    with graph_of(8, **lists):
+        order = greedy_tour(points, 0)
+        np.testing.assert_array_equal(order, greedy_tour(points, 0))
     assert 0.97 < length(points, order) / exact < 1.03
     assert length(points, np.random.default_rng(0).permutation(2000)) > 3 * exact
-    np.testing.assert_array_equal(order, greedy_tour(points, 0, neighbours=8))
 
 
 def test_more_neighbours_leave_fewer_searches(monkeypatch):
     points, searches = clustered(500), []
-    search = neighbours_module.Unvisited.nearest
-    monkeypatch.setattr(neighbours_module.Unvisited, "nearest", lambda *a: searches.append(1) or search(*a))
+    search = pack.search_selected
+    monkeypatch.setattr(pack, "search_selected", lambda *a: searches.append(1) or search(*a))
     made = []
     for neighbours in (1, 4, 16):
         searches.clear()
-        greedy_tour(points, 0, neighbours=neighbours)
+        with graph_of(neighbours):
+            greedy_tour(points, 0)
         made.append(len(searches))
     assert made[0] > 2 * made[1] > 4 * made[2] > 0
 
 
-def test_only_many_centroids_are_toured_on_a_graph_unasked(monkeypatch):
+def test_only_many_centroids_are_toured_on_a_graph(monkeypatch):
     points = clustered(400)
     exact = plain_tour(points, 5)
     monkeypatch.setattr(neighbours_module, "EXACT_POINTS", 50)
     monkeypatch.setattr(neighbours_module, "PROBED", 1)
-    monkeypatch.setattr(tour, "EXACT_TOUR", 400)
+    monkeypatch.setattr(pack, "EXACT_TOUR", 400)
     assert greedy_tour(points, 5).tolist() == exact
-    monkeypatch.setattr(tour, "EXACT_TOUR", 399)
+    monkeypatch.setattr(pack, "EXACT_TOUR", 399)
     assert greedy_tour(points, 5).tolist() != exact
-    np.testing.assert_array_equal(greedy_tour(points, 5), greedy_tour(points, 5, neighbours=tour.NEIGHBOURS))
-
-
-def test_a_graph_without_neighbours():
-    with pytest.raises(ValueError, match=r"at least one neighbour .* neighbours = 0"):
-        greedy_tour(np.eye(3), 0, neighbours=0)

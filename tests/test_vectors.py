@@ -11,7 +11,7 @@ import pytest
 from tiny_pairs import bag_of_words, tiny_pairs
 
 from cde_jax.batching import surrogate
-from cde_jax.batching.surrogate import Texts, vectors_fingerprint, write_vectors
+from cde_jax.batching.surrogate import Texts, texts_fingerprint, vectors_fingerprint, write_vectors
 from cde_jax.data.store import Store, StoreWriter
 
 TESTS = str(Path(__file__).parent)
@@ -68,7 +68,7 @@ def test_rows_are_encoded_in_blocks_the_longest_first_and_come_back_in_place(tmp
         for start in range(0, len(texts), 5):
             block = blocks.pop(0)
             assert sorted(block) == sorted(texts[start : start + 5])
-            lengths = [len(text.split()) for text in block]
+            lengths = [len(text.encode()) for text in block]
             assert lengths == sorted(lengths, reverse=True)
     assert not blocks
     assert len(store.array("queries")) == 36 and len(store.array("documents")) == 42
@@ -76,11 +76,50 @@ def test_rows_are_encoded_in_blocks_the_longest_first_and_come_back_in_place(tmp
 
 def test_the_manifest_says_what_the_vectors_are_of(tmp_path, pairs):
     store = write(tmp_path / "v", pairs, bag_of_words, settings={"width": 13})
-    assert store.manifest["pairs"] == pairs.fingerprint and store.manifest["surrogate"] == "words"
+    assert store.manifest["texts"] == texts_fingerprint(pairs) and store.manifest["surrogate"] == "words"
     assert store.manifest["width"] == 13 and store.manifest["settings"] == {"width": 13}
-    assert store.fingerprint == vectors_fingerprint(pairs.fingerprint, "words", {"width": 13})
-    assert store.fingerprint != vectors_fingerprint(pairs.fingerprint, "words", {"width": 14})
+    assert store.fingerprint == vectors_fingerprint(pairs, "words", {"width": 13})
     Store.open(tmp_path / "v", kind="vectors")  # with the digests
+
+
+def test_the_fingerprint_covers_texts_model_and_settings_and_nothing_else(tmp_path):
+    def fingerprint(queries, documents, name="words", settings=(), domain=0, tokens=1):
+        with StoreWriter(tmp_path / "p", "pairs") as writer:
+            for side, texts in (("query", queries), ("document", documents)):
+                writer.append_ragged(f"{side}_text", [np.frombuffer(text.encode(), np.uint8) for text in texts])
+                writer.append_ragged(f"{side}_tokens", [np.zeros(tokens, np.uint16)] * len(texts))
+            writer.append("domain", np.full(len(queries), domain, np.int32))
+            return vectors_fingerprint(writer.finish({}), name, dict(settings))
+
+    same = fingerprint(["a", "bc"], ["d", "e"])
+    assert same == fingerprint(["a", "bc"], ["d", "e"], domain=1, tokens=7)
+    others = [
+        fingerprint(["a", "bd"], ["d", "e"]),
+        fingerprint(["a", "bc"], ["d", "f"]),
+        fingerprint(["ab", "c"], ["d", "e"]),  # the same letters
+        fingerprint(["bc", "a"], ["d", "e"]),
+        fingerprint(["d", "e"], ["a", "bc"]),
+        fingerprint(["a", "bc"], ["d", "e"], name="letters"),
+        fingerprint(["a", "bc"], ["d", "e"], settings={"width": 3}),
+    ]
+    assert len({same, *others}) == 8
+
+
+@pytest.mark.parametrize("zeros", [16, 15])
+def test_vectors_of_zeros_are_warned_of_and_refused_where_there_are_no_others(tmp_path, monkeypatch, caplog, zeros):
+    monkeypatch.setattr(surrogate, "BLOCK", 16)
+    pairs = tiny_pairs(tmp_path / "pairs")
+    empty = set(Texts(pairs.ragged("query_text"))[:zeros])
+
+    def encode(texts):
+        return np.array([[0.0 if text in empty else 1.0] for text in texts], np.float32)
+
+    if zeros == 16:
+        with pytest.raises(ValueError, match="queries 0 to 15: expected vectors, got only zeros"):
+            write(tmp_path / "v", pairs, encode)
+    else:
+        write(tmp_path / "v", pairs, encode)
+        assert "queries 0 to 15: 15 vectors are zeros" in caplog.text
 
 
 def test_queries_and_documents_may_have_functions_of_their_own(tmp_path, pairs):
@@ -91,7 +130,7 @@ def test_queries_and_documents_may_have_functions_of_their_own(tmp_path, pairs):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda v, t: np.where([["query 7 " in x] for x in t], np.nan, v), "queries 5 to 9: 1 vec.*row 7 of the pairs"),
+        (lambda v, t: np.where([["query 7 " in x] for x in t], np.nan, v), r"queries 5 to 9: 1 vec.*first: row 7\)"),
         (lambda v, t: v * 1e6, "float16 range"),
         (lambda v, t: v[: max(1, len(v) - 1)], r"queries 0 to 4: expected vectors of shape \[5, 13\], got \[4, 13\]"),
         (lambda v, t: v[0], r"expected vectors of shape \[1, width\], got \[13\]"),
@@ -115,7 +154,7 @@ def test_memory_stays_flat(tmp_path, monkeypatch):
     for size in (200, 1600):
         pairs = tiny_pairs(tmp_path / f"pairs{size}", (size,))
         tracemalloc.start()
-        write(tmp_path / f"v{size}", pairs, lambda texts: np.zeros((len(texts), 512), np.float32))
+        write(tmp_path / f"v{size}", pairs, lambda texts: np.ones((len(texts), 512), np.float32))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]  # the larger one's vectors have 3.3 MB

@@ -1,24 +1,98 @@
 """From pairs and surrogate vectors to a batch plan on disk.
 
-Batches are written one by one, so memory does not grow with epochs or hard negatives; what is held for the pairs is a
-few numbers each. The same pairs, vectors, settings and seed give the same bytes.
+Batches are written one by one, so memory does not grow with epochs. The same pairs, vectors, settings and seed give the
+same bytes.
 """
 
 import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int, Int32, Int64, Shaped
+from tqdm import tqdm
 
-from cde_jax.batching.batches import Filter, Part, cluster_groups, plan_arrays
-from cde_jax.batching.difficulty import Difficulty, random_similarity, size_histogram
-from cde_jax.batching.groups import Group, domain_groups
-from cde_jax.batching.pack import parse_weights
-from cde_jax.batching.plan import BatchPlan
+from cde_jax.batching import negatives, pack
+from cde_jax.batching.cluster import cluster_domains
+from cde_jax.batching.neighbours import threads
+from cde_jax.batching.plan import BatchPlan, Difficulty
+from cde_jax.batching.surrogate import texts_fingerprint
 from cde_jax.config import Batching
-from cde_jax.data.store import Store, StoreWriter, fingerprint
+from cde_jax.data.files import fingerprint
+from cde_jax.data.store import Store, StoreWriter
+from cde_jax.data.vectors import check_finite
 
-BLOCK = 8192  # rows looked at at once by the checks
+log = logging.getLogger(__name__)
+
+# Separate the random numbers of one seed: of the arrangement, of hard negatives, of the statistics.
+EPOCH_STREAM, NEGATIVES_STREAM, STATISTICS_STREAM = 21, 22, 23
+BAR_AFTER = 3.0  # seconds of work before a progress bar shows
+BLOCK = 8192  # pairs whose hard negatives are checked at a time
+MOST_SCORES = 2**32  # of queries and documents in a batch: 32 GiB of float64
+MUCH_MASKED = 0.5  # share of masked negatives from which on there is a warning
+RANDOM_PAIRS = 4096  # drawn to estimate the similarity of a query and any document
+
+
+class Part(NamedTuple):
+    """A group of the plan with its clusters. One of weight 0 has no batches and no clusters."""
+
+    group: pack.Group
+    batches: int  # in an epoch
+    assignments: Int64[np.ndarray, " rows"]  # the cluster of each row, numbered without the empty ones
+    empty: int = 0  # clusters without pairs
+    objective: float | None = None  # of the k-means
+
+    @property
+    def sizes(self) -> Int64[np.ndarray, " clusters"]:
+        """Pairs in each cluster."""
+        return np.bincount(self.assignments)
+
+
+class Inputs(NamedTuple):
+    """What a plan is made from. n pairs, m ≥ n documents."""
+
+    queries: Float[np.ndarray, "n D"]  # vectors that arrange the pairs: clusters, tours
+    documents: Float[np.ndarray, "m D"]
+    filter_queries: Float[np.ndarray, "n E"]  # vectors that find false and hard negatives, and measure difficulty
+    filter_documents: Float[np.ndarray, "m E"]
+    keys: negatives.TextKeys
+    settings: Batching
+    seed: int
+
+
+def check_sizes(settings: Batching, domain_counts: Mapping[str, int]) -> None:
+    """Raises ValueError for settings that do not fit the number of pairs by domain, before anything is computed."""
+    domain = np.repeat(np.arange(len(domain_counts), dtype=np.int32), list(domain_counts.values()))
+    plan_groups(domain, list(domain_counts), settings)
+
+
+def plan_groups(
+    domain: Int[np.ndarray, " n"], names: Sequence[str], settings: Batching
+) -> tuple[list[pack.Group], pack.Group | None]:
+    """The groups of n pairs, by the index of their domain, and the group that is left out.
+
+    Raises ValueError for a batch, a cluster, ranks or hard negatives larger than the data, and weights of no domain.
+    """
+    n, batch, cluster, hard = len(domain), settings.batch_size, settings.cluster_size, settings.hard_negatives
+    groups, left_out = pack.domain_groups(domain, names, batch)
+    groups = pack.weighted(groups, settings.domain_weights, names)
+    largest = max(len(group.rows) for group in groups)
+    clustered, mined, rank = settings.method == "clustered", hard and settings.mine_last, settings.mine_first
+    scores = batch * batch * (1 + hard)
+    for wrong, message in (
+        (clustered and cluster > n, f'cluster_size ≤ {n}, the number of pairs, got {cluster}; or method="random"'),
+        (hard >= n, f"hard_negatives < {n}, the number of pairs, got {hard}"),
+        (mined and rank >= largest, f"mine_first < {largest}, the pairs of the largest domain, got {rank}"),
+        (scores > MOST_SCORES, f"≤ {MOST_SCORES:.1e} scores in a batch, B²(1 + hard_negatives), got {scores:.1e}"),
+    ):
+        if wrong:
+            raise ValueError(f"expected {message}; change it in the config, or use more data")
+    if clustered and cluster > largest:
+        log.warning("every domain is one cluster: cluster_size is %d, the largest has %d pairs", cluster, largest)
+    return groups, left_out
 
 
 def build_plan(
@@ -32,129 +106,207 @@ def build_plan(
 ) -> BatchPlan:
     """Writes the plan's folder and opens it; a kill leaves the old plan or none.
 
-    pairs, vectors, filter_vectors: stores of those kinds, the vectors of these pairs. `vectors` place pairs (clusters,
-    tours); `filter_vectors` (None: the same) find false negatives and mined hard negatives, and measure difficulty.
+    pairs, vectors, filter_vectors: stores of those kinds, the vectors of these pairs' texts. `vectors` arrange pairs
+    (clusters, tours); `filter_vectors` (None: the same) find false and hard negatives, and measure difficulty.
 
-    Raises ValueError for vectors that are not finite or of other pairs, data too small for a batch or a cluster, and
-    hard negatives that cannot be had.
+    Raises ValueError for vectors that are not finite or of other texts, settings that do not fit the data, and hard
+    negatives that do not exist.
     """
     filter_vectors = vectors if filter_vectors is None else filter_vectors
     names = [domain["name"] for domain in pairs.manifest["domains"]]
-    groups, left_out = domain_groups(pairs.array("domain"), names, settings.batch_size)
-    weights = parse_weights(settings.domain_weights, groups, names)
-    _check_cluster_size(settings, len(pairs.array("query_key")))
+    groups, left_out = plan_groups(pairs.array("domain"), names, settings)
     _check_vectors(pairs, vectors, "vectors")
     if filter_vectors.fingerprint != vectors.fingerprint:
         _check_vectors(pairs, filter_vectors, "the filter's vectors")
-    judge = Filter.of(pairs, filter_vectors)
-    used = [group for group, weight in zip(groups, weights, strict=True) if weight]
-    _check_hard_negatives(used, judge, settings.hard_negatives)
+    arrays = [store.array(name) for store in (vectors, filter_vectors) for name in ("queries", "documents")]
+    keys = (pairs.array("query_key"), pairs.array("document_key"), pairs.ragged("negatives"))
+    inputs = Inputs(*arrays, negatives.TextKeys.of(*keys), settings, seed)
+    _check_hard_negatives(groups, inputs)
     identity = {
         "pairs": pairs.fingerprint,
         "vectors": vectors.fingerprint,
         "filter_vectors": filter_vectors.fingerprint,
         "settings": settings.plan_settings(seed),
     }
-    surrogates = {
-        "surrogate": vectors.manifest.get("surrogate"),
-        "filter_surrogate": filter_vectors.manifest.get("surrogate"),
-    }
-    difficulty, content, scratch = Difficulty(len(groups)), hashlib.sha256(), Path(directory).absolute().parent
-    with StoreWriter(directory, "plan") as writer:  # opened now: a place that cannot be written to is found at once
-        parts = cluster_groups(groups, weights, vectors, settings, seed)
-        for name, array in plan_arrays(parts, vectors, judge, settings, seed, difficulty, scratch):
+    difficulty, content = Difficulty(len(groups)), hashlib.sha256()
+    with StoreWriter(directory, "plan") as writer:  # opened first: a folder that cannot be written to is an error now
+        parts = cluster_groups(groups, inputs)
+        for name, array in plan_arrays(parts, inputs, difficulty):
             writer.append(name, array)
             content.update(np.ascontiguousarray(array))
-        whole = {"fingerprint": fingerprint(identity | {"content": content.hexdigest()})}
-        writer.finish(
-            whole | identity | surrogates | _summary(parts, left_out, names, judge, difficulty, settings, seed)
-        )
+        summary = {
+            "fingerprint": fingerprint(identity | {"content": content.hexdigest()}),
+            "surrogate": vectors.manifest.get("surrogate"),
+            "filter_surrogate": filter_vectors.manifest.get("surrogate"),
+        }
+        writer.finish(summary | identity | _summary(parts, names, left_out, inputs, difficulty))
+    if (masked := difficulty.means()["masked_share"] or 0) >= MUCH_MASKED:
+        log.warning("%.1f %% of the negatives are masked: equal texts, or too small a filter_margin", 100 * masked)
     return BatchPlan.load(directory)
 
 
+def cluster_groups(groups: Sequence[pack.Group], inputs: Inputs) -> list[Part]:
+    """The groups with their clusters; with method "random" a group is one cluster."""
+    settings, parts, results = inputs.settings, [], iter(())
+    if settings.method == "clustered":
+        rows = [group.rows for group in groups if group.weight]
+        results = iter(cluster_domains(inputs.queries, inputs.documents, rows, settings, inputs.seed))
+    for group in groups:
+        batches = pack.epoch_size(len(group.rows), settings.batch_size, group.weight)
+        if group.weight and settings.method == "clustered":
+            clusters = next(results)
+            used, assignments = np.unique(clusters.assignments, return_inverse=True)
+            empty = len(clusters.centroids) - len(used)
+            parts.append(Part(group, batches, assignments.astype(np.int64), empty, clusters.objective))
+        else:
+            parts.append(Part(group, batches, np.zeros(len(group.rows) if group.weight else 0, np.int64)))
+    return parts
+
+
+def plan_arrays(
+    parts: Sequence[Part], inputs: Inputs, difficulty: Difficulty
+) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+    """The arrays of `BatchPlan` in pieces with their names; each batch is added to `difficulty` as it is made."""
+    settings, keys = inputs.settings, inputs.keys
+    clusters, first = np.full(len(inputs.queries), -1, np.int32), 0
+    for part in parts:
+        if part.batches:
+            clusters[part.group.rows] = first + part.assignments
+            first += len(part.sizes)
+    yield "clusters", clusters
+    tsp = settings.packing == "tsp"
+    centroids = [
+        pack.document_centroids(inputs.documents, part.assignments, part.group.rows) if tsp and part.batches else None
+        for part in parts
+    ]
+    mined = [_mine(part, inputs) for part in parts]
+    per_epoch = sum(part.batches for part in parts)
+    with tqdm(total=settings.epochs * per_epoch, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
+        for epoch in range(settings.epochs):
+            rows, numbers = _arrange_epoch(parts, centroids, epoch, inputs)
+            yield "rows", rows
+            yield "groups", numbers
+            with threads().limit(
+                limits=1
+            ):  # more gain little on matrices of this size, and cost much when all are busy
+                for step, batch, number in zip(count(epoch * per_epoch), rows, numbers.tolist(), strict=False):
+                    random = np.random.default_rng([inputs.seed, NEGATIVES_STREAM, step])
+                    pool = parts[number].group.rows
+                    candidates = mined[number][np.searchsorted(pool, batch)]  # [B, window]
+                    hard, given = negatives.choose_hard_negatives(
+                        batch, settings.hard_negatives, candidates, pool, keys, random
+                    )
+                    columns = np.concatenate([batch, hard.ravel()])  # [N]
+                    scores = negatives.cosine(inputs.filter_queries[batch], inputs.filter_documents[columns])  # [B, N]
+                    keep = negatives.false_negative_mask(scores, batch, columns, keys, settings.filter_margin, given)
+                    difficulty.add(number, scores, keep)
+                    yield "hard_negatives", hard[None]
+                    yield "keep_bits", np.packbits(keep, axis=-1)[None]
+                    bar.update()
+
+
+def _mine(part: Part, inputs: Inputs) -> Int32[np.ndarray, "rows window"]:
+    """Mined candidates of each row of the group, −1 for none; no columns where nothing is to be mined."""
+    settings, rows = inputs.settings, part.group.rows
+    first, last = settings.mine_first, min(settings.mine_last, len(rows))
+    if not (settings.hard_negatives and part.batches and 0 < first <= last):
+        return np.empty((len(rows), 0), np.int32)
+    vectors, margin = (inputs.filter_queries, inputs.filter_documents), settings.mine_margin
+    return negatives.mine_hard_negatives(*vectors, rows, inputs.keys, first, last, margin, inputs.seed)
+
+
+def _arrange_epoch(
+    parts: Sequence[Part], centroids: Sequence[Float[np.ndarray, "_ D"] | None], epoch: int, inputs: Inputs
+) -> tuple[Int64[np.ndarray, "S B"], Int32[np.ndarray, " S"]]:
+    """The rows of an epoch's batches and the numbers of their groups, shuffled: the same clusters arranged anew."""
+    random = np.random.default_rng([inputs.seed, EPOCH_STREAM, epoch])
+    batches = [
+        pack.epoch_batches(part.group, part.assignments, points, inputs.settings.batch_size, random)
+        for part, points in zip(parts, centroids, strict=True)
+        if part.batches
+    ]
+    numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [part.batches for part in parts])
+    order = random.permutation(len(numbers))
+    return np.concatenate(batches)[order], numbers[order]
+
+
 def _summary(
-    parts: list[Part],
-    left_out: Group | None,
-    names: list[str],
-    judge: Filter,
-    difficulty: Difficulty,
-    settings: Batching,
-    seed: int,
+    parts: Sequence[Part], names: Sequence[str], left_out: pack.Group | None, inputs: Inputs, difficulty: Difficulty
 ) -> dict[str, Any]:
-    """For a reader of the manifest: what an epoch is made of, what it leaves out, and how hard the batches are."""
+    """For a reader of the manifest: what an epoch is made of, what it leaves out, and how hard the batches are.
+
+    "median_cluster_size": half of the pairs are in a cluster of at most that size. It exceeds `cluster_size` where
+    clusters are empty: their centroids are the nearest of rows d⊕q only.
+    """
     groups = [
         {
             "name": part.group.name,
             "domains": [names[i] for i in part.group.domains],
             "rows": len(part.group.rows),
-            "clusters": part.clusters,
-            "weight": part.weight,
+            "clusters": len(part.sizes),
+            "empty_clusters": part.empty,
+            "median_cluster_size": _median_size(part.sizes),
+            "weight": part.group.weight,
             "batches": part.batches,
-            "left_out": max(0, len(part.group.rows) - part.batches * settings.batch_size),
+            "left_out": max(0, len(part.group.rows) - part.batches * inputs.settings.batch_size),
             "objective": None if part.objective is None else round(part.objective, 6),
+            "difficulty": (means := difficulty.means(number)),
+            "masked_share": means.pop("masked_share"),
         }
-        for part in parts
+        for number, part in enumerate(parts)
     ]
-    per_epoch = sum(part.batches for part in parts)
-    in_random = random_similarity(judge.queries, judge.documents[: len(judge.queries)], seed)
+    per_epoch, sizes = sum(part.batches for part in parts), np.concatenate([part.sizes for part in parts])
+    powers = np.bincount(np.log2(sizes).astype(np.int64))  # clusters of 2^p … 2^(p+1) − 1 pairs
     return {
-        "batches": per_epoch * settings.epochs,
+        "batches": per_epoch * inputs.settings.epochs,
         "batches_per_epoch": per_epoch,
-        "groups": [group | hard for group, hard in zip(groups, difficulty.of_groups(), strict=True)],
+        "groups": groups,
         "dropped": {
             "domains": [names[i] for i in left_out.domains] if left_out else [],
             "rows": len(left_out.rows) if left_out else 0,
         },
-        "cluster_sizes": size_histogram([part.assignments for part in parts]),
-        "difficulty": difficulty.overall() | {"random_pair_similarity": in_random},
+        "cluster_sizes": {f"{2**p}-{2 ** (p + 1) - 1}": int(n) for p, n in enumerate(powers) if n},
+        "empty_clusters": sum(part.empty for part in parts),
+        "median_cluster_size": _median_size(sizes),
+        "difficulty": difficulty.means() | {"random_pair_similarity": _random_similarity(inputs)},
     }
 
 
-def _check_cluster_size(settings: Batching, pairs: int) -> None:
-    if settings.method == "clustered" and settings.cluster_size > pairs:
-        raise ValueError(
-            f"expected cluster_size ≤ {pairs}, the number of pairs, got {settings.cluster_size}; use smaller "
-            'clusters, or method="random" for one cluster a domain'
-        )
+def _median_size(sizes: Int64[np.ndarray, " clusters"]) -> float | None:
+    """Of the cluster of a pair."""
+    return float(np.median(np.repeat(sizes, sizes))) if len(sizes) else None
 
 
-def _check_vectors(pairs: Store, vectors: Store, what: str) -> None:
-    if vectors.manifest.get("pairs") != pairs.fingerprint:
-        raise ValueError(
-            f"{what} belong to other pairs: expected fingerprint {pairs.fingerprint}, they have "
-            f"{vectors.manifest.get('pairs')}; encode these pairs again with --rebuild"
-        )
-    for name, keys in (("queries", "query_key"), ("documents", "document_key")):
-        expected, got = len(pairs.array(keys)), len(vectors.array(name))
-        if got != expected:
-            raise ValueError(f"expected {what} of {expected} {name}, got {got}; encode again with --rebuild")
-    widths = [vectors.array(name).shape[1] for name in ("queries", "documents")]
+def _random_similarity(inputs: Inputs) -> float | None:
+    """Mean cosine of a query with another pair's document, over all domains: what random batches would have."""
+    random = np.random.default_rng([inputs.seed, STATISTICS_STREAM])
+    q, d = random.integers(len(inputs.queries), size=(2, RANDOM_PAIRS))
+    q, d = inputs.filter_queries[q[q != d]], inputs.filter_documents[d[q != d]]
+    cosines = (negatives.rounded_unit_rows(q) * negatives.rounded_unit_rows(d)).sum(axis=1)
+    return round(float(cosines.mean()), 6) if len(cosines) else None
+
+
+def _check_vectors(pairs: Store, vectors: Store, name: str) -> None:
+    """Raises ValueError for vectors of other texts, of another shape, or that are not finite."""
+    again = "encode these pairs again with --rebuild"
+    if (got := vectors.manifest.get("texts")) != (expected := texts_fingerprint(pairs)):
+        raise ValueError(f"{name} are of other texts: expected fingerprint {expected}, they have {got}; {again}")
+    widths = [vectors.array(side).shape[1] for side in ("queries", "documents")]
     if widths[0] != widths[1]:
-        raise ValueError(
-            f"expected {what} of one width, got queries of {widths[0]} and documents of {widths[1]}; encode again "
-            "with --rebuild"
-        )
-    for name in ("queries", "documents"):
-        array = vectors.array(name)
-        for start in range(0, len(array), BLOCK):
-            broken = np.flatnonzero(~np.isfinite(array[start : start + BLOCK]).all(axis=1))
-            if len(broken):
-                raise ValueError(
-                    f"expected finite numbers, but {what} of the {name} have NaN or infinity (first: number "
-                    f"{start + broken[0]}); look at the surrogate and encode again with --rebuild"
-                )
+        raise ValueError(f"expected {name} of one width, got queries of {widths[0]}, documents of {widths[1]}; {again}")
+    for side, key in (("queries", "query_key"), ("documents", "document_key")):
+        if (got := len(vectors.array(side))) != (expected := len(pairs.array(key))):
+            raise ValueError(f"expected {name} of {expected} {side}, got {got}; {again}")
+        check_finite(vectors.array(side), f"{name} of the {side}")
 
 
-def _check_hard_negatives(groups: list[Group], judge: Filter, count: int) -> None:
-    """Raises ValueError if a pair can have no `count` hard negatives; few pairs have to be looked at for that."""
-    if count == 0:
-        return
-    random = np.random.default_rng(0)  # what is drawn is thrown away
-    for group in groups:
-        texts = len(np.unique(judge.document_keys[group.rows]))
-        keys = judge.query_keys[group.rows]
-        answers = np.searchsorted(judge.known.queries, keys, "right") - np.searchsorted(judge.known.queries, keys)
-        doubtful = group.rows[answers >= texts]  # the others' positives are not all the texts of the group
-        for start in range(0, len(doubtful), BLOCK):
-            rows = doubtful[start : start + BLOCK]
-            judge.hard_negatives(rows, count, np.empty((len(rows), 0), np.int64), group.rows, random)
+def _check_hard_negatives(groups: Sequence[pack.Group], inputs: Inputs) -> None:
+    """Raises ValueError if a pair can have no hard negative; only pairs with many positives are looked at."""
+    keys, hard = inputs.keys, inputs.settings.hard_negatives
+    for group in [group for group in groups if hard and group.weight]:
+        start, end = keys.positive_range(group.rows)
+        texts = len(np.unique(keys.documents[group.rows]))
+        doubtful = group.rows[end - start >= texts]  # their positives may be all texts of the group
+        for first in range(0, len(doubtful), BLOCK):
+            rows, random = doubtful[first : first + BLOCK], np.random.default_rng(0)
+            negatives.choose_hard_negatives(rows, hard, np.empty((len(rows), 0), np.int32), group.rows, keys, random)

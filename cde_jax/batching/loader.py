@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from cde_jax.batching.groups import domain_groups
 from cde_jax.batching.lengths import Layout, choose_layout, chunked
+from cde_jax.batching.pack import domain_groups
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.data.store import Ragged, Store
 

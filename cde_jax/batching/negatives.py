@@ -1,107 +1,121 @@
 """Which documents of a batch count as negatives: false-negative masks (paper, equation 4) and hard negatives.
 
 A batch of B pairs with K hard negatives each has N = B(1+K) document columns: first the B positives (document i is
-query i's positive), then the hard negatives query by query (query 0's K, query 1's K, …). Texts are compared by their
-keys (`data.pairs.text_key`); the positives of a query are the documents of all pairs whose query has the same text.
+query i's positive), then the hard negatives query by query (query 0's K, query 1's K, …). f is the surrogate's cosine.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64, UInt64
+from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, UInt64
 
+from cde_jax.batching.neighbours import nearest_documents
 from cde_jax.data.store import Ragged
 
-REDRAWS = 100  # of a filler that may not be used; by then only a group of nearly equal texts has none
-UNIT = 2.0**26  # steps of a coordinate in 0…1; a product of two fills float64's 53 bits, so cosines are exact
-BLOCK = 512  # documents compared at a time: what is in hand fits a processor's cache
+REDRAWS = 100  # of a random hard negative that may not be used; after that nearly all texts of the group are equal
+UNIT = 2.0**26  # steps of a coordinate in 0…1; a product of two fits float64's 53 bits, so cosines are exact
+BLOCK = 512  # documents compared at a time: they fit a processor's cache
+MINED_BLOCK = 8192  # queries whose mined documents are selected at a time
+MOST_SKIPPED = 32  # documents searched beyond the last rank, because a query's positives have no rank
 
 
-class Positives(NamedTuple):
-    """The different (query text, document text) of all pairs, by key: sorted by query, then by document."""
+class TextKeys(NamedTuple):
+    """What the data says about n pairs and m ≥ n documents: which texts are equal, positives, hard negatives.
 
-    queries: UInt64[np.ndarray, " p"]
-    documents: UInt64[np.ndarray, " p"]
+    Equal texts have equal keys. The positives of a query are the documents of all pairs whose query has the same text.
+    """
 
+    queries: UInt64[np.ndarray, " n"]
+    documents: UInt64[np.ndarray, " m"]
+    positive_queries: UInt64[np.ndarray, " p"]  # the different (query, positive), sorted by query, then by document
+    positive_documents: UInt64[np.ndarray, " p"]
+    listed: Ragged | None  # the data's own hard negatives of each pair, as document numbers
 
-def positives(query_keys: UInt64[np.ndarray, " n"], document_keys: UInt64[np.ndarray, " m"]) -> Positives:
-    """The positives of every query text; documents from number n on are no pair's positive. Takes 16 bytes a pair."""
-    document_keys = document_keys[: len(query_keys)]
-    order = np.lexsort((document_keys, query_keys))
-    queries, documents = query_keys[order], document_keys[order]
-    again = np.zeros(len(order), bool)
-    again[1:] = (queries[1:] == queries[:-1]) & (documents[1:] == documents[:-1])
-    return Positives(queries[~again], documents[~again])
+    @classmethod
+    def of(
+        cls, queries: UInt64[np.ndarray, " n"], documents: UInt64[np.ndarray, " m"], listed: Ragged | None = None
+    ) -> "TextKeys":
+        """From the texts' keys; documents from number n on are no pair's positive."""
+        order = np.lexsort((documents[: len(queries)], queries))
+        positives = np.stack([queries[order], documents[order]])  # [2, n]
+        different = np.ones(len(order), bool)
+        different[1:] = (positives[:, 1:] != positives[:, :-1]).any(axis=0)
+        return cls(queries, documents, *positives[:, different], listed)
 
+    def positive_range(self, rows: Int[np.ndarray, " B"]) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]:
+        """Start and end of the positives of each pair's query."""
+        return tuple(np.searchsorted(self.positive_queries, self.queries[rows], side) for side in ("left", "right"))
 
-def is_positive(
-    query_keys: UInt64[np.ndarray, " B"], document_keys: UInt64[np.ndarray, "rows N"], known: Positives
-) -> Bool[np.ndarray, "B N"]:
-    """Whether document [i, j] has the text of a positive of query i; document_keys has B rows, or one for all."""
-    start, end = (np.searchsorted(known.queries, query_keys, side) for side in ("left", "right"))
-    last = len(known.queries) - 1
-    found = (document_keys == known.documents[np.minimum(start, last)][:, None]) & (start < end)[:, None]
-    several = np.flatnonzero(end - start > 1)
-    if len(several):  # a binary search in each one's documents, all at once
-        wanted = np.broadcast_to(document_keys, found.shape)[several]
-        low, high = (np.repeat(at[several, None], found.shape[1], axis=1) for at in (start, end))
-        while (low < high).any():
-            middle = (low + high) // 2
-            below = known.documents[np.minimum(middle, last)] < wanted
-            open_ = low < high
-            low, high = np.where(open_ & below, middle + 1, low), np.where(open_ & ~below, middle, high)
-        found[several] = (known.documents[np.minimum(low, last)] == wanted) & (low < end[several, None])
-    return found
+    def is_positive(self, rows: Int[np.ndarray, " B"], documents: Int[np.ndarray, "rows N"]) -> Bool[np.ndarray, "B N"]:
+        """Whether document [i, j] has the text of a positive of pair i's query; documents: B rows, or one for all."""
+        (start, end), wanted = self.positive_range(rows), self.documents[documents]
+        last = len(self.positive_queries) - 1
+        result = (wanted == self.positive_documents[np.minimum(start, last)][:, None]) & (start < end)[:, None]
+        several = np.flatnonzero(end - start > 1)
+        if len(several):  # a binary search among each one's positives, all at once
+            wanted = np.broadcast_to(wanted, result.shape)[several]
+            low, high = (np.repeat(bound[several, None], result.shape[1], axis=1) for bound in (start, end))
+            while (low < high).any():
+                middle = (low + high) // 2
+                below, searching = self.positive_documents[np.minimum(middle, last)] < wanted, low < high
+                low, high = np.where(searching & below, middle + 1, low), np.where(searching & ~below, middle, high)
+            result[several] = (self.positive_documents[np.minimum(low, last)] == wanted) & (low < end[several, None])
+        return result
+
+    def most_positives(self) -> int:
+        """The largest number of documents that have the text of one query's positives."""
+        texts, times = np.unique(self.documents, return_counts=True)
+        _, query = np.unique(self.positive_queries, return_inverse=True)
+        return int(np.bincount(query, times[np.searchsorted(texts, self.positive_documents)]).max())
 
 
 def false_negative_mask(
     scores: Float[np.ndarray, "B N"],
-    query_keys: UInt64[np.ndarray, " B"],
-    document_keys: UInt64[np.ndarray, " N"],
-    known: Positives,
-    *,
+    rows: Int64[np.ndarray, " B"],
+    documents: Int64[np.ndarray, " N"],
+    keys: TextKeys,
     margin: float | None,
     exempt: Bool[np.ndarray, "B K"] | None = None,
 ) -> Bool[np.ndarray, "B N"]:
     """True where a column counts as a negative of the row's query, or is its positive.
 
-    Equation 4: S(q, d) = {d′ : f(q, d′) ≥ f(q, d) + ε} is removed, with f = `scores`, as `cosine` gives them, and
-    ε = `margin`; `None` removes nothing by f. A column is always removed where its text is that of a positive of the
-    row's query, this pair's or another's (`known`). Column i of row i, the positive, is always True.
+    Equation 4: S(q, d) = {d′ : f(q, d′) ≥ f(q, d) + ε} is removed, with f = `scores` (of `cosine`) and ε = `margin`;
+    None removes nothing by f. A column is always removed where it has the text of a positive of the row's query, of
+    this pair or another. Column i of row i, the positive, is always True.
 
-    `exempt`: hard negatives that equation 4 does not remove from their own query's row, as in the reference: someone
-    said that they are negatives, and they are near on purpose. Equal texts are removed there too.
+    exempt: hard negatives that equation 4 does not remove from their own query's row, as in the reference: the data
+    says that they are negatives, and they are near on purpose. Equal texts are removed there too.
     """
-    batch = len(query_keys)
-    keep = ~is_positive(query_keys, document_keys[None, :], known)
+    batch = len(rows)
+    keep = ~keys.is_positive(rows, documents[None, :])
     if margin is not None:
         near = scores >= np.diagonal(scores)[:, None] + margin
         if exempt is not None and exempt.size:
             column = batch + np.arange(exempt.size).reshape(exempt.shape)  # [B, K]
-            row = np.broadcast_to(np.arange(batch)[:, None], exempt.shape)
+            row = np.broadcast_to(np.arange(batch)[:, None], exempt.shape)  # [B, K]
             near[row[exempt], column[exempt]] = False
         keep &= ~near
     np.fill_diagonal(keep, True)
     return keep
 
 
-def cosine(queries: Float[np.ndarray, "B D"], documents: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "B N"]:
-    """Cosine of every query with every document, float64; a zero vector has cosine 0 with all.
+def cosine(queries: Float[np.ndarray, "B D"], documents: Float[np.ndarray, "N D"]) -> Float64[np.ndarray, "B N"]:
+    """Cosine of every query with every document; a zero vector has cosine 0 with all.
 
-    Exact for the rows of `unit_rows`, in whatever order they are summed: equal vectors get equal scores wherever they
-    stand in the batch, and no processor or number of threads changes a bit.
+    Exact for the rows of `rounded_unit_rows`, in whatever order they are summed: equal vectors get equal scores at any
+    place in the batch, and no processor or number of threads changes a bit.
     """
-    units, scores = unit_rows(queries), np.empty((len(queries), len(documents)))
+    units, scores = rounded_unit_rows(queries), np.empty((len(queries), len(documents)))
     for start in range(0, len(documents), BLOCK):
         block = slice(start, start + BLOCK)
-        np.matmul(units, unit_rows(documents[block]).T, out=scores[:, block])
+        np.matmul(units, rounded_unit_rows(documents[block]).T, out=scores[:, block])
     return scores
 
 
-def unit_rows(vectors: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "m D"]:
-    """Each row divided by its norm, float64, coordinates rounded to 1/`UNIT`; a row of zeros stays zero.
+def rounded_unit_rows(vectors: Float[np.ndarray, "m D"]) -> Float64[np.ndarray, "m D"]:
+    """Each row divided by its norm, coordinates rounded to 1/`UNIT`; a row of zeros stays zero.
 
-    The rounding moves a cosine by about 1e-8, much less than float16 vectors do.
+    The rounding changes a cosine by about 1e-8, much less than float16 vectors do.
     """
     rows = vectors.astype(np.float64)
     norms = np.sqrt(np.einsum("md,md->m", rows, rows))
@@ -111,46 +125,74 @@ def unit_rows(vectors: Float[np.ndarray, "m D"]) -> Float[np.ndarray, "m D"]:
     return rows
 
 
+def mine_hard_negatives(
+    queries: Float[np.ndarray, "n D"],
+    documents: Float[np.ndarray, "m D"],
+    rows: Int64[np.ndarray, " rows"],
+    keys: TextKeys,
+    first: int,
+    last: int,
+    margin: float,
+    seed: int,
+) -> Int32[np.ndarray, "rows window"]:
+    """For each pair of a group the documents d′ of ranks `first`…`last` with f(q, d′) ≤ f(q, d) − `margin`.
+
+    Documents near the query, but not as near as its own: the very nearest are often positives that nobody marked
+    (NV-Retriever, arXiv 2407.15831, "TopK-MarginPos"). rows: the pairs of the group; only their documents are ranked, 1
+    the nearest. A document with the text of a positive that the group has for the query has no rank.
+
+    Returns document numbers by rank, −1 where the document is too near or no more are found. Ranks are exact in groups
+    of up to `neighbours.EXACT_POINTS` pairs; equal f may come in any order. Raises ValueError for vectors that are not
+    finite.
+    """
+    mined = np.full((len(rows), last - first + 1), -1, np.int32)
+    group = TextKeys.of(keys.queries[rows], keys.documents[rows])
+    count = min(len(rows), last + min(MOST_SKIPPED, group.most_positives()))
+    ids, scores = nearest_documents(queries, documents, rows, count, seed)
+    for start in range(0, len(rows), MINED_BLOCK):
+        block = np.arange(start, min(start + MINED_BLOCK, len(rows)))
+        near, f = ids[block], scores[block]  # [block, count]
+        ranked = (near >= 0) & ~group.is_positive(block, near)
+        rank = np.cumsum(ranked, axis=1)
+        q, d = (vectors[rows[block]].astype(np.float32) for vectors in (queries, documents))
+        dot, qq, dd = (np.einsum("bd,bd->b", a, b) for a, b in ((q, d), (q, q), (d, d)))
+        limit = dot / np.where(qq * dd > 0, np.sqrt(qq * dd), 1) - margin
+        at, column = np.nonzero(ranked & (rank >= first) & (rank <= last) & (f <= limit[:, None]))
+        mined[start + at, rank[at, column] - first] = rows[near[at, column]]
+    return mined
+
+
 def choose_hard_negatives(
     rows: Int64[np.ndarray, " B"],
     count: int,
-    *,
-    listed: Ragged,
-    mined: Int64[np.ndarray, "B window"],
+    mined: Int[np.ndarray, "B window"],
     pool: Int64[np.ndarray, " pool"],
-    query_keys: UInt64[np.ndarray, " n"],
-    document_keys: UInt64[np.ndarray, " m"],
-    known: Positives,
+    keys: TextKeys,
     random: np.random.Generator,
 ) -> tuple[Int64[np.ndarray, "B K"], Bool[np.ndarray, "B K"]]:
-    """K = `count` hard negatives for each pair of a batch, as document numbers, and which of them the data gave.
+    """K = `count` hard negatives for each pair of a batch, as document numbers, and which of them the data lists.
 
-    rows: the batch's pairs. They come from `listed`, the data's own, ragged over all pairs; where those are fewer than
-    K, from `mined`, candidates of each row (−1: none); then from the documents of `pool`, the pairs of the same group.
-    Each time a random choice if there are more than places. Never one with the text of a positive of the row's query;
-    no text twice in a row while the pool has others.
+    rows: the batch's pairs. First the data's own (`keys.listed`), then `mined`, candidates of each row (−1: none), then
+    documents of `pool`, the pairs of the same group; each time a random choice if there are more than needed. Never one
+    with the text of a positive of the row's query; no text twice in a row while the pool has others.
 
     Raises ValueError if the pool has no document that may be used.
     """
-    chosen = np.full((len(rows), count), -1, np.int64)
-    given = np.zeros(chosen.shape, bool)
-    if count == 0:
-        return chosen, given
-    _place_candidates(chosen, given, rows, listed, mined, query_keys, document_keys, known, random)
+    chosen, given = _choose_candidates(rows, count, mined, keys, random)
     missing = np.argwhere(chosen < 0)  # [missing, 2]: row in the batch, place
-    keys = np.where(chosen < 0, 0, document_keys[chosen])
+    texts = np.where(chosen < 0, 0, keys.documents[chosen])
     for draw in range(2 * REDRAWS):
         if not len(missing):
             return chosen, given
         at, place = missing.T
         chosen[at, place] = pool[random.integers(len(pool), size=len(missing))]
-        keys[at, place] = document_keys[chosen[at, place]]
-        wrong = is_positive(query_keys[rows[at]], keys[at, place][:, None], known)[:, 0]
+        texts[at, place] = keys.documents[chosen[at, place]]
+        wrong = keys.is_positive(rows[at], chosen[at, place][:, None])[:, 0]
         if draw < REDRAWS:  # the second half lets a text come twice: there are too few different ones
-            wrong |= (keys[at] == keys[at, place][:, None]).sum(axis=1) > 1
+            wrong |= (texts[at] == texts[at, place][:, None]).sum(axis=1) > 1
         missing = missing[wrong]
     for at, place in missing:  # nearly everything is a positive: look at all of the pool
-        usable = pool[~is_positive(query_keys[rows[at : at + 1]], document_keys[None, pool], known)[0]]
+        usable = pool[~keys.is_positive(rows[at : at + 1], pool[None])[0]]
         if not len(usable):
             raise ValueError(
                 f"expected a document that can be a negative of pair {rows[at]}, but all {len(pool)} of its domain "
@@ -160,36 +202,33 @@ def choose_hard_negatives(
     return chosen, given
 
 
-def _place_candidates(
-    chosen: Int64[np.ndarray, "B K"],
-    given: Bool[np.ndarray, "B K"],
+def _choose_candidates(
     rows: Int64[np.ndarray, " B"],
-    listed: Ragged,
-    mined: Int64[np.ndarray, "B window"],
-    query_keys: UInt64[np.ndarray, " n"],
-    document_keys: UInt64[np.ndarray, " m"],
-    known: Positives,
+    count: int,
+    mined: Int[np.ndarray, "B window"],
+    keys: TextKeys,
     random: np.random.Generator,
-) -> None:
-    """Fills `chosen` from the left: the data's own negatives in random order, then mined ones, each text once."""
-    starts, ends = listed.offsets[rows], listed.offsets[rows + 1]
+) -> tuple[Int64[np.ndarray, "B K"], Bool[np.ndarray, "B K"]]:
+    """The data's own negatives in random order, then mined ones, each text once; −1 where there are no more."""
+    chosen, given = np.full((len(rows), count), -1, np.int64), np.zeros((len(rows), count), bool)
+    starts, ends = keys.listed.offsets[rows], keys.listed.offsets[rows + 1]
     sizes = ends - starts
-    own_at = np.repeat(np.arange(len(rows)), sizes)  # the row of the batch that each listed negative belongs to
-    own = listed.values[np.repeat(ends - np.cumsum(sizes), sizes) + np.arange(len(own_at))]
+    listed_at = np.repeat(np.arange(len(rows)), sizes)  # the row of the batch of each listed negative
+    listed = keys.listed.values[np.repeat(ends - np.cumsum(sizes), sizes) + np.arange(len(listed_at))]
     mined_at, column = np.nonzero(mined >= 0)
-    at = np.concatenate([own_at, mined_at])
-    document = np.concatenate([own, mined[mined_at, column]])
-    from_mining = np.arange(len(at)) >= len(own)
-    key = document_keys[document]
-    wrong = is_positive(query_keys[rows[at]], key[:, None], known)[:, 0]
-    order = np.lexsort((random.random(len(at)), from_mining, at))
-    order = order[~wrong[order]]
-    by_text = order[np.lexsort((key[order], at[order]))]  # stable: of equal texts the first in `order` stays first
+    at = np.concatenate([listed_at, mined_at])
+    document = np.concatenate([listed, mined[mined_at, column]])
+    is_mined = np.arange(len(at)) >= len(listed)
+    order = np.lexsort((random.random(len(at)), is_mined, at))
+    order = order[~keys.is_positive(rows[at], document[:, None])[order, 0]]
+    text = keys.documents[document]
+    by_text = order[np.lexsort((text[order], at[order]))]  # stable: of equal texts the first in `order` stays first
     again = np.zeros(len(at), bool)
-    again[by_text[1:]] = (key[by_text[1:]] == key[by_text[:-1]]) & (at[by_text[1:]] == at[by_text[:-1]])
+    again[by_text[1:]] = (text[by_text[1:]] == text[by_text[:-1]]) & (at[by_text[1:]] == at[by_text[:-1]])
     order = order[~again[order]]
     at = at[order]
-    rank = np.arange(len(at)) - np.searchsorted(at, at)  # place among the candidates of the same row
-    first = rank < chosen.shape[1]
+    rank = np.arange(len(at)) - np.searchsorted(at, at)  # among the candidates of the same row
+    first = rank < count
     chosen[at[first], rank[first]] = document[order][first]
-    given[at[first], rank[first]] = ~from_mining[order][first]
+    given[at[first], rank[first]] = ~is_mined[order][first]
+    return chosen, given

@@ -1,151 +1,221 @@
-"""Clusters into equal batches, within one domain (paper, section 3.1: "packing").
+"""Clusters into batches of equal size, within one group of domains (paper, section 3.1, "packing").
 
-The rule, stated once. In each epoch the clusters of a group of domains (`groups`) are put in a new order, the rows
-inside a cluster are shuffled, and the sequence is cut into ⌊rows / B⌋ batches. The remainder (rows mod B) is left out
-of that epoch: it is taken out as one run at a random batch boundary, because always taking the end would leave out the
-same outliers every time (a greedy tour visits them last). Batches of all groups are then shuffled.
+Groups. A domain of at least B pairs is a group of its own. Smaller domains are merged into the group "(small domains)",
+which is left out if it has fewer than B pairs itself.
 
-So a large cluster is split into batches, at random, and small ones are merged: with whatever follows at random, or
-with the near ones, which follow each other in a tour ("tsp"): the two ways of the paper.
+Packing. In each epoch the clusters of a group are put in a new order, random or a greedy tour ("tsp") in which similar
+clusters follow each other. The rows of each cluster are shuffled, and the sequence is cut into ⌊rows / B⌋ batches. The
+remainder (rows mod B) is left out of that epoch: one run of rows at a random batch boundary, because a greedy tour
+reaches the same outliers last every time. Batches of all groups are then shuffled.
 
-Proportions. A group of weight w (1 unless said otherwise) has ⌊w⌋ such arrangements in an epoch, and of one more a
-random share of w − ⌊w⌋ of its batches, to the nearest whole number. A weight above 0 gives one batch at least; a weight
-of 0 leaves the group out.
+Weights. A group of weight w (1 by default) has ⌊w⌋ such arrangements in an epoch, and of one more a random share of
+w − ⌊w⌋ of its batches, rounded. A weight above 0 gives at least one batch; a weight of 0 leaves the group out.
 """
 
 import difflib
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64
 
-from cde_jax.batching.groups import SMALL_DOMAINS, Group
-from cde_jax.batching.tour import greedy_tour
+from cde_jax.batching.neighbours import THREADED_WORK, build_index, search_selected, threads
+from cde_jax.config import parse_weight
+from cde_jax.data.vectors import check_finite
 
-PACKINGS = ("random", "tsp")
-CENTROID_ROWS = 65_536  # document vectors in memory at once, or a whole cluster if that is more
+SMALL_DOMAINS = "(small domains)"
+CENTROID_ROWS = 65_536  # document vectors in memory at a time, or a whole cluster if that is more
+EXACT_TOUR = 2**14  # centroids up to which a tour is exact
+NEIGHBOURS = 16  # of each centroid in the graph of larger tours
 
 
-def parse_weights(texts: Sequence[str], groups: Sequence[Group], names: Sequence[str]) -> list[float]:
-    """The weight of each group, from texts like "NAME=0.5"; 1 for a group that no text names.
+class Group(NamedTuple):
+    """Pairs that may share a batch: a domain, or the small domains together."""
 
-    groups: as `domain_groups` made them; names: those of all domains. Raises ValueError for a text of another form, a
-    weight below 0 or not finite, a name given twice, unknown or of a domain without a group of its own, and weights
-    that leave nothing.
+    name: str
+    domains: tuple[int, ...]  # indices of the domains it is made of
+    rows: Int64[np.ndarray, " rows"]  # ascending
+    weight: float = 1.0
+
+
+def domain_groups(
+    domain: Int[np.ndarray, " n"], names: Sequence[str], batch_size: int
+) -> tuple[list[Group], Group | None]:
+    """The groups of n pairs, and the group of small domains if it is left out.
+
+    domain: the index into `names` of each pair. Raises ValueError if no batch of `batch_size` pairs can be made.
     """
-    weights = {group.name: 1.0 for group in groups}
-    given = set()
-    for text in texts:
-        name, equals, number = text.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not (equals and name and math.isfinite(weight) and weight >= 0):
-            raise ValueError(f'expected a domain weight of the form "NAME=0.5", 0 or more; got {text!r}')
-        if name in given:
-            raise ValueError(f"expected one weight for a domain, but {name!r} has two; keep one of them")
-        if name not in weights:
-            raise ValueError(_no_such_group(name, list(weights), names))
-        given.add(name)
-        weights[name] = weight
-    if not any(weights.values()):
+    order = np.argsort(domain, kind="stable").astype(np.int64)
+    bounds = np.searchsorted(domain[order], np.arange(len(names) + 1))
+    rows_of = [order[start:end] for start, end in pairwise(bounds)]
+    groups = [Group(names[i], (i,), rows) for i, rows in enumerate(rows_of) if len(rows) >= batch_size]
+    small, left_out = tuple(i for i, rows in enumerate(rows_of) if 0 < len(rows) < batch_size), None
+    if small:
+        merged = Group(SMALL_DOMAINS, small, np.sort(np.concatenate([rows_of[i] for i in small])))
+        if len(merged.rows) >= batch_size:
+            groups.append(merged)
+        else:
+            left_out = merged
+    if not groups:
+        raise ValueError(
+            f"expected at least one batch of {batch_size} pairs, got {len(domain)} pairs in {len(names)} domains and "
+            "none can be made; use a smaller batch_size or more data"
+        )
+    return groups, left_out
+
+
+def weighted(groups: Sequence[Group], texts: Sequence[str], names: Sequence[str]) -> list[Group]:
+    """The groups with the weights of texts like "NAME=0.5" (`config.parse_weight`); names: of all domains.
+
+    Raises ValueError for a name that is unknown or of a domain without a group of its own, and if no group is left.
+    """
+    weights, known = dict(map(parse_weight, texts)), [group.name for group in groups]
+    for name in weights.keys() - set(known):
+        if name in names:
+            where = f"in {SMALL_DOMAINS!r}: give that a weight" if SMALL_DOMAINS in known else "left out in any case"
+            raise ValueError(f"the domain {name!r} has fewer pairs than a batch and is {where}")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"a weight is given for {name!r}, no domain of these pairs; the nearest is {near!r}")
+    groups = [group._replace(weight=weights.get(group.name, 1.0)) for group in groups]
+    if not any(group.weight for group in groups):
         raise ValueError("expected a domain with a weight above 0, but all are 0; nothing would be left to train on")
-    return [weights[group.name] for group in groups]
-
-
-def _no_such_group(name: str, known: Sequence[str], names: Sequence[str]) -> str:
-    if name in names:
-        where = f"in {SMALL_DOMAINS!r}: give that a weight" if SMALL_DOMAINS in known else "left out in any case"
-        return f"the domain {name!r} has fewer pairs than a batch and is {where}"
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"a weight is given for {name!r}, which is no domain of these pairs; the nearest is {near[0]!r}"
+    return groups
 
 
 def epoch_size(rows: int, batch_size: int, weight: float) -> int:
-    """How many batches an epoch has of a group with so many rows (at least `batch_size`) and this weight."""
+    """The number of batches in an epoch of a group with so many rows (at least `batch_size`) and this weight."""
     batches = rows // batch_size
     whole, share = divmod(weight, 1)
     return max(int(whole) * batches + math.floor(share * batches + 0.5), int(weight > 0))
 
 
 def epoch_batches(
-    rows: Int64[np.ndarray, " n"],
+    group: Group,
     assignments: Int[np.ndarray, " n"],
     centroids: Float[np.ndarray, "k D"] | None,
     batch_size: int,
-    weight: float,
     random: np.random.Generator,
 ) -> Int64[np.ndarray, "batches B"]:
-    """One epoch's batches of one group: `epoch_size` of them, from as many arrangements as its weight asks for.
+    """One epoch's batches of one group: `epoch_size` of them, from as many arrangements as its weight needs.
 
     assignments: the cluster 0…k−1 of each of the group's rows; centroids: of the tour, or None for a random order.
-    A row comes at most ⌈weight⌉ times, and never twice in a batch.
+    A row occurs at most ⌈weight⌉ times, and never twice in a batch.
     """
-    wanted = epoch_size(len(rows), batch_size, weight)
-    k = int(assignments.max()) + 1
+    missing = epoch_size(len(group.rows), batch_size, group.weight)
     parts = [np.empty((0, batch_size), np.int64)]
-    while wanted:
-        batches = arrange(rows, assignments, order_clusters(centroids, k, random), batch_size, random)
-        if len(batches) > wanted:
-            batches = batches[np.sort(random.choice(len(batches), wanted, replace=False))]
+    while missing:
+        batches = arrange(group.rows, assignments, centroids, batch_size, random)
+        if len(batches) > missing:
+            batches = batches[np.sort(random.choice(len(batches), missing, replace=False))]
         parts.append(batches)
-        wanted -= len(batches)
+        missing -= len(batches)
     return np.concatenate(parts)
-
-
-def document_centroids(
-    documents: Float[np.ndarray, "n D"],
-    assignments: Int[np.ndarray, " rows"],
-    rows: Int64[np.ndarray, " rows"] | None = None,
-) -> Float[np.ndarray, "k D"]:
-    """Plain mean of each cluster's document vectors, float64; every cluster 0…k−1 must have rows.
-
-    assignments: the cluster of each document, or of each one of `rows`; the documents, which may be memory-mapped, are
-    read CENTROID_ROWS at a time. Tours run over these means and not over the k-means centroids, as in the reference: a
-    batch meets its documents.
-    """
-    sizes = np.bincount(assignments)
-    by_cluster = np.argsort(assignments, kind="stable")
-    means = np.empty((len(sizes), documents.shape[1]))
-    ends = np.cumsum(sizes)
-    first = 0
-    while first < len(sizes):
-        start = ends[first] - sizes[first]
-        last = max(first + 1, int(np.searchsorted(ends, start + CENTROID_ROWS, side="right")))  # at least one cluster
-        chosen = by_cluster[start : ends[last - 1]]
-        together = documents[chosen if rows is None else rows[chosen]]
-        inside = ends[first:last] - sizes[first:last] - start
-        means[first:last] = np.add.reduceat(together, inside, axis=0, dtype=np.float64)
-        first = last
-    return means / sizes[:, None]
-
-
-def order_clusters(
-    centroids: Float[np.ndarray, "k D"] | None, k: int, random: np.random.Generator
-) -> Int64[np.ndarray, " k"]:
-    """One epoch's order of k clusters: random, or with centroids a greedy tour from a random start."""
-    if centroids is None:
-        return random.permutation(k).astype(np.int64)
-    return greedy_tour(centroids, int(random.integers(k)))
 
 
 def arrange(
     rows: Int64[np.ndarray, " n"],
     assignments: Int[np.ndarray, " n"],
-    order: Int64[np.ndarray, " k"],
+    centroids: Float[np.ndarray, "k D"] | None,
     batch_size: int,
     random: np.random.Generator,
 ) -> Int64[np.ndarray, "batches B"]:
-    """One epoch's batches of one group: its rows by the place of their cluster in `order`, shuffled inside a cluster.
-
-    `order` names every cluster with rows. The remainder is left out as the module's docstring says.
-    """
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    sequence = rows[np.lexsort((random.random(len(rows)), place[assignments]))]
+    """⌊n / B⌋ batches of one group: clusters in a random order or that of a tour from a random start, rows shuffled."""
+    k = int(assignments.max()) + 1
+    order = random.permutation(k) if centroids is None else greedy_tour(centroids, int(random.integers(k)))
+    position = np.empty(k, np.int64)  # of each cluster
+    position[order] = np.arange(k)
+    sequence = rows[np.lexsort((random.random(len(rows)), position[assignments]))]
     batches, remainder = divmod(len(rows), batch_size)
     gap = int(random.integers(batches + 1)) * batch_size
-    kept = np.concatenate([sequence[:gap], sequence[gap + remainder :]])
-    return kept.reshape(batches, batch_size)
+    return np.concatenate([sequence[:gap], sequence[gap + remainder :]]).reshape(batches, batch_size)
+
+
+def document_centroids(
+    documents: Float[np.ndarray, "n D"], assignments: Int[np.ndarray, " rows"], rows: Int64[np.ndarray, " rows"]
+) -> Float64[np.ndarray, "k D"]:
+    """The mean of each cluster's document vectors; every cluster 0…k−1 must have rows.
+
+    assignments: the cluster of each of `rows`. Documents may be memory-mapped; CENTROID_ROWS are read at a time. Tours
+    are of these means and not of the k-means centroids, as in the reference: a batch contrasts its documents.
+    """
+    sizes = np.bincount(assignments)
+    by_cluster = np.argsort(assignments, kind="stable")
+    means, ends, first = np.empty((len(sizes), documents.shape[1])), np.cumsum(sizes), 0
+    while first < len(sizes):
+        start = ends[first] - sizes[first]
+        last = max(first + 1, int(np.searchsorted(ends, start + CENTROID_ROWS, side="right")))  # at least one cluster
+        vectors = documents[rows[by_cluster[start : ends[last - 1]]]]
+        starts = ends[first:last] - sizes[first:last] - start  # of the clusters within `vectors`
+        means[first:last] = np.add.reduceat(vectors, starts, axis=0, dtype=np.float64)
+        first = last
+    return means / sizes[:, None]
+
+
+def greedy_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.ndarray, " k"]:
+    """From `start`, always to the nearest centroid not visited yet (Euclidean distance), ties to the lowest index.
+
+    Exact for up to EXACT_TOUR centroids: O(k² D) time and O(k D) memory. With more, it goes to the nearest unvisited of
+    a centroid's NEIGHBOURS nearest ones, and where all of those are visited it searches the others: within 1 % of the
+    exact length in benchmarks/tour.py. The same arguments give the same tour.
+
+    Raises ValueError for a start outside 0…k−1 or a centroid that is not finite.
+    """
+    k = len(centroids)
+    if not 0 <= start < k:
+        raise ValueError(f"expected a start in 0…{k - 1} for {k} centroids, got {start}")
+    check_finite(centroids, "centroids")
+    return (_exact_tour if k <= EXACT_TOUR else _graph_tour)(centroids, start)
+
+
+def _exact_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.ndarray, " k"]:
+    """The tour by exact differences in float64 (an expanded square rounds equal distances differently).
+
+    They are computed only for those points that could be the nearest by a float32 estimate and its largest error.
+    """
+    points = centroids.astype(np.float64)
+    k, width = points.shape
+    centred = points - points.mean(axis=0)
+    scale = np.sqrt(np.einsum("kd,kd->k", centred, centred).max()) or 1.0
+    rough = (centred / scale).astype(np.float32)  # within the unit ball
+    squares = np.einsum("kd,kd->k", rough, rough)
+    # Error of |b|² − 2ab: two sums of `width` products, each rounded by 2⁻²⁴ of at most 1, and of the coordinates.
+    # Twice, for the point that is the nearest and for the one that seems to be.
+    slack = np.float32(2 * 4 * (width + 8) * 2.0**-24)
+    order = np.empty(k, np.int64)
+    order[0] = here = start
+    index = np.arange(k)  # of the points still held; visited ones are dropped once they are half of them
+    with threads().limit(limits=1):  # a product with one vector is limited by memory bandwidth, not by cores
+        for step in range(1, k):
+            squares[here] = np.inf
+            current, current_rough = points[here], rough[here]
+            if 2 * (k - step) < len(index):
+                held = np.isfinite(squares)
+                points, rough, squares, index = points[held], rough[held], squares[held], index[held]
+            estimate = squares - 2 * (rough @ current_rough)
+            near = np.flatnonzero(estimate <= estimate.min() + slack)
+            difference = points[near] - current
+            here = int(near[np.einsum("kd,kd->k", difference, difference).argmin()])  # the first of equals
+            order[step] = index[here]
+    return order
+
+
+def _graph_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.ndarray, " k"]:
+    """The tour over a graph of nearest neighbours, with a search among all unvisited points where it ends."""
+    points = np.ascontiguousarray(centroids, np.float32)
+    k, width = points.shape
+    with threads().limit(limits=None if k**2 * width > THREADED_WORK else 1):
+        index = build_index(points.__getitem__, k, width, (0, 0), cosine=False)
+        graph = index.search(points, 1 + NEIGHBOURS)[1]  # one more: most points find themselves
+    unvisited = bytearray(b"\xff") * (k // 8 + 1)  # one bit per point; the search sees its changes
+    order = np.empty(k, np.int64)
+    order[0] = here = start
+    with threads().limit(limits=1):
+        for step in range(1, k):
+            unvisited[here >> 3] &= ~(1 << (here & 7))
+            near = (i for i in graph[here].tolist() if i >= 0 and unvisited[i >> 3] >> (i & 7) & 1)
+            there = next(near, -1)
+            here = there if there >= 0 else search_selected(index, points[here], unvisited)
+            order[step] = here
+    return order

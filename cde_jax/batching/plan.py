@@ -1,7 +1,7 @@
 """The static batch plan: every batch of every epoch, decided before training and written down (paper, section 3.1).
 
-A plan is a folder: `rows`, `hard_negatives`, `keep_bits`, `groups` and `clusters` as arrays, and a `manifest.json` that
-a person can read: which pairs, surrogates and settings it belongs to, what was merged or left out, and how hard its
+A plan is a folder: `rows`, `hard_negatives`, `keep_bits`, `groups` and `clusters` as arrays, and a readable
+`manifest.json`: the pairs, surrogates and settings it was made from, what was merged or left out, and how hard its
 batches are. `build.build_plan` writes it.
 """
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Int32, Int64, UInt8
 
-from cde_jax.data.store import Store, fingerprint
+from cde_jax.data.files import fingerprint
+from cde_jax.data.store import Store
 
 ARRAYS = ("rows", "hard_negatives", "keep_bits", "groups", "clusters")
-STORE_KEYS = ("kind", "format", "arrays", "manifest_sha256")  # the store's own part of a manifest
+STORE_KEYS = ("kind", "format", "arrays", "manifest_sha256")  # of a manifest, the store's own
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class BatchPlan:
     rows: Int64[np.ndarray, "S B"]  # pairs
     hard_negatives: Int64[np.ndarray, "S B K"]  # documents
     keep_bits: UInt8[np.ndarray, "S B bytes"]  # `keep`, eight columns to a byte
-    groups: Int32[np.ndarray, " S"]  # which of manifest["groups"] the batch was made of
+    groups: Int32[np.ndarray, " S"]  # index into manifest["groups"] of each batch
     clusters: Int32[np.ndarray, " n"]  # the cluster of each pair, numbered through all groups; −1: in no batch
     manifest: dict[str, Any]
 
@@ -38,7 +39,7 @@ class BatchPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything the plan holds and belongs to."""
+        """Digest of the arrays and of what they were made from."""
         return self.manifest["fingerprint"]
 
     def keep(self, step: SupportsIndex) -> Bool[np.ndarray, "B N"]:
@@ -59,25 +60,25 @@ class BatchPlan:
         vectors_fingerprint: str | None = None,
         filter_fingerprint: str | None = None,
     ) -> None:
-        """Raises ValueError if the plan belongs to other pairs, settings (those of `build_plan`) or vectors.
+        """Raises ValueError if the plan was made from other pairs, settings (`plan_settings`) or vectors.
 
-        filter_fingerprint: of the filter's vectors; the two of vectors are compared where they are given.
+        filter_fingerprint: of the filter's vectors. The fingerprints of vectors are compared where they are given.
         """
-        ours, theirs = self.manifest, {"pairs": pairs_fingerprint, "settings": fingerprint(settings)}
-        if vectors_fingerprint is not None:
-            theirs["vectors"] = vectors_fingerprint
-        if filter_fingerprint is not None:
-            theirs["filter_vectors"] = filter_fingerprint
-        for part, expected in theirs.items():
-            got = fingerprint(ours[part]) if part == "settings" else ours[part]
-            if got == expected:
-                continue
-            detail = _differences(ours[part], settings) if part == "settings" else ""
-            name = part.replace("_", " ")
-            raise ValueError(
-                f"the batch plan belongs to other {name}: expected fingerprint {expected}, the plan has {got}{detail}; "
-                f"give it the {name} it was built from, or build it again with --rebuild"
-            )
+        made = self.manifest["settings"]
+        changed = [key for key in {**made, **settings} if fingerprint(made.get(key)) != fingerprint(settings.get(key))]
+        detail = ", ".join(f"{key}: expected {settings.get(key)!r}, got {made.get(key)!r}" for key in changed)
+        for name, expected, got in (
+            ("pairs", pairs_fingerprint, self.manifest["pairs"]),
+            ("settings", fingerprint(settings), fingerprint(made)),
+            ("vectors", vectors_fingerprint, self.manifest["vectors"]),
+            ("filter vectors", filter_fingerprint, self.manifest["filter_vectors"]),
+        ):
+            if expected not in (None, got):
+                raise ValueError(
+                    f"the batch plan was made from other {name}: expected fingerprint {expected}, the plan has {got}"
+                    + (f" ({detail})" if name == "settings" else "")
+                    + f"; give it the {name} it was made from, or build it again with --rebuild"
+                )
 
     @classmethod
     def load(cls, directory: str | Path) -> "BatchPlan":
@@ -87,6 +88,26 @@ class BatchPlan:
         return cls(**arrays, manifest={k: v for k, v in store.manifest.items() if k not in STORE_KEYS})
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    keys = [key for key in {**ours, **theirs} if fingerprint(ours.get(key, "")) != fingerprint(theirs.get(key, ""))]
-    return " (" + ", ".join(f"{key}: expected {theirs.get(key)!r}, got {ours.get(key)!r}" for key in keys) + ")"
+class Difficulty:
+    """How hard the batches of each of G groups are, by the surrogate's cosine, and how much of them is masked."""
+
+    def __init__(self, groups: int):
+        # Sum and number of: cosines of in-batch negatives, of positives; masked columns, of all but the positives.
+        self.sums = np.zeros((groups, 3, 2))
+
+    def add(self, group: int, scores: Float[np.ndarray, "B N"], keep: Bool[np.ndarray, "B N"]) -> None:
+        """One batch of group number `group`: its cosines and its mask."""
+        batch, columns = scores.shape
+        negatives = keep[:, :batch] & ~np.eye(batch, dtype=bool)
+        self.sums[group] += [
+            (scores[:, :batch].sum(where=negatives), np.count_nonzero(negatives)),
+            (np.trace(scores), batch),
+            (keep.size - np.count_nonzero(keep), batch * (columns - 1)),
+        ]
+
+    def means(self, group: int | None = None) -> dict[str, float | None]:
+        """Of one group or of all: mean cosine of a query with its in-batch negatives and its positive, masked share."""
+        sums = self.sums.sum(axis=0) if group is None else self.sums[group]
+        names = ("in_batch_negative_similarity", "positive_similarity", "masked_share")
+        means = [round(total / count, 6) if count else None for total, count in sums.tolist()]
+        return dict(zip(names, means, strict=True))

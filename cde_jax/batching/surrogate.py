@@ -1,40 +1,40 @@
 """The surrogate: a cheap model whose vectors decide what is clustered together and what is a false negative.
 
-`lsa` needs no download: TF-IDF and a truncated SVD. `sentence-transformers:NAME` is any model of that library. One of
-our own checkpoints comes in as plain functions texts → vectors (paper, section 3.1: "a separate model").
+`lsa` needs no download: TF-IDF and a truncated SVD. `sentence-transformers:NAME` is any model of that library. An
+export of this project is passed as plain functions texts → vectors (paper, section 3.1: "a separate model").
 """
 
 import glob
-import hashlib
+import importlib.util
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from itertools import compress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from threadpoolctl import threadpool_limits
+from jaxtyping import Float, Float16, Float32
 from tqdm import tqdm
 
-from cde_jax.data.files import fingerprint
+from cde_jax.config import SURROGATES
+from cde_jax.data.files import digests, fingerprint
 from cde_jax.data.store import Ragged, Store, StoreWriter
+from cde_jax.data.texts import as_list
+from cde_jax.data.vectors import unit_rows
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[Sequence[str]], np.ndarray]  # texts → vectors [n, D]
+Encode = Callable[[Sequence[str]], Float[np.ndarray, "n D"]]
 
 FIT_TEXTS = 200_000  # the most texts that TF-IDF and SVD are fitted on; more change the vectors little
 MAX_WORDS = 50_000  # of the vocabulary, the most frequent
-BLOCK = 4096  # texts encoded, and made durable, at a time
+BLOCK = 4096  # texts encoded, and written to a file, at a time
+MANY = 16  # vectors of which not all can be zeros
 BAR_AFTER = 3.0  # seconds of work before a progress bar shows
-LONGEST = 512  # tokens of a text that a sentence-transformers model reads (the paper's length)
-BATCH = {"cpu": 32, "other": 128}  # texts that one of those models takes at a time, by device
-LSA_STREAM = 12  # keeps this module's random numbers apart from those of the other users of the same seed
+LONGEST = 512  # tokens of a text that a sentence-transformers model reads (as in the paper)
+BATCH = {"cpu": 32, "other": 128}  # texts that one of those models encodes at a time, by device
+LSA_STREAM = 12  # separates this module's random numbers from others of the same seed
 
 
 class Texts(Sequence[str]):
@@ -55,33 +55,26 @@ class Texts(Sequence[str]):
 class Lsa:
     """Latent semantic analysis: unit vectors from word counts."""
 
-    def __init__(self, words: Sequence[str], idf: Float[np.ndarray, " V"], components: Float[np.ndarray, "width V"]):
+    def __init__(self, words: Sequence[str], idf: Float[np.ndarray, " V"], components: Float[np.ndarray, "D V"]):
         self.words = list(words)
         self.components = np.asarray(components, np.float32)
         self._tfidf = _vectorizer(vocabulary=self.words)
         self._tfidf.idf_ = np.asarray(idf, np.float32)
 
-    @property
-    def width(self) -> int:
-        """Length of a vector."""
-        return len(self.components)
-
-    def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "n width"]:
-        """float32 unit vectors; a text without a known word has zeros."""
-        if not len(texts):
-            return np.zeros((0, self.width), np.float32)
-        vectors = self._tfidf.transform(texts) @ self.components.T
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
+    def encode(self, texts: Any) -> Float32[np.ndarray, "n D"]:
+        """Unit vectors of a list of texts; a text without a known word has zeros."""
+        texts = as_list(texts, "texts")
+        if not texts:
+            return np.zeros((0, len(self.components)), np.float32)
+        return unit_rows(self._tfidf.transform(texts) @ self.components.T).astype(np.float32)
 
     def save(self, directory: str | Path) -> None:
         """Writes arrays and JSON; a kill leaves the old folder or the new one."""
-        letters = [np.frombuffer(word.encode(), np.uint8) for word in self.words]
         with StoreWriter(directory, "lsa") as writer:
-            writer.append_ragged("words", letters)
+            writer.append_ragged("words", [np.frombuffer(word.encode(), np.uint8) for word in self.words])
             writer.append("idf", self._tfidf.idf_.astype(np.float32))
             writer.append("components", self.components)
-            writer.finish({"width": self.width, "words": len(self.words)})
+            writer.finish({"width": len(self.components), "words": len(self.words)})
 
     @classmethod
     def load(cls, directory: str | Path) -> "Lsa":
@@ -90,22 +83,27 @@ class Lsa:
         return cls(list(Texts(store.ragged("words"))), store.array("idf"), store.array("components"))
 
 
-def lsa(queries: Sequence[str], documents: Sequence[str], *, width: int, seed: int) -> Lsa:
-    """Fits `Lsa` on queries and documents together (a seeded sample of at most 200,000 texts).
+def lsa(queries: Any, documents: Any, *, width: int, seed: int) -> Lsa:
+    """Fits `Lsa` on lists of queries and documents together (a seeded sample of at most FIT_TEXTS texts).
 
-    Words of one letter are dropped, term counts damped (1 + log); no stop word list, which would tie it to a language:
-    idf does that work. With fewer words or texts than `width`, the missing columns are zeros.
+    Words of one letter are dropped, term counts damped (1 + log). No list of stop words, which would be of one
+    language: idf gives them little weight. With fewer words or texts than `width`, the last columns are zeros.
 
-    Raises ValueError if there is no word at all.
+    Raises ValueError for anything but lists of texts, and if there is no word at all.
     """
+    from sklearn.decomposition import TruncatedSVD
+    from threadpoolctl import threadpool_limits
+
+    sides = {"queries": queries, "documents": documents}
+    queries, documents = (side if isinstance(side, Texts) else as_list(side, name) for name, side in sides.items())
     count = len(queries) + len(documents)
     chosen = np.arange(count)
     if count > FIT_TEXTS:
         chosen = np.sort(np.random.default_rng([seed, LSA_STREAM]).choice(count, FIT_TEXTS, replace=False))
-    texts = [queries[i] if i < len(queries) else documents[i - len(queries)] for i in map(int, chosen)]
+    texts = [queries[i] if i < len(queries) else documents[i - len(queries)] for i in chosen.tolist()]
     tfidf = _vectorizer(max_features=MAX_WORDS)
     try:
-        counts = tfidf.fit_transform(texts)
+        counts = tfidf.fit_transform(texts)  # sparse [texts, V]
     except ValueError as error:
         raise ValueError(
             f"expected texts with words to fit the LSA surrogate on, got {count} texts: {error}; give it data with text"
@@ -123,38 +121,67 @@ def lsa(queries: Sequence[str], documents: Sequence[str], *, width: int, seed: i
     return Lsa(tfidf.get_feature_names_out().tolist(), tfidf.idf_, components)
 
 
-def _vectorizer(**options: Any) -> TfidfVectorizer:
+def _vectorizer(**options: Any) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     return TfidfVectorizer(lowercase=True, sublinear_tf=True, dtype=np.float32, **options)
 
 
-def sentence_transformer(spec: str, prompts: tuple[str, str] | None = None) -> tuple[Encode, Encode]:
-    """The functions (queries → unit vectors, documents → unit vectors) of a sentence-transformers model.
+def check_surrogate(name: str, prompts: Sequence[str] = ()) -> None:
+    """Raises ValueError for a surrogate that cannot be loaded, without loading it.
 
-    `spec` is "sentence-transformers:NAME", NAME a model's name or folder. `prompts` are put before queries and
-    documents; None: those that are saved with the model, if any. Give them where the model's card asks for them in the
-    text (nomic-embed-text-v1: "search_query: ", "search_document: "). Texts are cut to 512 tokens. Runs on the device
-    that the library chooses.
-
-    Raises ValueError for another spec, or where the library is not installed.
+    An unknown kind, a missing package, a folder without a model, a name that the hub (or its cache) does not have,
+    prompts for a model that takes none.
     """
-    kind, _, name = spec.partition(":")
-    if kind != "sentence-transformers" or not name:
-        raise ValueError(
-            f'expected a surrogate "lsa", "sentence-transformers:NAME" or "checkpoint:DIR", got {spec!r}; '
-            "change it in the config"
-        )
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ValueError(f"the surrogate {spec} needs an extra: pip install 'cde_jax[torch]', or use \"lsa\"") from None
-    model = SentenceTransformer(name)
+    kind, _, model = name.partition(":")
+    problem = ""
+    if name != "lsa" and not (kind in ("checkpoint", "sentence-transformers") and model):
+        problem = f"expected {SURROGATES}"
+    elif prompts and kind != "sentence-transformers":
+        problem = f"it takes no prompts, got {tuple(prompts)!r}"
+    elif kind == "checkpoint" and not (Path(model) / "config.json").is_file():
+        problem = f"expected the folder of an exported model, but {model}/config.json is not there"
+    elif kind == "sentence-transformers" and importlib.util.find_spec("sentence_transformers") is None:
+        problem = "it needs an extra: pip install 'cde_jax[torch]', or use \"lsa\""
+    elif kind == "sentence-transformers":
+        problem = _missing_model(model)
+    if problem:
+        raise ValueError(f"the surrogate {name!r} cannot be used: {problem}; change it in the config")
+
+
+def _missing_model(model: str) -> str:
+    """Why a sentence-transformers model is not there; "" if it is."""
+    from huggingface_hub import hf_hub_download
+
+    files, reason = ("modules.json", "config.json"), ""
+    if Path(model).exists() or model.startswith(("/", "~", ".")) or model.count("/") > 1:
+        there = any((Path(model) / file).is_file() for file in files)
+        return "" if there else "expected a folder with modules.json or config.json"
+    for repository in (model,) if "/" in model else (f"sentence-transformers/{model}", model):
+        for file in files:
+            try:
+                hf_hub_download(repository, file)
+                return ""
+            except (OSError, ValueError) as error:  # those of huggingface_hub are either
+                reason = f"neither a folder nor on the hub ({str(error).splitlines()[0]})"
+    return reason
+
+
+def sentence_transformer(spec: str, prompts: Sequence[str] = ()) -> tuple[Encode, Encode]:
+    """The functions (queries → unit vectors, documents → unit vectors) of "sentence-transformers:NAME".
+
+    prompts: put before queries and documents; (): those that are saved with the model, if any. Give them where the
+    model's card says that they are part of the text (nomic-embed-text-v1: "search_query: ", "search_document: "). Texts
+    are cut to 512 tokens. Runs on the device that the library chooses. Raises ValueError as `check_surrogate`.
+    """
+    check_surrogate(spec, prompts)
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(spec.partition(":")[2])
     if LONGEST < (model.max_seq_length or 0) < math.inf:  # some models have no limit, and take none
         model.max_seq_length = LONGEST
-    options = {
-        "batch_size": BATCH["cpu" if model.device.type == "cpu" else "other"],
-        "normalize_embeddings": True,
-        "show_progress_bar": False,
-    }
+    batch_size = BATCH["cpu" if model.device.type == "cpu" else "other"]
+    options = {"batch_size": batch_size, "normalize_embeddings": True, "show_progress_bar": False}
     query_prompt, document_prompt = prompts or (None, None)
     return (
         lambda texts: model.encode_query(list(texts), prompt=query_prompt, **options),
@@ -167,73 +194,85 @@ def identity(spec: str) -> dict[str, str]:
 
     For the `settings` of `write_vectors`: another model in the same folder then makes other vectors.
     """
-    _, _, name = spec.partition(":")
-    digests = {}
-    for path in sorted(Path(name).rglob("*")) if name else ():
-        if path.is_file():
-            with open(path, "rb") as file:
-                digests[path.relative_to(name).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    folder = spec.partition(":")[2]
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
+    return digests(files, Path(folder))
 
 
-def vectors_fingerprint(pairs_fingerprint: str, name: str, settings: dict[str, Any]) -> str:
-    """What `write_vectors` records: known before anything is encoded, so a stage can tell that its store fits."""
-    return fingerprint({"kind": "vectors", "pairs": pairs_fingerprint, "surrogate": name, "settings": settings})
+def texts_fingerprint(pairs: Store) -> str:
+    """Digest of the query and document texts of a pairs store, whatever their tokens, prefixes, domains or folder."""
+    arrays = pairs.manifest["arrays"].items()
+    return fingerprint({name: array["sha256"] for name, array in arrays if "_text." in name})
+
+
+def vectors_fingerprint(pairs: Store, name: str, settings: dict[str, Any]) -> str:
+    """The fingerprint that `write_vectors` gives its store: a function of texts, model and settings.
+
+    Known before anything is encoded: vectors can be kept and shared by it.
+    """
+    return fingerprint({"kind": "vectors", "texts": texts_fingerprint(pairs), "surrogate": name, "settings": settings})
 
 
 def write_vectors(
-    directory: str | Path,
-    store: Store,
-    encode: Encode | tuple[Encode, Encode],
-    *,
-    name: str,
-    settings: dict[str, Any],
+    directory: str | Path, pairs: Store, encode: Encode | tuple[Encode, Encode], *, name: str, settings: dict[str, Any]
 ) -> Store:
     """Encodes every query and document of a pairs store into a store of kind "vectors".
 
     Arrays: queries float16 [n, D], documents float16 [n + m, D]. `encode` is one function, or one for queries and one
-    for documents. It gets 4096 consecutive rows at a time, the longest first, so that texts of similar length stand
-    together: always the same texts in the same order, because padding moves the last bits of a vector.
+    for documents. It gets BLOCK consecutive rows at a time, the longest first, so that texts of similar length are
+    padded together: always the same texts in the same order, because padding changes the last bits of a vector.
 
-    Each block is kept as a store of its own until all are there, so that after a kill or an error the same call goes
-    on behind the last one; blocks of other pairs, `name`, `settings` or width are discarded. Needs twice the room of
-    the vectors.
+    Each block is kept as a store of its own until all are there: after a kill or an error the same call continues with
+    the next block, and the result is byte-equal. Blocks of other texts, another model or other settings are discarded.
+    Needs twice the room of the vectors.
 
-    Raises ValueError if `encode` gives vectors that are not finite in float16, or not one of the same width for each
-    text; OSError if there is no room or no right to write.
+    Raises ValueError if `encode` gives vectors that are not finite in float16, not one of the same width for each text,
+    or only zeros; OSError if there is no room or no right to write.
     """
-    queries, documents = encode if isinstance(encode, tuple) else (encode, encode)
-    sides = [_Side(store, "query", "queries", queries), _Side(store, "document", "documents", documents)]
-    width = None
-    for side in sides:  # one text each: models of two widths are found before anything is encoded
-        width = side.encode(np.zeros(1, np.int64), width, name).shape[1]
-    digest = vectors_fingerprint(store.fingerprint, name, settings)
-    stem = f".{Path(directory).name}.blocks-"
-    blocks = Path(directory).absolute().parent / f"{stem}{fingerprint([digest, width, BLOCK])[:16]}"
-    for other in blocks.parent.glob(f"{glob.escape(stem)}*"):
-        if other != blocks:
+    directory, width = Path(directory).absolute(), None
+    encoders = encode if isinstance(encode, tuple) else (encode, encode)
+    sides = {
+        array: (encoders[i], Texts(pairs.ragged(text)), f"surrogate {name}, {array}")
+        for i, (array, text) in enumerate((("queries", "query_text"), ("documents", "document_text")))
+    }
+    for side in sides.values():  # one text each: models of two widths are found before anything is written
+        width = _encode(*side, range(1), width).shape[1]
+    metadata = {"fingerprint": vectors_fingerprint(pairs, name, settings), "width": width}
+    folder = _block_folder(directory, fingerprint(metadata | {"block": BLOCK}))
+
+    def blocks() -> Iterator[tuple[str, range, Path]]:
+        for array, (_, texts, _) in sides.items():
+            for start in range(0, len(texts), BLOCK):
+                yield array, range(start, min(start + BLOCK, len(texts))), folder / f"{array}-{start:012}"
+
+    with StoreWriter(directory, "vectors") as writer:  # opened first: no second process can write this store
+        done = sum(len(rows) for _, rows, block in blocks() if _is_whole(block))
+        total = sum(len(rows) for _, rows, _ in blocks())
+        if done:
+            log.info("vectors of %s: %d of %d texts are there, continuing", name, done, total)
+        with tqdm(total=total, initial=done, desc="vectors", unit=" texts", delay=BAR_AFTER, leave=False) as bar:
+            for array, rows, block in blocks():
+                if not block.exists():
+                    with StoreWriter(block, "block") as block_writer:
+                        block_writer.append("vectors", _encode(*sides[array], rows, width))
+                        block_writer.finish()
+                    bar.update(len(rows))
+        for array, _, block in blocks():
+            writer.append(array, Store.open(block, kind="block", verify=False).array("vectors"))
+        store = writer.finish({"texts": texts_fingerprint(pairs), "surrogate": name, "settings": settings} | metadata)
+    shutil.rmtree(folder)
+    return store
+
+
+def _block_folder(directory: Path, digest: str) -> Path:
+    """The folder of the blocks of a store, which is named by what they are; those of others are removed."""
+    stem = f".{directory.name}.blocks-"
+    folder = directory.parent / f"{stem}{digest[:16]}"
+    for other in directory.parent.glob(f"{glob.escape(stem)}*"):
+        if other != folder:
             log.warning("%s: blocks of vectors of other inputs or settings are discarded", other)
             shutil.rmtree(other)
-    starts = [(side, start) for side in sides for start in range(0, len(side.texts), BLOCK)]
-    folders = [blocks / f"{side.array}-{start:012d}" for side, start in starts]
-    sizes = [min(BLOCK, len(side.texts) - start) for side, start in starts]
-    whole = [_is_whole(folder) for folder in folders]
-    done = int(np.dot(sizes, whole))
-    if done:
-        log.info("vectors of %s: %d of %d texts are there, going on", name, done, sum(sizes))
-    with tqdm(total=sum(sizes), initial=done, desc="vectors", unit=" texts", delay=BAR_AFTER, leave=False) as bar:
-        for (side, start), folder, size in compress(zip(starts, folders, sizes, strict=True), np.logical_not(whole)):
-            with StoreWriter(folder, "block") as writer:
-                writer.append("vectors", side.encode(np.arange(start, start + size), width, name))
-                writer.finish()
-            bar.update(size)
-    with StoreWriter(directory, "vectors") as writer:
-        for (side, _), folder in zip(starts, folders, strict=True):
-            writer.append(side.array, Store.open(folder, kind="block", verify=False).array("vectors"))
-        described = {"pairs": store.fingerprint, "surrogate": name, "settings": settings, "width": width}
-        finished = writer.finish({"fingerprint": digest} | described)
-    shutil.rmtree(blocks)
-    return finished
+    return folder
 
 
 def _is_whole(block: Path) -> bool:
@@ -246,33 +285,27 @@ def _is_whole(block: Path) -> bool:
         return False
 
 
-class _Side:
-    """The queries or the documents of a pairs store, and what encodes them."""
-
-    def __init__(self, store: Store, name: str, array: str, encode: Encode):
-        self.array = array
-        self.texts = Texts(store.ragged(f"{name}_text"))
-        self._ends = store.ragged(f"{name}_tokens").offsets
-        self._encode = encode
-
-    def encode(self, rows: Int[np.ndarray, " n"], width: int | None, name: str) -> np.ndarray:
-        """Vectors of consecutive rows, float16 [n, D]; ValueError if they are not what is expected."""
-        lengths = np.diff(self._ends[rows[0] : rows[-1] + 2])
-        order = np.argsort(-lengths, kind="stable")
-        vectors = np.asarray(self._encode([self.texts[i] for i in rows[order].tolist()]))
-        where = f"surrogate {name}, {self.array} {rows[0]} to {rows[-1]}"
-        if vectors.ndim != 2 or len(vectors) != len(rows) or width not in (None, vectors.shape[1]):
-            raise ValueError(
-                f"{where}: expected vectors of shape [{len(rows)}, {width or 'width'}], got {list(vectors.shape)}; the "
-                "surrogate must give one vector of the same width for each text"
-            )
-        fits = (np.abs(vectors) <= np.finfo(np.float16).max).all(axis=1)
-        if not fits.all():
-            broken = np.sort(rows[order[~fits]])
-            raise ValueError(
-                f"{where}: {len(broken)} vectors have NaN, infinity or numbers above the float16 range (first: row "
-                f"{broken[0]} of the pairs); look at that text and the surrogate, or let it give unit vectors"
-            )
-        in_place = np.empty(vectors.shape, np.float16)
-        in_place[order] = vectors
-        return in_place
+def _encode(encode: Encode, texts: Texts, what: str, rows: range, width: int | None) -> Float16[np.ndarray, "rows D"]:
+    """Vectors of consecutive texts, the longest encoded first; ValueError if they are not what is expected."""
+    lengths = np.diff(texts.ragged.offsets[rows.start : rows.stop + 1])  # in bytes
+    order = np.argsort(-lengths, kind="stable")
+    vectors = np.asarray(encode([texts[rows.start + i] for i in order.tolist()]))
+    where = f"{what} {rows.start} to {rows.stop - 1}"
+    if vectors.ndim != 2 or len(vectors) != len(rows) or width not in (None, vectors.shape[1]):
+        raise ValueError(
+            f"{where}: expected vectors of shape [{len(rows)}, {width or 'width'}], got {list(vectors.shape)}; the "
+            "surrogate must give one vector of the same width for each text"
+        )
+    broken = order[~(np.abs(vectors) <= np.finfo(np.float16).max).all(axis=1)]
+    if len(broken):
+        raise ValueError(
+            f"{where}: {len(broken)} vectors have NaN, infinity or numbers above the float16 range (first: row "
+            f"{rows.start + broken.min()}); look at that text and the surrogate, or let it give unit vectors"
+        )
+    if zeros := np.count_nonzero(~vectors.any(axis=1)):
+        if zeros == len(rows) >= MANY:
+            raise ValueError(f"{where}: expected vectors, got only zeros; look at the surrogate, or use another one")
+        log.warning("%s: %d vectors are zeros", where, zeros)
+    in_place = np.empty(vectors.shape, np.float16)
+    in_place[order] = vectors
+    return in_place

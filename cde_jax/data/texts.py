@@ -42,7 +42,7 @@ def has_text(text: str) -> bool:
     return any(unicodedata.category(character) not in _BLANK for character in text)
 
 
-def as_list(values: Iterable[Any], name: str, kinds: type | tuple[type, ...] = str) -> list[Any]:
+def as_list(values: Any, name: str, kinds: type | tuple[type, ...] = str) -> list[Any]:
     """`values` as a list of texts (or other `kinds`). ValueError for a single text, a set, a mapping or other items."""
     if isinstance(values, str | bytes):
         raise ValueError(f"{name}: expected a list of texts, got a single one, {values!r:.60}; write [text]")
@@ -51,6 +51,8 @@ def as_list(values: Iterable[Any], name: str, kinds: type | tuple[type, ...] = s
             f"{name}: expected a list of texts, got a {type(values).__name__}, whose order is arbitrary; give a list, "
             "for example sorted(…)"
         )
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a list of texts, got {type(values).__name__}")
     values = list(values)
     for number, value in enumerate(values):
         if not isinstance(value, kinds):

@@ -205,7 +205,7 @@ def _vectors(
         settings = {"width": config.batching.surrogate_width, "seed": config.seed}
     else:
         settings = {"files": surrogate.identity(name), "prompts": prompts}
-    about = {"pairs": pairs.fingerprint, "surrogate": name, "settings": settings}
+    about = {"texts": surrogate.texts_fingerprint(pairs), "surrogate": name, "settings": settings}
     if _keep(folder, "vectors", about, lambda manifest: {key: manifest[key] for key in about}, rebuild):
         return Store.open(folder, kind="vectors")
     log.info("surrogate vectors: %s", name)
@@ -217,7 +217,7 @@ def _vectors(
     elif name.startswith("checkpoint:"):
         encode = checkpoint(name.removeprefix("checkpoint:"))
     else:
-        encode = surrogate.sentence_transformer(name, prompts or None)
+        encode = surrogate.sentence_transformer(name, prompts)
     return surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings)
 
 
