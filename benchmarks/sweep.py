@@ -1,0 +1,145 @@
+"""Run variants of a config with several seeds: each (variant, seed) is a work directory of its own.
+
+    python benchmarks/sweep.py --sweep=table1 --workdir=runs/table1 --seeds 0 1 2 --steps 300 \
+        --pairs FILES --evaluation SETS --start=DIR [--queries 150 --documents 800] [--set train.learning_rate=1e-4 …]
+    python benchmarks/compare.py runs/table1
+
+The sweep is a module of configs/sweeps/. The same command continues where it was stopped: a stage whose artefact is
+there is skipped. To train on another machine, where only jax, flax, optax, numpy, safetensors and jaxtyping are
+installed: call this with --stage=prepare, carry WORKDIR and the checkout there (with tar or rsync -H: files that work
+directories share are hard links), call it with --stage=train and then --stage=rank, which leaves rankings; carry it
+back, and call it with --stage=evaluate. After the first call --workdir and --stage are enough.
+
+A run's seed is the config's: every seed has a batch plan of its own, and so other batches.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from harness import emit  # noqa: E402
+
+from cde_jax.config import affected, flatten, from_config_dict, with_changes  # noqa: E402
+from cde_jax.data.files import read_json, write_json  # noqa: E402
+from cde_jax.stages import run as stages  # noqa: E402
+
+SWEEP = "sweep.json"  # {"runs": {VARIANT-SEED: {"variant", "seed", "changes", "config"}}}, the baseline first
+SHARED = ("store", "plan")
+Run = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Define the runs, or read them from sweep.json, and run the stage of each."""
+    args = parse(arguments)
+    try:
+        runs = define(args) if args.sweep else read_json(args.workdir / SWEEP)["runs"]
+        for name, run in runs.items():
+            if any(fnmatch(run["variant"], pattern) for pattern in args.variants) and (
+                args.seeds is None or run["seed"] in args.seeds
+            ):
+                run_one(args, name, run, runs)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--sweep", default="", help="a module of configs/sweeps/; not needed after the first call")
+    parser.add_argument("--variants", nargs="+", default=["*"], help="names or patterns; all if not given")
+    parser.add_argument("--seeds", nargs="+", type=int, help="0 1 2 if not given")
+    parser.add_argument("--stage", default="all", choices=("all", *stages.STAGES))
+    parser.add_argument("--steps", type=int, default=0, help="of each training; 0: as the config says")
+    parser.add_argument("--start", default="", help="pretrained encoder, a directory or hub name: its tokenizer too")
+    parser.add_argument("--pairs", nargs="*", default=[], help="data.paths")
+    parser.add_argument("--evaluation", nargs="*", default=[], help="BEIR folders, or folders of such")
+    parser.add_argument("--queries", type=int, default=0, help="at most so many of each set; 0: all")
+    parser.add_argument("--documents", type=int, default=0, help="at most so many of each set; 0: all")
+    parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="changes for all variants")
+    return parser.parse_args(arguments)
+
+
+def define(args: argparse.Namespace) -> dict[str, Run]:
+    """The runs of the sweep, written to sweep.json beside those that are there; all configs are checked first."""
+    sweep = load_sweep(args.sweep)
+    base = importlib.import_module(f"configs.{sweep.BASE}").get_config().to_dict()
+    changes = dict(sweep.CHANGES) | common_changes(args)
+    file = args.workdir / SWEEP
+    runs = read_json(file)["runs"] if file.exists() else {}
+    for seed in args.seeds or (0, 1, 2):
+        for variant, own in sweep.VARIANTS.items():
+            config = from_config_dict(with_changes(base, changes | dict(own) | settings(args.set) | {"seed": seed}))
+            run = {"variant": variant, "seed": seed, "changes": dict(own), "config": config.as_dict()}
+            if any(fnmatch(variant, pattern) for pattern in args.variants):
+                runs[f"{variant}-{seed}"] = run
+    if not runs:
+        raise ValueError(f"no variant matches {args.variants}: the sweep has {', '.join(sweep.VARIANTS)}")
+    write_json(file, {"runs": runs})
+    return runs
+
+
+def load_sweep(name: str) -> Any:
+    """The module configs/sweeps/NAME.py. Raises ValueError with the names that there are."""
+    known = sorted(path.stem for path in (ROOT / "configs/sweeps").glob("*.py") if path.stem != "base")
+    if name not in known:
+        raise ValueError(f"unknown sweep {name!r}: known are {', '.join(known)}")
+    return importlib.import_module(f"configs.sweeps.{name}")
+
+
+def common_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What --steps, --start, --pairs and --evaluation change; sets are cut down and written to WORKDIR/evaluation."""
+    changes: dict[str, Any] = {}
+    if args.steps:
+        changes |= {"train.steps": args.steps, "train.warmup_steps": args.steps // 10}
+    if args.start:
+        names = ("data.tokenizer", "model.init.first_stage", "model.init.second_stage")
+        changes |= dict.fromkeys(names, args.start)
+    if args.pairs:
+        changes["data.paths"] = tuple(args.pairs)
+    if args.evaluation:
+        import evaluation_sets
+
+        from cde_jax.data.sources import beir
+
+        folders = []
+        for dataset in evaluation_sets.read(args.evaluation, args.queries, args.documents):
+            folders.append(str(args.workdir / "evaluation" / dataset.name))
+            beir.write(dataset, folders[-1])
+        changes["data.evaluation"] = tuple(folders)
+    return changes
+
+
+def settings(changes: Sequence[str]) -> dict[str, Any]:
+    """["train.learning_rate=1e-4", …] as {name: value}; values are JSON, or else text."""
+    found = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set {change!r}: expected SECTION.KEY=VALUE, e.g. train.learning_rate=1e-4")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def run_one(args: argparse.Namespace, name: str, run: Run, runs: Mapping[str, Run]) -> None:
+    """Run the stage of one work directory and print a JSON line."""
+    workdir, start = args.workdir / name, time.monotonic()
+    config = with_changes(run["config"], settings(args.set))
+    if args.stage in ("all", "prepare") and not workdir.exists():
+        share(args.workdir, name, runs)
+        texts = [*stages.run(config, workdir, "prepare", rebuild=True)]
+        ...
