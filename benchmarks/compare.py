@@ -20,16 +20,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-from jaxtyping import Float, Int
+import numpy as np  # noqa: E402
+from jaxtyping import Int  # noqa: E402
 
-from cde_jax.data.files import read_json, write_json
-from cde_jax.data.store import Store
-from cde_jax.evaluation.beir import NO_CONTEXT
-from cde_jax.evaluation.compare import compare
-from cde_jax.evaluation.metrics import Scores, mean_over_sets, text_table
-from cde_jax.evaluation.tokens import read_tokens
+from cde_jax.data.files import read_json, write_json  # noqa: E402
+from cde_jax.data.store import Store  # noqa: E402
+from cde_jax.evaluation.beir import NO_CONTEXT  # noqa: E402
+from cde_jax.evaluation.compare import compare  # noqa: E402
+from cde_jax.evaluation.metrics import Scores, mean_over_sets, text_table  # noqa: E402
+from cde_jax.evaluation.tokens import read_tokens  # noqa: E402
 
+BASELINES = ("BM25", "LSA")
+SWEEP, PER_QUERY, TOKEN_SETS = "sweep.json", "per_query.json", "evaluation_tokens"
 Runs = Mapping[str, Mapping[int, Scores]]  # {variant: {seed: scores}}
 
 
@@ -68,6 +70,8 @@ def rows(runs: Runs, baseline: str, baseline_kind: str = "") -> list[dict[str, A
     found = []
     for variant, by_seed in runs.items():
         for kind in mean_over_sets(next(iter(by_seed.values())).means):
+            if kind in BASELINES and variant != baseline:
+                continue  # they do not depend on the model
             by_set = [{name: kinds[kind] for name, kinds in scores.means.items()} for scores in by_seed.values()]
             means = [float(np.mean(list(row.values()))) for row in by_set]
             row = {"variant": variant, "kind": kind, "seeds": len(means), "mean": float(np.mean(means))}
@@ -85,14 +89,14 @@ def rows(runs: Runs, baseline: str, baseline_kind: str = "") -> list[dict[str, A
 
 
 def idf_shifts(workdir: Path) -> dict[str, float]:
-    """{evaluation set: IDF shift} of the sweep's first run, in nats."""
+    """{evaluation set: IDF shift}, in nats, of the sets that the sweep's first run holds as tokens."""
     store = workdir / next(iter(read_json(workdir / SWEEP)["runs"])) / "store"
     pairs = Store.open(store / "pairs", kind="pairs", verify=False).ragged("document_tokens")
-    sets = {folder.name: list(read_tokens(folder).corpus.values()) for folder in sorted((store / TOKEN_SETS).iterdir())}
     training = [pairs.row(i) for i in range(pairs.count())]
+    sets = {folder.name: list(read_tokens(folder).corpus.values()) for folder in (store / TOKEN_SETS).glob("*")}
     size = 1 + max(int(row.max()) for rows in (training, *sets.values()) for row in rows if len(row))
-    there = document_rates(training, size)
-    return {name: idf_shift(there, len(training), document_rates(c, size), len(c)) for name, c in sets.items()}
+    rates = document_rates(training, size)
+    return {name: idf_shift(rates, len(training), document_rates(c, size), len(c)) for name, c in sets.items()}
 
 
 def document_rates(documents: Iterable[Int[np.ndarray, " _"]], vocab_size: int) -> Int[np.ndarray, " V"]:
@@ -110,20 +114,21 @@ def idf_shift(training: Int[np.ndarray, " V"], documents: int, corpus: Int[np.nd
 
 
 def text(content: Mapping[str, Any]) -> str:
-    """The tables for the terminal: sets in the order of their IDF shift."""
+    """The tables for the terminal; sets are in the order of their IDF shift."""
     shifts, table = content["idf_shift"], content["rows"]
-    summary, by_set = [], [["IDF shift", "", *(f"{shift:.3f}" for shift in sorted(shifts.values()))]]
+    names = sorted(table[0]["by_set"], key=lambda name: (shifts.get(name, 0), name))
+    shown = [f"{shifts[name]:.3f}" if name in shifts else "–" for name in names]
+    summary, by_set = [], [["IDF shift", "", *shown]]
     for row in table:
-        difference = "–"
+        difference, wins, sd = "–", "–", "–" if row["sd"] is None else f"{row['sd']:.4f}"
         if "difference" in row:
-            against = "" if row["baseline_kind"] == row["kind"] else f" (to {row['baseline_kind']})"
-            difference = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]{against}"
-        sd, wins = row["sd"], f"{row['wins']} of {row['sets']}" if "wins" in row else "–"
-        numbers = [str(row["seeds"]), f"{row['mean']:.4f}", "–" if sd is None else f"{sd:.4f}", difference, wins]
-        summary.append([row["variant"], row["kind"], *numbers])
-        by_set.append([row["variant"], row["kind"], *(f"{row['by_set'][name]:.4f}" for name in sorted(shifts, key=shifts.get))])
+            to = "" if row["baseline_kind"] == row["kind"] else f" to {row['baseline_kind']}"
+            difference = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]{to}"
+            wins = f"{row['wins']} of {row['sets']}"
+        summary.append([row["variant"], row["kind"], str(row["seeds"]), f"{row['mean']:.4f}", sd, difference, wins])
+        by_set.append([row["variant"], row["kind"], *(f"{row['by_set'][name]:.4f}" for name in names)])
     header = ["variant", "context", "seeds", "mean NDCG", "sd", f"difference to {content['baseline']}", "sets won"]
-    return "\n\n".join([text_table(header, summary), text_table(["NDCG", "context", *sorted(shifts, key=shifts.get)], by_set)])
+    return "\n\n".join([text_table(header, summary), text_table(["NDCG", "context", *names], by_set)])
 
 
 if __name__ == "__main__":

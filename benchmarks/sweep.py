@@ -16,11 +16,12 @@ A run's seed is the config's: every seed has a batch plan of its own, and so oth
 import argparse
 import importlib
 import json
+import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,26 @@ from harness import emit  # noqa: E402
 from cde_jax.config import affected, flatten, from_config_dict, with_changes  # noqa: E402
 from cde_jax.data.files import read_json, write_json  # noqa: E402
 from cde_jax.stages import run as stages  # noqa: E402
+from cde_jax.training.checkpoint import Checkpoints  # noqa: E402
 
 SWEEP = "sweep.json"  # {"runs": {VARIANT-SEED: {"variant", "seed", "changes", "config"}}}, the baseline first
-SHARED = ("store", "plan")
 Run = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Define the runs, or read them from sweep.json, and run the stage of each."""
     args = parse(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("cde_jax").setLevel(logging.INFO)
     try:
         runs = define(args) if args.sweep else read_json(args.workdir / SWEEP)["runs"]
         for name, run in runs.items():
             if any(fnmatch(run["variant"], pattern) for pattern in args.variants) and (
                 args.seeds is None or run["seed"] in args.seeds
             ):
-                run_one(args, name, run, runs)
+                run_one(args, name, runs)
+                if interrupted(args.workdir / name):
+                    sys.exit(f"stopped in {name}: the same command continues there")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
@@ -87,7 +92,7 @@ def define(args: argparse.Namespace) -> dict[str, Run]:
     if not runs:
         raise ValueError(f"no variant matches {args.variants}: the sweep has {', '.join(sweep.VARIANTS)}")
     write_json(file, {"runs": runs})
-    return runs
+    return read_json(file)["runs"]
 
 
 def load_sweep(name: str) -> Any:
@@ -135,11 +140,73 @@ def settings(changes: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def run_one(args: argparse.Namespace, name: str, run: Run, runs: Mapping[str, Run]) -> None:
-    """Run the stage of one work directory and print a JSON line."""
+def run_one(args: argparse.Namespace, name: str, runs: Mapping[str, Run]) -> None:
+    """Run the stage of one work directory, and print a JSON line."""
     workdir, start = args.workdir / name, time.monotonic()
-    config = with_changes(run["config"], settings(args.set))
-    if args.stage in ("all", "prepare") and not workdir.exists():
-        share(args.workdir, name, runs)
-        texts = [*stages.run(config, workdir, "prepare", rebuild=True)]
-        ...
+    config = with_changes(runs[name]["config"], settings(args.set))
+    if args.stage in ("all", "prepare") and not (workdir / "checkpoints").exists():
+        if not workdir.exists():
+            share(args.workdir, name, runs)
+        report(name, stages.run(config, workdir, "prepare", rebuild=True))  # keeps what fits
+    report(name, stages.run(config, workdir, args.stage))
+    line = {
+        "benchmark": "sweep",
+        "stage": args.stage,
+        **{key: runs[name][key] for key in ("variant", "seed", "changes")},
+    }
+    emit(line | {"seconds": round(time.monotonic() - start, 1), **results(workdir)}, "jax", "flax", "numpy")
+
+
+def report(name: str, texts: Iterable[str]) -> None:
+    """What a stage reports, to stderr."""
+    for text in texts:
+        print(f"{name}\n{text}", file=sys.stderr, flush=True)
+
+
+def share(folder: Path, name: str, runs: Mapping[str, Run]) -> None:
+    """Give a new work directory the store and plan (hard links) of the prepared one whose settings differ least."""
+    weights = {"pairs": 1e6, "vectors": 1e3, "plan": 1}
+    wanted = flatten(runs[name]["config"])
+
+    def distance(other: str) -> float:
+        found = flatten(runs[other]["config"])
+        different = [key for key in wanted if wanted[key] != found[key]]
+        return sum(1e3 if key == "seed" else weights.get(affected()[key], 0) for key in different)
+
+    if prepared := [other for other in runs if (folder / other / "plan" / "manifest.json").exists()]:
+        nearest, unfinished = folder / min(prepared, key=distance), folder / f".{name}.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for part in ("store", "plan"):
+            shutil.copytree(nearest / part, unfinished / part, copy_function=link)
+        unfinished.rename(folder / name)
+
+
+def link(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has none; the files of store and plan are never written again."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def results(workdir: Path) -> dict[str, Any]:
+    """What a work directory holds: difficulty of the plan, state of the training, mean scores."""
+    found: dict[str, Any] = {}
+    if (file := workdir / "plan" / "manifest.json").exists():
+        found["difficulty"] = read_json(file)["difficulty"]
+    if (file := workdir / "metrics.jsonl").exists():
+        last = [line for line in map(json.loads, file.read_text().splitlines()) if "loss" in line][-1:]
+        found |= {key: line[key] for line in last for key in ("step", "loss", "pairs_per_second") if key in line}
+    if (file := workdir / "evaluation.json").exists():
+        found["mean"] = read_json(file)["mean"]
+    return found
+
+
+def interrupted(workdir: Path) -> bool:
+    """Whether a training was asked to stop before its end."""
+    file = workdir / "training.json"
+    return file.exists() and (Checkpoints(workdir / "checkpoints", {}).newest() or 0) < read_json(file)["steps"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What whitening gains for an encoder as it is, without training: one JSON line a case, NDCG@10 in points.
+"""What whitening gains for a trained or pretrained model: one JSON line a case, NDCG@10 in points.
 
     python benchmarks/whiten.py --model all-MiniLM-L6-v2 --evaluation SETS [--strengths 0 8 16 32] [--documents 400]
 
@@ -39,7 +39,7 @@ class Vectors(NamedTuple):
 def main() -> None:
     """Embed all sets, then score each kind and strength."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a biencoder: a directory, or its hub name")
+    parser.add_argument("--model", required=True, help="a directory (the export of a run), or a hub name")
     parser.add_argument("--evaluation", nargs="+", required=True, help="BEIR folders, or folders of such; two or more")
     parser.add_argument("--strengths", nargs="+", type=float, default=[0.0, STRENGTH / 2, STRENGTH, STRENGTH * 2])
     parser.add_argument("--queries", type=int, default=0, help="at most so many of a set; 0: all")
@@ -68,11 +68,12 @@ def main() -> None:
 
 
 def embed(embedder: Embedder, dataset: EvaluationSet) -> Vectors:
-    """The vectors of a set."""
+    """The vectors of a set; a contextual model reads a sample of the set's corpus."""
     corpus = list(dataset.corpus.values())
-    queries = embedder.encode_queries(list(dataset.queries.values()))
-    pseudo = embedder.encode_queries(pseudo_queries(corpus))
-    return Vectors(queries, embedder.encode_documents(corpus), pseudo)
+    context = embedder.embed_context(corpus, seed=0) if embedder.contextual else None
+    texts = (list(dataset.queries.values()), pseudo_queries(corpus))
+    queries, pseudo = (embedder.encode_queries(some, context) for some in texts)
+    return Vectors(queries, embedder.encode_documents(corpus, context), pseudo)
 
 
 def whitened_ndcg(dataset: EvaluationSet, vectors: Vectors, corpus: Vectors, kind: str, strength: float) -> float:
@@ -80,10 +81,11 @@ def whitened_ndcg(dataset: EvaluationSet, vectors: Vectors, corpus: Vectors, kin
     sample = corpus.documents[np.random.default_rng(0).permutation(len(corpus.documents))[:SAMPLE_SIZE]]
     run: dict[str, dict[str, float]] = {}
     for rows, queries in parts(vectors, corpus, sample, kind):
-        fitted = whitening(queries, sample, strength)
-        run |= ranked(
-            dataset, fitted.transform_queries(vectors.queries), fitted.transform_documents(vectors.documents), rows
-        )
+        own, documents = vectors.queries, vectors.documents
+        if len(queries):  # a set of one query has none to whiten it by
+            fitted = whitening(queries, sample, strength)
+            own, documents = fitted.transform_queries(own), fitted.transform_documents(documents)
+        run |= ranked(dataset, own, documents, rows)
     return 100 * ndcg(run, dataset.qrels)
 
 
@@ -100,9 +102,11 @@ def parts(
 
 
 def ranked(
-    dataset: EvaluationSet, queries: Float[np.ndarray, "q D"], documents: Float[np.ndarray, "n D"],
+    dataset: EvaluationSet,
+    queries: Float[np.ndarray, "q D"],
+    documents: Float[np.ndarray, "n D"],
     rows: Int[np.ndarray, " r"],
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, dict[str, float]]:
     """The ten best documents of some of the queries, by cosine."""
     names = np.array(list(dataset.queries))[rows].tolist()
     return as_run(names, list(dataset.corpus), search(queries[rows], documents, 10))
