@@ -152,7 +152,7 @@ def test_every_variant_is_a_configuration(name):
         (["--sweep", "demo", "--variants", "join"], r"no variant matches \['join'\]: the sweep has biencoder"),
         (["--sweep", "demo", "--set", "train.steps"], "expected SECTION.KEY=VALUE"),
         (["--sweep", "demo", "--set", "train.step=3"], "did you mean `train.steps`"),
-        (["--sweep", "demo", "--evaluation", "nowhere"], "nowhere: expected a folder in BEIR form"),
+        (["--sweep", "demo", "--evaluation", "nowhere"], "nowhere: expected corpus.jsonl"),
         ([], "sweep.json"),
     ],
 )
@@ -178,8 +178,6 @@ def test_a_cut_keeps_relevant_documents_and_is_the_same_each_time():
     assert all(document in small.corpus for grades in small.qrels.values() for document in grades)
     assert small == evaluation_sets.cut(dataset, 4, 9, 0) != evaluation_sets.cut(dataset, 4, 9, 1)
     assert len(evaluation_sets.cut(dataset, 0, 0, 0).corpus) == 40
-    with pytest.raises(ValueError, match="none of its 1 queries has a relevant document"):
-        evaluation_sets.cut(EvaluationSet("set", {"q10": "q10"}, dataset.corpus, {"q10": {"d0": 0}}), 0, 0, 0)
 
 
 def test_no_query_has_a_part_in_its_own_whitening():
