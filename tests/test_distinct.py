@@ -86,13 +86,15 @@ def test_texts_are_kept_once_by_group_and_rows_point_to_them(tmp_path_factory, r
         with DistinctTexts(tmp_path_factory.mktemp("texts")) as texts:
             for start in range(0, len(rows), part):
                 texts.add(rows[start : start + part])
-            kept, numbers = list(texts.texts()), [row.tolist() for row in texts.rows()]
+            read = [(row.tolist(), new) for row, new in texts.rows()]
     expected = {}
     for group, text in (entry for row in rows for entry in row):
         expected.setdefault((group, text_key(text)), (group, text))
-    assert kept == list(expected.values())
+    assert [entry for _, new in read for entry in new] == list(expected.values())
     places = {key: i for i, key in enumerate(expected)}
-    assert numbers == [list(dict.fromkeys(places[group, text_key(text)] for group, text in row)) for row in rows]
+    assert [row for row, _ in read] == [
+        list(dict.fromkeys(places[group, text_key(text)] for group, text in row)) for row in rows
+    ]
 
 
 @pytest.mark.parametrize(

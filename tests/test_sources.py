@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from cde_jax.data import files
 from cde_jax.data.pairs import InputLog, Pair, clean
 from cde_jax.data.sources import beir, docstrings, jsonl
 
@@ -205,9 +206,9 @@ def test_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path, monkey
     for name in ("c", "a/z", "b", "a/y"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.jsonl").write_text('{"query": "q", "document": "d"}')
-    walk, pattern = os.walk, jsonl.glob
+    walk, pattern = os.walk, files.glob
     monkeypatch.setattr(os, "walk", lambda *a, **k: reversed([(p, f[::-1], n[::-1]) for p, f, n in walk(*a, **k)]))
-    monkeypatch.setattr(jsonl, "glob", lambda *a, **k: pattern(*a, **k)[::-1])
+    monkeypatch.setattr(files, "glob", lambda *a, **k: pattern(*a, **k)[::-1])
     assert [pair.domain for pair in jsonl.read_pairs(tmp_path)] == ["y", "z", "b", "c"]
     assert [pair.domain for pair in jsonl.read_pairs(str(tmp_path / "**/*.jsonl"))] == ["y", "z", "b", "c"]
 

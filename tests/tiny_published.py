@@ -25,10 +25,11 @@ def lines(path: Path, *content: str) -> None:
 def nomic(name: str, entries: list[dict], folder: Path) -> None:
     """The entries over all shards of the set, with the metadata that the publisher writes."""
     collection = COLLECTIONS[name]
-    objective = {"self": [], "paired": [], "triplet": []} | {collection.objective: [list(collection.columns)]}
+    kind = "triplet" if len(collection.columns) == 3 else "paired"
+    objective = {"self": [], "paired": [], "triplet": []} | {kind: [list(collection.columns)]}
     entries = [entry | {"metadata": {"objective": objective}} for entry in entries]
-    for i in range(collection.shards):
-        gz_lines(folder / collection.files[0].format(i), entries[i :: collection.shards])
+    for i, file in enumerate(collection.files):
+        gz_lines(folder / file, entries[i :: len(collection.files)])
 
 
 def nomic_paired(folder: Path) -> list[Pair]:

@@ -11,8 +11,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -120,9 +118,9 @@ def number_by_appearance(keys: UInt64[np.ndarray, "n"], folder: str | Path) -> I
 
 
 class DistinctTexts:
-    """Rows of (group, text) on disk, equal texts of a group kept once.
+    """Rows of (group, text) on disk, equal texts of a group numbered once.
 
-    `with DistinctTexts(folder) as t: t.add(rows); …; t.texts(); t.rows()`: all is added before anything is read.
+    `with DistinctTexts(folder) as t: t.add(rows); …; t.rows()`: all is added before anything is read.
     """
 
     def __init__(self, folder: str | Path):
@@ -133,7 +131,6 @@ class DistinctTexts:
         with ExitStack() as stack:
             self.lines = stack.enter_context(_unnamed_file(self.folder))
             self.keys = stack.enter_context(Column(self.folder, np.uint64))
-            self.sizes = stack.enter_context(Column(self.folder, np.int64))
             self.stack = stack.pop_all()
         return self
 
@@ -146,30 +143,26 @@ class DistinctTexts:
         texts = np.array([text_key(text) for _, text in entries], np.uint64)
         groups = np.array([self.groups.setdefault(group, len(self.groups)) for group, _ in entries], np.uint64)
         self.keys.append(combine_keys(texts, groups))
-        self.sizes.append(np.array([len(row) for row in rows], np.int64))
         with explain_os_errors(self.folder):
-            write_all(self.lines, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+            write_all(self.lines, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def texts(self) -> Iterator[tuple[str, str]]:
-        """The different (group, text), in the order in which they appeared; can be called once."""
+    def rows(self) -> Iterator[tuple[Int64[np.ndarray, "k"], list[tuple[str, str]]]]:
+        """Of each row the numbers of its texts, each once and in its own order, and its entries that are new.
+
+        A text's number is the number of different ones (by group) before it. Can be called once.
+        """
+        numbers = each(number_by_appearance(self.keys.array(), self.folder))
         self.lines.seek(0)
         with io.BufferedReader(self.lines) as lines:
             count = 0
-            for number, line in zip(each(self.numbers), lines, strict=True):
-                if number == count:
-                    count += 1
-                    yield tuple(json.loads(line))
-
-    def rows(self) -> Iterator[Int64[np.ndarray, "k"]]:
-        """Of each row the numbers of its texts in the order of `texts`, each once, in the row's own order."""
-        numbers = each(self.numbers)
-        for size in each(self.sizes.array()):
-            yield np.array(list(dict.fromkeys(islice(numbers, size))), np.int64)
-
-    @cached_property
-    def numbers(self) -> Int64[np.ndarray, "n"]:
-        """The number of each text that was added."""
-        return number_by_appearance(self.keys.array(), self.folder)
+            for line in lines:
+                new, own = [], {}
+                for entry, number in zip(json.loads(line), numbers, strict=False):
+                    own[number] = None
+                    if number == count:
+                        count += 1
+                        new.append(tuple(entry))
+                yield np.array(list(own), np.int64), new
 
 
 def each(array: Shaped[np.ndarray, "n"]) -> Iterator[int]:

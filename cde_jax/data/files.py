@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,14 @@ def given_path(path: str | Path, what: str = "path") -> Path:
     if not str(path).strip() or "\0" in str(path):
         raise ValueError(f"{what}: expected a path, got {str(path)!r}; the current folder is '.'")
     return Path(path).expanduser()
+
+
+def matches(path: Path) -> dict[str, Path]:
+    """What a pattern matches, sorted, by name below its part without wildcards; or the path itself, if it exists."""
+    if path.exists() or path.is_symlink():
+        return {path.name: path}
+    folder = next(parent for parent in path.parents if not has_magic(str(parent)))
+    return {file.relative_to(folder).as_posix(): file for file in sorted(map(Path, glob(str(path), recursive=True)))}
 
 
 def write_json(path: str | Path, obj: Any) -> None:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 
 from cde_jax.data.distinct import Column, DistinctTexts, combine_keys, each, first_occurrence
 from cde_jax.data.files import fingerprint
@@ -25,6 +25,7 @@ from cde_jax.data.tokens import Tokenizer
 
 BAR_AFTER = 3.0  # seconds of work before a progress bar shows
 MANY_UNKNOWN = 0.05  # of the tokens: more that are unknown to the tokenizer are warned of
+_EQUAL = "negatives equal to the positive"
 _BLOCK = 4096  # texts tokenized and written at a time
 _log = logging.getLogger(__name__)
 
@@ -70,12 +71,11 @@ def clean(
     equal to the positive are dropped too. `counts` gains "read", "duplicate pairs", "negatives equal to the positive"
     and "kept" as it goes.
 
-    `pairs()` is called twice: at once for the keys, then for the pairs themselves as they are asked for. Memory
-    stays flat; 24 bytes a pair go to files without name in `folder`. A pair without text is a ValueError that
-    names it, and so is one that differs the second time; a full disk is an OSError that says so.
+    `pairs()` is called twice, for the keys and for the pairs. Memory stays flat; 24 bytes a pair go to files without
+    name in `folder`. A pair without text is a ValueError that names it, and so is one that differs the second time; a
+    full disk is an OSError that says so.
     """
-    for name in ("read", "duplicate pairs", "negatives equal to the positive", "kept"):
-        counts[name] = counts.get(name, 0)
+    counts |= {name: counts.get(name, 0) for name in ("read", "duplicate pairs", _EQUAL, "kept")}
     with Column(folder, np.uint64) as key_column, Column(folder, np.int64) as hash_column:
         for block in _checked(pairs(), "looking for duplicates"):
             queries = np.array([text_key(pair.query) for pair in block], np.uint64)
@@ -84,18 +84,8 @@ def clean(
             # Python's hash is the same within one process, which is all that is needed to recognise the pair.
             hash_column.append(np.array([hash(pair) for pair in block], np.int64))
         keys, hashes = key_column.array(), hash_column.array()
-    return _kept(pairs(), hashes, first_occurrence(keys, folder), counts)
-
-
-def _kept(
-    pairs: Iterable[Pair],
-    hashes: Int64[np.ndarray, "n"],
-    first: Int64[np.ndarray, "n"],
-    counts: MutableMapping[str, int],
-) -> Iterator[Pair]:
-    """The pairs that are the `first` with their texts."""
-    rows = zip(each(hashes), each(first), strict=True)
-    for number, (pair, row) in enumerate(zip_longest(pairs, rows)):
+    rows = zip(each(hashes), each(first_occurrence(keys, folder)), strict=True)
+    for number, (pair, row) in enumerate(zip_longest(pairs(), rows)):
         if pair is None or row is None or hash(pair) != row[0]:
             raise ValueError(
                 f"pair {number} is not what it was when the pairs were read for the first time: give the same pairs "
@@ -105,11 +95,9 @@ def _kept(
         if row[1] != number:
             counts["duplicate pairs"] += 1
             continue
-        negatives = pair.negatives
-        if negatives:
-            document = text_key(pair.document)
-            negatives = tuple(text for text in negatives if text_key(text) != document)
-        counts["negatives equal to the positive"] += len(pair.negatives) - len(negatives)
+        document = text_key(pair.document) if pair.negatives else None
+        negatives = tuple(text for text in pair.negatives if text_key(text) != document)
+        counts[_EQUAL] += len(pair.negatives) - len(negatives)
         counts["kept"] += 1
         yield pair._replace(negatives=negatives)
 
@@ -145,9 +133,8 @@ def write_pairs(
     without text, is a ValueError; a full disk an OSError that says so; neither leaves anything behind.
     """
     directory = Path(directory)
-    wide = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    queries = _Side("query", query_length, tokenizer, wide)
-    documents = _Side("document", document_length, tokenizer, wide)
+    queries = _Side("query", query_length, tokenizer)
+    documents = _Side("document", document_length, tokenizer)
     sizes: dict[str, int] = {}  # pairs by domain, in the order of the domains' numbers
     stream = hashlib.sha256()
     with StoreWriter(directory, "pairs") as writer, DistinctTexts(directory.absolute().parent) as negatives:
@@ -159,10 +146,9 @@ def write_pairs(
             negatives.add([[(prefix, text) for text in pair.negatives] for _, prefix, pair in before])
         if not sizes:
             raise ValueError("expected pairs, there are none; look at the data source's settings")
-        for block in _blocks(negatives.texts(), "tokenizing hard negatives"):
-            documents.append(writer, block)
-        for block in _blocks(negatives.rows(), "numbering hard negatives"):
-            writer.append_ragged("negatives", [row + queries.count for row in block], np.int64)
+        for block in _blocks(negatives.rows(), "tokenizing hard negatives"):
+            writer.append_ragged("negatives", [row + queries.count for row, _ in block], np.int64)
+            documents.append(writer, [entry for _, new in block for entry in new])
         own = {name: prefixes[name] for name in sizes if name in prefixes}
         settings = {
             "prefixes": {
@@ -173,8 +159,6 @@ def write_pairs(
             "lengths": {"query": query_length, "document": document_length},
             "tokenizer": tokenizer.fingerprint,
         }
-        for side in (queries, documents):
-            side.warn_of_unknown_tokens()
         return writer.finish(
             {
                 "fingerprint": fingerprint({"pairs": stream.hexdigest()} | settings),
@@ -202,58 +186,49 @@ def _register(block: list[Pair], sizes: dict[str, int], stream: Any) -> Int32[np
 class _Side:
     """Writes the arrays of one side and counts its texts by their number of tokens."""
 
-    def __init__(self, name: str, length: int, tokenizer: Tokenizer, dtype: type):
-        self.name, self.length, self.tokenizer, self.dtype = name, length, tokenizer, dtype
-        self.count = 0
+    def __init__(self, name: str, length: int, tokenizer: Tokenizer):
+        self.name, self.length, self.tokenizer = name, length, tokenizer
+        self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        self.count = self.tokens = self.unknown = 0
         self.lengths = np.zeros(1, np.int64)  # how many texts have 0, 1, 2, … tokens
-        self.unknown = self.tokens = 0
 
     def append(self, writer: StoreWriter, texts: Sequence[tuple[str, str]]) -> None:
         """Add (prefix, text)."""
         rows, lengths = self.tokenizer.encode_counted([prefix + text for prefix, text in texts], self.length)
         writer.append_ragged(f"{self.name}_tokens", rows, self.dtype)
-        writer.append_ragged(f"{self.name}_text", [np.frombuffer(text.encode(), np.uint8) for _, text in texts])
+        writer.append_ragged(
+            f"{self.name}_text", [np.frombuffer(text.encode(), np.uint8) for _, text in texts], np.uint8
+        )
         writer.append(f"{self.name}_key", np.array([text_key(text) for _, text in texts], np.uint64))
-        self.unknown += sum(np.count_nonzero(row == self.tokenizer.unknown_id) for row in rows)
+        self.count += len(texts)
         self.tokens += sum(map(len, rows))
+        self.unknown += sum(np.count_nonzero(row == self.tokenizer.unknown_id) for row in rows)
         counted = np.bincount(lengths, minlength=len(self.lengths))
         counted[: len(self.lengths)] += self.lengths
         self.lengths = counted
-        self.count += len(texts)
 
-    def warn_of_unknown_tokens(self) -> None:
-        """Warn where the tokenizer does not fit the texts."""
+    def statistics(self) -> dict[str, float]:
+        """Token counts before cutting, special tokens and prefix included, and the share that was cut.
+
+        Warns where the tokenizer does not fit the texts.
+        """
         if self.unknown > MANY_UNKNOWN * self.tokens:
             _log.warning(
                 "%.0f %% of the %s tokens, prefix included, are unknown to the tokenizer (%d of %d): choose one for "
                 "such texts, or a larger data.vocab_size",
-                100 * self.unknown / self.tokens,
-                self.name,
-                self.unknown,
-                self.tokens,
+                *(100 * self.unknown / self.tokens, self.name, self.unknown, self.tokens),
             )
-
-    def statistics(self) -> dict[str, float]:
-        """Token counts before cutting, special tokens and prefix included, and the share that was cut."""
+        values = np.arange(len(self.lengths))
+        median, most = np.quantile(values, [0.5, 0.95], weights=self.lengths, method="inverted_cdf").tolist()
         present = np.flatnonzero(self.lengths)
         return {
-            "mean": round(float(self.lengths @ np.arange(len(self.lengths)) / self.count), 2),
+            "mean": round(float(self.lengths @ values / self.count), 2),
             "min": int(present[0]),
-            "p50": percentile(self.lengths, 50),
-            "p95": percentile(self.lengths, 95),
+            "p50": median,
+            "p95": most,
             "max": int(present[-1]),
             "truncated": round(float(self.lengths[self.length + 1 :].sum() / self.count), 4),
         }
-
-
-def percentile(histogram: Int64[np.ndarray, "n"], q: int | float) -> float:
-    """`np.percentile(values, q)` of whole numbers, of which `histogram[v]` are v."""
-    ends = np.cumsum(histogram)
-    place = (int(ends[-1]) - 1) * (q / 100)
-    low, high = np.searchsorted(ends, [int(place), int(place) + 1], side="right").tolist()
-    part = place - int(place)
-    # As numpy writes it, so that it rounds as numpy does.
-    return float(low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part))
 
 
 def _checked(pairs: Iterable[Pair], what: str) -> Iterator[list[Pair]]:
@@ -261,7 +236,7 @@ def _checked(pairs: Iterable[Pair], what: str) -> Iterator[list[Pair]]:
     number = count()
     for block in _blocks(pairs, what):
         for pair in block:
-            _demand_text(pair, next(number))
+            _check_text(pair, next(number))
         yield block
 
 
@@ -276,16 +251,10 @@ def _blocks(items: Iterable[Any], what: str) -> Iterator[list[Any]]:
             bar.update(len(block))
 
 
-def _demand_text(pair: Pair, number: int) -> None:
-    for name, text in (("query", pair.query), ("document", pair.document)):
-        if not has_text(text):
-            other = pair.document if name == "query" else pair.query
-            raise ValueError(
-                f"pair {number} of domain {pair.domain!r} has no text as its {name} (the other side is "
-                f"{other[:60]!r}); take it out of the data or fill it in"
-            )
-    if not all(map(has_text, pair.negatives)):
+def _check_text(pair: Pair, number: int) -> None:
+    texts = (("query", pair.query), ("document", pair.document), *(("hard negative", t) for t in pair.negatives))
+    if missing := [name for name, text in texts if not has_text(text)]:
         raise ValueError(
-            f"pair {number} of domain {pair.domain!r} has a hard negative without text (the query is "
-            f"{pair.query[:60]!r}); take it out of the data or fill it in"
+            f"pair {number} of domain {pair.domain!r} has no text as its {missing[0]} (query {pair.query[:60]!r}, "
+            f"document {pair.document[:60]!r}); take it out of the data or fill it in"
         )

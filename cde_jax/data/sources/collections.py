@@ -24,18 +24,16 @@ _TOPIC = ("clustering", "clustering")
 
 @dataclass(frozen=True)
 class Collection:
-    """One set. `files` are paths below the folder, `{}` the shard's number, `*` whatever the publisher put there.
+    """One set. `files` are paths below the folder, `*` whatever the publisher put there.
 
-    `columns` name the query, the document and, where the objective is "triplet", the hard negatives of a line.
+    `columns` name the query, the document and, if there are three, the hard negatives of a line.
     """
 
     format: str  # a key of formats.READERS
     files: tuple[str, ...]
     query_prefix: str
     document_prefix: str
-    objective: str = "paired"  # or "triplet": with hard negatives
     columns: tuple[str, ...] = ()
-    shards: int = 0  # how many the publisher names; 0: the files' own names tell
 
 
 _PAIRED = ("query", "document")
@@ -84,42 +82,16 @@ _NOMIC_SUPERVISED = {
     "hotpot": ("hotpotqa_hn_mine_shuffled", 2, _SEARCH, _TRIPLET),
     "fever": ("fever_hn_mine", 2, _SEARCH, _TRIPLET),
 }
+# Sets by prefixes, under the publisher's names ("trivial" is TriviaQA).
 _BGE = {
-    "amazon_counterfactual_classification": _CLASS,
-    "amazon_reviews_classification": _CLASS,
-    "arguana": _SEARCH,
-    "arxiv_title": _TOPIC,
-    "arXiv_abstract": _TOPIC,
-    "banking_classification": _CLASS,
-    "biorxiv_abstract": _TOPIC,
-    "biorxiv_title": _TOPIC,
-    "eli5": _SEARCH,
-    "emotion_classification": _CLASS,
-    "fever": _SEARCH,
-    "fiqa": _SEARCH,
-    "hotpotqa": _SEARCH,
-    "imdb_classification": _CLASS,
-    "medrxiv_abstract": _TOPIC,
-    "medrxiv_title": _TOPIC,
-    "mtop_intent_classification": _CLASS,
-    "msmarco_document": _SEARCH,
-    "msmarco_passage": _SEARCH,
-    "nli": _CLASS,
-    "nq": _SEARCH,
-    "quora": ("search_query", "search_query"),
-    "reddit_clustering": _TOPIC,
-    "reddit_clusteringP2P": _TOPIC,
-    "scidocsrr": _SEARCH,
-    "squad": _SEARCH,
-    "stack_exchange_clustering": _TOPIC,
-    "stack_exchange_clusteringP2P": _TOPIC,
-    "stack_overflow_dup_questions": _CLASS,
-    "toxic_conversations_classification": _CLASS,
-    "trivial": _SEARCH,  # TriviaQA, under the publisher's name
-    "tweet_sentiment_extraction_classification": _CLASS,
-    "twenty_news_groups": _TOPIC,
+    _SEARCH: "arguana eli5 fever fiqa hotpotqa msmarco_document msmarco_passage nq scidocsrr squad trivial",
+    ("search_query", "search_query"): "quora",
+    _CLASS: "amazon_counterfactual_classification amazon_reviews_classification banking_classification "
+    "emotion_classification imdb_classification mtop_intent_classification nli stack_overflow_dup_questions "
+    "toxic_conversations_classification tweet_sentiment_extraction_classification",
+    _TOPIC: "arXiv_abstract arxiv_title biorxiv_abstract biorxiv_title medrxiv_abstract medrxiv_title "
+    "reddit_clustering reddit_clusteringP2P stack_exchange_clustering stack_exchange_clusteringP2P twenty_news_groups",
 }
-_MSMARCO = ("msmarco/collection.tsv", "msmarco/queries.train.tsv")
 _BEIR = ("fever", "fiqa", "hotpotqa", "msmarco", "nfcorpus", "nq-train", "scifact")  # those with qrels/train.tsv
 
 
@@ -127,19 +99,18 @@ def _table() -> dict[str, Collection]:
     table = {}
     for group, sets in (("nomic-unsupervised", _NOMIC_UNSUPERVISED), ("nomic-supervised", _NOMIC_SUPERVISED)):
         for name, (folder, shards, prefixes, columns) in sets.items():
-            objective = "triplet" if len(columns) == 3 else "paired"
             bucket = "contrastive-index-filtered" if folder.endswith("_full") else "contrastive"
-            files = (f"{bucket}/{folder}/shard-{{:05d}}.jsonl.gz",)
-            table[f"{group}/{name}"] = Collection("nomic", files, *prefixes, objective, columns, shards)
-    for name, prefixes in _BGE.items():
+            files = tuple(f"{bucket}/{folder}/shard-{i:05d}.jsonl.gz" for i in range(shards))
+            table[f"{group}/{name}"] = Collection("nomic", files, *prefixes, columns)
+    bge = {name: prefixes for prefixes, names in _BGE.items() for name in names.split()}
+    for name in sorted(bge, key=str.lower):
         files = (f"bge-full-data/data/{name}-*-of-*.parquet",)
-        table[f"bge/{name}"] = Collection("bge", files, *prefixes, "triplet", ("query", "pos", "neg"))
-    table["msmarco/msmarco"] = Collection("msmarco", (*_MSMARCO, "msmarco/qrels.train.tsv"), *_SEARCH)
-    table["msmarco-hard-negatives/msmarco"] = Collection(
-        "msmarco-hard-negatives", (*_MSMARCO, "msmarco/msmarco-hard-negatives.jsonl.gz"), *_SEARCH, "triplet"
-    )
+        table[f"bge/{name}"] = Collection("bge", files, *bge[name], ("query", "pos", "neg"))
+    for name, pairs in (("msmarco", "qrels.train.tsv"), ("msmarco-hard-negatives", "msmarco-hard-negatives.jsonl.gz")):
+        files = tuple(f"msmarco/{file}" for file in ("collection.tsv", "queries.train.tsv", pairs))
+        table[f"{name}/msmarco"] = Collection(name, files, *_SEARCH)
     for name in _BEIR:
-        files = (f"beir/{name}/corpus.jsonl", f"beir/{name}/queries.jsonl", f"beir/{name}/qrels/train.tsv")
+        files = tuple(f"beir/{name}/{file}" for file in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv"))
         table[f"beir/{name}"] = Collection("beir", files, *_SEARCH)
     return table
 
@@ -147,28 +118,30 @@ def _table() -> dict[str, Collection]:
 COLLECTIONS = _table()  # "group/set" → Collection
 
 
+def groups() -> list[str]:
+    """The first parts of the names, in the table's order."""
+    return list(dict.fromkeys(full.split("/")[0] for full in COLLECTIONS))
+
+
 def select(names: Iterable[str]) -> dict[str, Collection]:
     """The collections that the names stand for, each once, in order: "group/set", or "group" for all its sets.
 
     No names, or one that is not in the table, is a ValueError that offers the nearest.
     """
+    known = f"known are {', '.join(groups())}, or one set of them"
     names = as_list(names, "collections")
     if not names:
-        raise ValueError(
-            f"expected names of collections, got none; known are {', '.join(groups())}, or one set of them"
-        )
+        raise ValueError(f"expected names of collections, got none; {known}")
     chosen: dict[str, Collection] = {}
     for name in names:
-        found = {full: each for full, each in COLLECTIONS.items() if name in (full, full.split("/")[0])}
-        if not found:
-            raise ValueError(f"unknown collection {name!r}; {_nearest(name)}")
-        chosen |= found
+        named = {full: each for full, each in COLLECTIONS.items() if name in (full, full.split("/")[0])}
+        if not named:
+            full_names = {full.split("/")[1]: full for full in reversed(COLLECTIONS)}
+            near = difflib.get_close_matches(name, [*groups(), *COLLECTIONS, *full_names], n=1)
+            advice = f"did you mean {full_names.get(near[0], near[0])}?" if near else known
+            raise ValueError(f"unknown collection {name!r}; {advice}")
+        chosen |= named
     return chosen
-
-
-def groups() -> list[str]:
-    """The first parts of the names, in the table's order."""
-    return list(dict.fromkeys(full.split("/")[0] for full in COLLECTIONS))
 
 
 def domains(names: Iterable[str]) -> dict[str, str]:
@@ -180,24 +153,18 @@ def domains(names: Iterable[str]) -> dict[str, str]:
 
 def prefixes(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Domain → what stands before every query and every document of it, e.g. ("search_query: ", …)."""
-    chosen = select(names)
     return {
-        domain: (f"{chosen[full].query_prefix}: ", f"{chosen[full].document_prefix}: ")
+        domain: (f"{COLLECTIONS[full].query_prefix}: ", f"{COLLECTIONS[full].document_prefix}: ")
         for full, domain in domains(names).items()
     }
 
 
 def find(name: str, folder: str | Path) -> list[Path]:
     """The files of the set "group/set" below the folder, in order; all that were published must be there."""
-    collection, folder = COLLECTIONS[name], given_path(folder, "folder of the collections")
+    folder = given_path(folder, "folder of the collections")
     wanted: list[Path] = []
-    for pattern in collection.files:
-        if collection.shards:
-            wanted += [folder / pattern.format(i) for i in range(collection.shards)]
-        elif "*" in pattern:
-            wanted += _numbered(name, folder, pattern)
-        else:
-            wanted.append(folder / pattern)
+    for pattern in COLLECTIONS[name].files:
+        wanted += _numbered(name, folder, pattern) if "*" in pattern else [folder / pattern]
     missing = [str(path.relative_to(folder)) for path in wanted if not path.is_file()]
     if missing:
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -213,22 +180,10 @@ def find(name: str, folder: str | Path) -> list[Path]:
 
 def _numbered(name: str, folder: Path, pattern: str) -> list[Path]:
     """All files of a pattern "…-*-of-*…", of which one at least must be there to tell how many they are."""
-    totals = {}
-    for path in sorted(folder.glob(pattern)):
-        if number := re.search(r"-\d+-of-(\d+)\.\w+$", path.name):
-            totals[number[1]] = path
+    numbers = [re.search(r"-\d+-of-(\d+)\.\w+$", path.name) for path in folder.glob(pattern)]
+    totals = {number[1] for number in numbers if number}
     if len(totals) != 1:
         found = f"files of {len(totals)} different numberings" if totals else "none"
         raise ValueError(f"{name}: expected {folder / pattern}, found {found}; fetch the set, or correct the folder")
-    total = next(iter(totals))
-    numbers = [f"-{i:05d}-of-{total}" for i in range(int(total))]
-    return [folder / pattern.replace("-*-of-*", number) for number in numbers]
-
-
-def _nearest(name: str) -> str:
-    known = [*groups(), *COLLECTIONS]
-    same_set = [full for full in COLLECTIONS if full.split("/")[1] == name]
-    near = same_set or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if not near:
-        near = [full for full in COLLECTIONS if difflib.get_close_matches(name, [full.split("/")[1]], cutoff=0.6)]
-    return f"did you mean {' or '.join(near[:3])}?" if near else f"known are {', '.join(groups())}, or one set of them"
+    (total,) = totals
+    return [folder / pattern.replace("-*-of-*", f"-{i:05d}-of-{total}") for i in range(int(total))]

@@ -12,7 +12,6 @@ import logging
 import platform
 import re
 import sys
-import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
@@ -21,10 +20,10 @@ from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.texts import as_list, text_key
 
-QUERY_WORDS = 3  # fewer words (with two letters in a row) say too little to look for …
-REST_WORDS = 8  # … or to be found by
+QUERY_WORDS = 3  # words (two letters in a row) that a query has at least …
+REST_WORDS = 8  # … and the rest of its document
 READER_VERSION = 1  # part of the identity: raise it when the same packages give other pairs than before
-# Other people's tests and copies of other packages: their text is in no user's documentation, or there twice.
+# Tests, and copies of other packages: their text is in no user's documentation, or there twice.
 _SKIPPED = {
     *("tests", "test", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"),
     *("_vendor", "_vendored", "vendored", "vendor", "externals", "third_party"),
@@ -66,21 +65,19 @@ def core_packages() -> tuple[str, ...]:
 
 def installed_packages() -> tuple[str, ...]:
     """Sorted import names of every installed distribution but this one."""
-    names = {name for each in importlib.metadata.distributions() for name in _import_names(each)}
-    return tuple(sorted(names - {"cde_jax"}))
+    names = set(importlib.metadata.packages_distributions()) - _SKIPPED - {"cde_jax"}
+    return tuple(sorted(n for n in names if n.isidentifier() and not n.startswith("_") and _spec(n) is not None))
 
 
 def identity(packages: Sequence[str], standard_library: bool) -> dict[str, str]:
-    """Package → versions of the distributions that provide it, Python's version, and the reader's.
-
-    Two equal identities give the same pairs; nothing is read to know it. (Python's version matters even without
-    its library: what it cannot parse is skipped.)
+    """Package → versions of the distributions that provide it, Python's version (it decides what can be parsed), and
+    the reader's: two equal identities give the same pairs.
     """
     owners = importlib.metadata.packages_distributions()
     versions = {"(rules)": str(READER_VERSION), "(python)": platform.python_version()}
     versions["(standard library)"] = "read" if standard_library else "not read"
     for package in sorted(set(packages)):
-        names = sorted({_canonical(name) for name in owners.get(package, ())})
+        names = sorted({re.sub(r"[-_.]+", "-", name).lower() for name in owners.get(package, ())})
         versions[package] = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names) or "unknown"
     return versions
 
@@ -95,17 +92,16 @@ def read_pairs(
     """The pairs of the packages' docstrings, in order of package, file and line.
 
     A docstring gives a pair if its first paragraph has QUERY_WORDS words and the rest REST_WORDS. Docstrings
-    whose query or whose rest was there before are dropped (the same function under a second name, a method that
-    repeats its parent's text): the names would make their documents differ, so it is decided here, before
-    `clean`. Read all packages in one call, so that a held-out one shares no text with the others. `counts` gains
-    "files", "unreadable files", "docstrings", "too short", "repeated queries", "repeated texts" and "pairs"; `log`
-    the pairs of each package, and the files that are not readable.
+    whose query or whose rest was there before are dropped here, for their documents differ by the name (the same
+    function under a second one, a method that repeats its parent's text). Read all packages in one call, so that a
+    held-out one shares no text with the others. `counts` gains the numbers of files and docstrings by what became of
+    them, `log` the pairs of each package, and the files that are not readable.
 
     A package that is not installed is a ValueError, before anything is read.
     """
     sources = [(name, _files_of(name)) for name in sorted(set(as_list(packages, "packages")))]
     if standard_library:
-        sources += [(name, _standard_files(name)) for name in _standard_names()]
+        sources += [(name, _files_of(name)) for name in _standard_names() if _spec(name) is not None]
     if not sources:
         raise ValueError("expected packages to read, got none; name some or read the standard library")
     return _read(sources, {} if counts is None else counts, InputLog() if log is None else log)
@@ -116,26 +112,17 @@ def evaluation_set(domain: str, pairs: Iterable[Pair]) -> EvaluationSet:
 
     A query that belongs to several documents has all of them as relevant.
     """
-    queries: dict[int, str] = {}
-    corpus: dict[int, str] = {}
-    relevant: dict[int, list[int]] = {}
+    queries: dict[int, tuple[str, str]] = {}  # key of the text → id, text
+    corpus: dict[int, tuple[str, str]] = {}
+    qrels: dict[str, dict[str, int]] = {}
     for pair in pairs:
-        if pair.domain != domain:
-            continue
-        query, document = text_key(pair.query), text_key(pair.document)
-        queries.setdefault(query, pair.query)
-        corpus.setdefault(document, pair.document)
-        relevant.setdefault(query, []).append(document)
+        if pair.domain == domain:
+            query, _ = queries.setdefault(text_key(pair.query), (f"q{len(queries)}", pair.query))
+            document, _ = corpus.setdefault(text_key(pair.document), (f"d{len(corpus)}", pair.document))
+            qrels.setdefault(query, {})[document] = 1
     if not corpus:
         raise ValueError(f"held-out domain {domain!r} has no pairs; name a package that is installed and read")
-    query_ids = {key: f"q{i}" for i, key in enumerate(queries)}
-    document_ids = {key: f"d{i}" for i, key in enumerate(corpus)}
-    return EvaluationSet(
-        name=domain,
-        queries={query_ids[key]: text for key, text in queries.items()},
-        corpus={document_ids[key]: text for key, text in corpus.items()},
-        qrels={query_ids[key]: {document_ids[d]: 1 for d in documents} for key, documents in relevant.items()},
-    )
+    return EvaluationSet(domain, dict(queries.values()), dict(corpus.values()), qrels)
 
 
 def split_docstring(docstring: str) -> tuple[str, str]:
@@ -203,41 +190,17 @@ def _parse(path: Path) -> ast.Module:
             gc.enable()
 
 
-def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of the module and of its classes, methods and functions, in source order."""
-    if docstring := _docstring(tree):
-        yield module, docstring
-    waiting: list[tuple[str, ast.stmt]] = [(module, node) for node in reversed(tree.body)]
+def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """(qualified name, docstring) of a module, class or function and of what the former define, in source order."""
+    if docstring := ast.get_docstring(node):
+        yield name, docstring.encode("utf-8", "ignore").decode()  # a lone surrogate from an escape cannot be stored
+    waiting = node.body[::-1] if isinstance(node, ast.Module | ast.ClassDef) else []
     while waiting:
-        prefix, node = waiting.pop()
-        if isinstance(node, ast.If | ast.Try):  # definitions under a condition or a guarded import
-            waiting += [(prefix, inner) for inner in reversed([*node.body, *node.orelse])]
-        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            name = f"{prefix}.{node.name}"
-            if docstring := _docstring(node):
-                yield name, docstring
-            if isinstance(node, ast.ClassDef):
-                waiting += [(name, inner) for inner in reversed(node.body)]
-
-
-def _docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
-    docstring = ast.get_docstring(node)
-    # A lone surrogate from an escape is no text that can be stored.
-    return docstring and docstring.encode("utf-8", "ignore").decode()
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _import_names(distribution: importlib.metadata.Distribution) -> set[str]:
-    names = set()
-    for file in distribution.files or ():
-        if file.suffix == ".py":
-            name = file.parts[0] if len(file.parts) > 1 else file.stem
-            if name.isidentifier() and not name.startswith("_") and name not in _SKIPPED:
-                names.add(name)
-    return names
+        inner = waiting.pop()
+        if isinstance(inner, ast.If | ast.Try):  # definitions under a condition or a guarded import
+            waiting += [*inner.body, *inner.orelse][::-1]
+        elif isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(inner, f"{name}.{inner.name}")
 
 
 def _spec(package: str) -> importlib.machinery.ModuleSpec | None:
@@ -270,11 +233,3 @@ def _files_below(folder: Path, package: str) -> list[tuple[str, Path]]:
 
 def _standard_names() -> list[str]:
     return sorted(name for name in sys.stdlib_module_names if not name.startswith("_") and name not in _SKIPPED)
-
-
-def _standard_files(name: str) -> list[tuple[str, Path]]:
-    library = Path(sysconfig.get_path("stdlib"))
-    if (library / name).is_dir():
-        return _files_below(library / name, name)
-    path = library / f"{name}.py"
-    return [(name, path)] if path.is_file() else []  # otherwise built in or an extension: no source to read

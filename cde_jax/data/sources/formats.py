@@ -105,7 +105,8 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _nomic(collection: Collection, files: Sequence[Path], left_out: Counter) -> Iterator[Row]:
-    objective, columns = collection.objective, list(collection.columns)
+    columns = list(collection.columns)
+    objective = "triplet" if len(columns) == 3 else "paired"
     for place, entry in json_lines(files[0]):
         metadata = entry.get("metadata")
         published = metadata.get("objective") if isinstance(metadata, dict) else None
@@ -123,22 +124,10 @@ def _bge(collection: Collection, files: Sequence[Path], left_out: Counter) -> It
         yield from rows(*(row[column] for column in collection.columns), place, left_out)
 
 
-def _msmarco(_: Collection, files: Sequence[Path], left_out: Counter) -> Iterator[Row]:
-    passages, queries, qrels = files
-    yield from _relevant(passages, queries, _tsv_text, beir.qrels_lines(qrels, columns=4), left_out)
-
-
-def _beir(_: Collection, files: Sequence[Path], left_out: Counter) -> Iterator[Row]:
-    corpus, queries, qrels = files
-    yield from _relevant(corpus, queries, _json_text, beir.qrels_lines(qrels), left_out)
-
-
-def _relevant(
-    documents: Path, queries: Path, parse: Parse, qrels: Iterator[tuple[str, str, str, int]], left_out: Counter
-) -> Iterator[Row]:
-    """The relevant pairs, in the order of the qrels."""
+def _qrels(parse: Parse, columns: int, _: Collection, files: Sequence[Path], left_out: Counter) -> Iterator[Row]:
+    documents, queries, qrels = files
     with texts_by_id(documents, parse) as document_of, texts_by_id(queries, parse) as query_of:
-        for place, query, document, relevance in qrels:
+        for place, query, document, relevance in beir.qrels_lines(qrels, columns):
             if relevance > 0:
                 yield from rows(query_of(query, place), document_of(document, place), None, place, left_out)
 
@@ -176,15 +165,6 @@ def _ids_and_scores(items: Any, name: str, place: str) -> list[tuple[str, float]
         else (str(item), math.nan)
         for item in items
     ]
-
-
-READERS = {
-    "nomic": _nomic,
-    "bge": _bge,
-    "msmarco": _msmarco,
-    "msmarco-hard-negatives": _msmarco_hard_negatives,
-    "beir": _beir,
-}
 
 
 @contextmanager
@@ -226,18 +206,23 @@ def _key(identifier: str) -> int:
 
 
 def _tsv_text(line: bytes, place: str) -> tuple[str, str]:
-    identifier, tab, text = _decoded(line, place).rstrip("\r\n").partition("\t")
+    try:
+        identifier, tab, text = line.decode().rstrip("\r\n").partition("\t")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8 ({error}); repair the file") from None
     if not tab:
         raise ValueError(f"{place}: expected an id and a text with a tab between, got {line!r:.80}")
     return identifier, text
 
 
 def _json_text(line: bytes, place: str) -> tuple[str, str]:
-    return beir.document(json_object(_decoded(line, place), place), place)
+    return beir.document(json_object(line, place), place)
 
 
-def _decoded(line: bytes, place: str) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 ({error}); repair the file") from None
+READERS = {
+    "nomic": _nomic,
+    "bge": _bge,
+    "msmarco": partial(_qrels, _tsv_text, 4),
+    "msmarco-hard-negatives": _msmarco_hard_negatives,
+    "beir": partial(_qrels, _json_text, 3),
+}

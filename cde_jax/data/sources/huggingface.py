@@ -16,11 +16,11 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cde_jax.data.files import digests, file_digest, given_path
+from cde_jax.data.files import digests, file_digest, given_path, matches
 from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources.formats import parquet_columns, parquet_rows, rows, texts
 from cde_jax.data.texts import as_list
@@ -66,12 +66,15 @@ def identity(paths: Iterable[str]) -> dict[str, str]:
         name, config, split = _split(path)
         folder = Path(name).expanduser()
         if files := _parquet_files(path):
-            found = {file.name: file_digest(file) for file in files}
+            own = {file_name: file_digest(file) for file_name, file in files.items()}
         elif folder.is_dir():
-            found = {"(data set)": f"{_title(folder, config)}#{split}"} | digests(_visible_files(folder), folder)
+            relative = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+            # Hidden ones aside, such as those that the Hub's client keeps beside a copy.
+            visible = [folder / file for file in relative if not any(part.startswith(".") for part in file.parts)]
+            own = {"(data set)": f"{_title(name, config)}#{split}"} | digests(visible, folder)
         else:
-            found = {f"{name}:{config or ''}#{split}": _commit(name)}
-        known |= {prefix + key: value for key, value in found.items()}
+            own = {f"{_title(name, config)}#{split}": _commit(name)}
+        known |= {prefix + key: value for key, value in own.items()}
     return known
 
 
@@ -123,35 +126,27 @@ def _read(tables: list[tuple[str, _Table, dict[str, str]]], log: InputLog) -> It
 
 def _tables(path: str) -> list[tuple[str, _Table]]:
     """Name and content of each file of a path, or of its data set."""
-    if files := _parquet_files(path):
-        stems = [re.sub(r"-\d+-of-\d+$", "", file.stem) for file in files]  # arguana-00000-of-00002 → arguana
-        return [
-            (file.name, _Table(stem, parquet_columns(file), functools.partial(parquet_rows, file)))
-            for stem, file in zip(stems, files, strict=True)
-        ]
-    table = _data_set(path)
-    return [(f"{table.domain}#{_split(path)[2]}", table)]
+    tables = []
+    for file_name, file in _parquet_files(path).items():
+        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)  # arguana-00000-of-00002 → arguana
+        tables.append((file_name, _Table(stem, parquet_columns(file), functools.partial(parquet_rows, file))))
+    if not tables:
+        name, config, split = _split(path)
+        data = _data_set(path, name, config, split)
+        columns = data.column_names or list(next(iter(data), {}))
+        title = _title(name, config)
+        tables = [(f"{title}#{split}", _Table(title, columns, functools.partial(_rows, data, path)))]
+    return tables
 
 
-def _parquet_files(path: str) -> list[Path]:
+def _parquet_files(path: str) -> dict[str, Path]:
     """The Parquet files that a path names; one that looks like it and names none is a ValueError."""
-    files = [Path(path).expanduser()]
-    if files[0].is_dir():
-        return []
-    if has_magic(path) and not files[0].exists():
-        files = [Path(name) for name in sorted(glob(str(files[0]), recursive=True))]
-    files = [file for file in files if file.is_file() or file.is_symlink()]
-    if (path.endswith(".parquet") or has_magic(path)) and not files:
+    files = {name: file for name, file in matches(Path(path).expanduser()).items() if not file.is_dir()}
+    if (path.endswith(".parquet") or has_magic(path)) and not (files or Path(path).expanduser().is_dir()):
         raise ValueError(f"{path}: expected Parquet files, found none; correct the path")
-    if other := [file for file in files if file.suffix != ".parquet"]:
+    if other := [file for file in files.values() if file.suffix != ".parquet"]:
         raise ValueError(f"{other[0]}: expected a Parquet file; other files are read as a folder, as `datasets` does")
     return files
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones, such as those that the Hub's client keeps beside a copy."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def _split(path: str) -> tuple[str, str | None, str]:
@@ -163,29 +158,30 @@ def _split(path: str) -> tuple[str, str | None, str]:
     return name, config or None, split or "train"
 
 
-def _title(folder: Path, config: str | None) -> str:
-    """The domain of a local data set."""
-    name = folder.resolve().name
+def _title(name: str, config: str | None) -> str:
+    """The domain of a data set: the folder's own name, wherever it lies, or that on the Hub."""
+    folder = Path(name).expanduser()
+    name = folder.resolve().name if folder.exists() else name
     return f"{name}:{config}" if config else name
 
 
-def _data_set(path: str) -> _Table:
-    library = _library()
-    name, config, split = _split(path)
+def _data_set(path: str, name: str, config: str | None, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            "data sets by name or folder need the `datasets` library: pip install 'cde_jax[huggingface]', or name "
+            "Parquet files (folder/*.parquet)"
+        ) from None
     folder = Path(name).expanduser()
-    local = folder.exists()
-    source, commit = (str(folder), None) if local else (name, _commit(name))
+    source, commit = (str(folder), None) if folder.exists() else (name, _commit(name))
     try:
         if any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-            data = library.load_from_disk(source)
-            data = data[split] if isinstance(data, dict) else data
-        else:
-            data = library.load_dataset(source, config, split=split, streaming=True, revision=commit)
+            data = datasets.load_from_disk(source)
+            return data[split] if isinstance(data, dict) else data
+        return datasets.load_dataset(source, config, split=split, streaming=True, revision=commit)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not readable as a data set ({error}); a path is NAME[:CONFIG][#SPLIT]") from error
-    columns = data.column_names or list(next(iter(data), {}))
-    title = _title(folder, config) if local else f"{name}:{config}" if config else name
-    return _Table(title, columns, functools.partial(_rows, data, path))
 
 
 def _rows(data: Any, path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -208,14 +204,3 @@ def _commit(name: str) -> str:
             f"{name}: there is no such folder, and the Hub did not answer for it ({error}); correct the name, go "
             "online, or give a local folder or Parquet files"
         ) from error
-
-
-def _library() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            "data sets by name or folder need the `datasets` library: pip install 'cde_jax[huggingface]', or name "
-            "Parquet files (folder/*.parquet)"
-        ) from None
-    return datasets

@@ -12,11 +12,10 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from cde_jax.data.files import file_digest, given_path
+from cde_jax.data.files import file_digest, given_path, matches
 from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.texts import as_list, has_text
 
@@ -93,7 +92,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: expected one JSON object a line, found no lines")
 
 
-def json_object(line: str, place: str) -> dict[str, Any]:
+def json_object(line: str | bytes, place: str) -> dict[str, Any]:
     """The object of a line of JSON; broken JSON, something else and doubled keys are ValueErrors."""
     try:
         entry = json.loads(line, object_pairs_hook=_unique_keys)
@@ -139,19 +138,15 @@ def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _files(path: Path, prefix: str, log: InputLog) -> dict[str, Path]:
     """Name → file of one path, sorted by name."""
-    if path.is_file():
-        return {path.name: path}
     if path.is_dir():
-        folder, entries, endings = path, _below(path), _ENDINGS
-    else:  # a pattern's files may have any name
-        folder = next(parent for parent in path.parents if not has_magic(str(parent)))
-        entries, endings = map(Path, glob(str(path), recursive=True)), ("",)
+        entries, endings = {file.relative_to(path).as_posix(): file for file in sorted(_below(path))}, _ENDINGS
+    else:
+        entries, endings = matches(path), ("",)  # what is named may have any ending
     files = {}
-    for entry in sorted(entries):
-        name = entry.relative_to(folder).as_posix()
+    for name, entry in entries.items():
         if entry.is_dir():
             log.skip(prefix + name, "a folder, or a link to one; name it as a path of its own")
-        elif not entry.name.lower().endswith(endings):
+        elif not name.lower().endswith(endings):
             log.skip(prefix + name, f"its name does not end in {' or '.join(_ENDINGS)}")
         elif not entry.is_file():
             raise ValueError(f"{entry}: expected a file, got a link to nothing or a special file; remove it")
