@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cde_jax.data import store as store_module
+from cde_jax.data import files
 from cde_jax.data.files import fingerprint, read_json, write_json
 from cde_jax.data.store import Ragged, Store, StoreWriter
 
@@ -84,8 +84,8 @@ def test_every_flipped_byte_of_every_file_is_found(tmp_path):
 def test_a_file_is_hashed_once_in_a_process_until_it_changes(tmp_path, monkeypatch):
     write(tmp_path / "s")
     hashed = []
-    digest = store_module.file_digest
-    monkeypatch.setattr(store_module, "file_digest", lambda path: hashed.append(path.name) or digest(path))
+    digest = files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path.name) or digest(path))
     for path in (tmp_path / "s").iterdir():  # as if written long ago
         os.utime(path, ns=(0, 10**18))
     for _ in range(3):

@@ -74,7 +74,7 @@ def test_broken_and_unreachable_tokenizers_are_named(tokenizer, tmp_path):
 def test_a_vocabulary_smaller_than_the_alphabet_is_refused():
     with pytest.raises(ValueError, match="vocab_size 10"):
         Tokenizer.train(TEXTS, 10)
-    with pytest.raises(ValueError, match="0 characters"):
+    with pytest.raises(ValueError, match="texts of 0 different characters"):
         Tokenizer.train([], 100)
 
 

@@ -257,7 +257,7 @@ def dying(function):
     return counted
 
 whole_write, left = files.write_all, 0
-store.write_all = files.write_all = dying(files.write_all)
+files.write_all = dying(files.write_all)
 for name in ("fsync", "replace", "rename", "mkdir"):
     setattr(os, name, dying(getattr(os, name)))
 

@@ -1,10 +1,8 @@
 """Write-once folders of memory-mapped arrays with a readable `manifest.json`.
 
-A store is a folder of raw little-endian `<name>.bin` files; the manifest gives each one's dtype, shape, bytes
-and sha256, so `np.memmap` reads it without parsing. It is written under a temporary name beside its place and
-renamed when whole: a kill at any moment leaves either no store or the whole one, and a store that is being
-replaced stays until the new one is complete. Rows of different lengths ("ragged") are two arrays, `x.values`
-and `x.offsets`.
+A store is a folder of raw little-endian `<name>.bin` files; the manifest gives each one's dtype, shape, bytes and
+sha256. It is written under a temporary name and renamed when whole: a kill at any moment leaves no store or a whole
+one. Rows of different lengths ("ragged") are two arrays, `x.values` and `x.offsets`.
 """
 
 import hashlib
@@ -13,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64, Shaped
 
-from cde_jax.data.files import (
-    NewFolder,
-    as_json,
-    explain_os_errors,
-    file_digest,
-    fingerprint,
-    read_json,
-    write_all,
-    write_json,
-)
+from cde_jax.data import files
+from cde_jax.data.files import NewFolder, explain_os_errors, fingerprint, read_json
 
 FORMAT = 1
 _RESERVED = ("kind", "format", "arrays", "manifest_sha256")
@@ -85,38 +76,47 @@ class StoreWriter:
     """
 
     def __init__(self, directory: str | Path, kind: str):
-        self.directory = Path(directory)
-        self.kind = kind
+        self.directory, self.kind = Path(directory), kind
         self._folder = NewFolder(directory, marker="manifest.json")
-        self._files: dict[str, Any] = {}
-        self._hashes: dict[str, Any] = {}
-        self._arrays: dict[str, dict] = {}
-        self._ends: dict[str, int] = {}
+        self._open = ExitStack()
+        self._files: dict[str, tuple[Any, Any]] = {}  # array → file, digest so far
+        self._arrays: dict[str, dict[str, Any]] = {}  # array → its entry in the manifest
+        self._ends: dict[str, int] = {}  # ragged array → number of its values
 
     def __enter__(self) -> "StoreWriter":
-        self._folder.__enter__()
+        self._open.enter_context(self._folder)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close_files()
-        self._folder.__exit__()
+        self._open.close()
 
     def append(self, name: str, array: Shaped[np.ndarray, "rows ..."]) -> None:
         """Add `array` at the end of `name` along axis 0. The first call fixes dtype and trailing shape."""
         array = np.asarray(array)
         dtype = array.dtype.newbyteorder("<")
+        path = self.directory / f"{name}.bin"
         if name not in self._arrays:
-            self._create(name, array, dtype)
+            self._check_open()
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+                raise ValueError(f"array name {name!r}: letters, digits, '_', '.', '-' only; it is a file name")
+            if array.ndim == 0 or dtype.kind not in "biuf":
+                raise ValueError(f"{name}: expected numbers with at least one axis, got {dtype} {array.shape}")
+            with explain_os_errors(path):
+                file = open(self._folder.path / path.name, "wb", buffering=0)  # noqa: SIM115
+            self._open.enter_context(file)
+            self._files[name] = file, hashlib.sha256()
+            self._arrays[name] = {"dtype": dtype.str, "shape": [0, *array.shape[1:]], "bytes": 0}
         entry = self._arrays[name]
         if entry["dtype"] != dtype.str or entry["shape"][1:] != list(array.shape[1:]):
             raise ValueError(
                 f"{name}: every append needs dtype {entry['dtype']} and trailing shape {entry['shape'][1:]}, "
                 f"got {dtype.str} and {list(array.shape[1:])}"
             )
+        file, digest = self._files[name]
         content = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)  # [bytes]
-        with explain_os_errors(self.directory / f"{name}.bin"):
-            write_all(self._files[name], content)
-        self._hashes[name].update(content)
+        with explain_os_errors(path):
+            files.write_all(file, content)
+        digest.update(content)
         entry["shape"][0] += len(array)
         entry["bytes"] += len(content)
 
@@ -125,57 +125,39 @@ class StoreWriter:
         rows = [np.asarray(row, dtype) for row in rows]
         if not rows and dtype is None and name not in self._ends:
             raise ValueError(f"{name}: no rows to take the dtype from; give dtype=")
-        if name not in self._ends:
-            self._ends[name] = 0
-            self.append(f"{name}.offsets", np.zeros(1, np.int64))
-            self.append(f"{name}.values", np.zeros(0, rows[0].dtype if rows else dtype))
-        if not rows:
-            return
-        ends = self._ends[name] + np.cumsum([len(row) for row in rows], dtype=np.int64)
-        self.append(f"{name}.values", np.concatenate(rows))
-        self.append(f"{name}.offsets", ends)
-        self._ends[name] = int(ends[-1])
+        first = [] if name in self._ends else [0]
+        values = np.concatenate(rows) if rows else np.zeros(0, dtype)
+        ends = self._ends.get(name, 0) + np.cumsum([len(row) for row in rows], dtype=np.int64)
+        if first or rows:
+            self.append(f"{name}.offsets", np.concatenate([np.array(first, np.int64), ends]))
+            self.append(f"{name}.values", values)
+            self._ends[name] = int(ends[-1]) if rows else 0
 
     def finish(self, manifest_extra: dict[str, Any] | None = None) -> "Store":
         """Write the manifest, sync everything and put the store in its place; returns it opened.
 
         `manifest_extra` may give "fingerprint"; without one it is the digest of kind and arrays.
         """
-        extra = dict(manifest_extra or {})
+        extra = manifest_extra or {}
         if taken := sorted(set(extra) & set(_RESERVED)):
             raise ValueError(f"manifest keys {taken} are the store's own; rename yours")
-        if self._folder.path is None:
-            raise ValueError("the writer is closed: call finish() once, inside the `with` block")
-        for name, hashed in self._hashes.items():
-            self._arrays[name]["sha256"] = hashed.hexdigest()
+        self._check_open()
+        for name, (_, digest) in self._files.items():
+            self._arrays[name]["sha256"] = digest.hexdigest()
         body = {"kind": self.kind, "format": FORMAT, "arrays": self._arrays}
         manifest = {"kind": self.kind, "fingerprint": fingerprint(body)} | extra | body
-        manifest = json.loads(json.dumps(manifest, default=as_json))  # as a reader will see it: int keys are text
+        manifest = json.loads(json.dumps(manifest, default=files.as_json))  # as a reader will see it: int keys are text
         manifest["manifest_sha256"] = fingerprint(manifest)
         with explain_os_errors(self.directory):
-            for file in self._files.values():
+            for file, _ in self._files.values():
                 os.fsync(file.fileno())
-            self._close_files()
-            write_json(self._folder.path / "manifest.json", manifest)
+            files.write_json(self._folder.path / "manifest.json", manifest)
             self._folder.put_in_place()
         return Store.open(self.directory, kind=self.kind, verify=False)
 
-    def _create(self, name: str, array: np.ndarray, dtype: np.dtype) -> None:
+    def _check_open(self) -> None:
         if self._folder.path is None:
-            raise ValueError("the writer is closed: append inside the `with` block, before finish()")
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-            raise ValueError(f"array name {name!r}: letters, digits, '_', '.', '-' only; it is a file name")
-        if array.ndim == 0 or dtype.kind not in "biuf":
-            raise ValueError(f"{name}: expected numbers with at least one axis, got {dtype} {array.shape}")
-        with explain_os_errors(self.directory / f"{name}.bin"):
-            self._files[name] = open(self._folder.path / f"{name}.bin", "wb", buffering=0)  # noqa: SIM115
-        self._hashes[name] = hashlib.sha256()
-        self._arrays[name] = {"dtype": dtype.str, "shape": [0, *array.shape[1:]], "bytes": 0}
-
-    def _close_files(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+            raise ValueError("the writer is closed: call append and finish inside the `with` block, finish once")
 
 
 @dataclass(frozen=True)
@@ -221,10 +203,8 @@ class Store:
         entry = self.manifest["arrays"][name]
         dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
         if entry["bytes"] == 0:  # an empty file cannot be mapped
-            empty = np.zeros(shape, dtype)
-            empty.flags.writeable = False
-            return empty
-        # A plain view of the map: slicing np.memmap itself costs several times what an ndarray's does.
+            return np.broadcast_to(np.zeros((), dtype), shape)  # read-only
+        # As an ndarray: slicing np.memmap itself costs several times as much.
         return np.memmap(self.directory / f"{name}.bin", dtype, "r", shape=shape).view(np.ndarray)
 
     def ragged(self, name: str) -> Ragged:
@@ -247,7 +227,7 @@ def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
     state = (status.st_mtime_ns, status.st_size, entry["sha256"])
     if not verify or _verified.get(str(path.absolute())) == state:
         return
-    digest = file_digest(path)
+    digest = files.file_digest(path)
     if digest != entry["sha256"]:
         raise ValueError(f"{path}: expected sha256 {entry['sha256']}, got {digest}: altered; {_REBUILD}")
     if time.time_ns() - status.st_mtime_ns > _CLOCK_STEP:

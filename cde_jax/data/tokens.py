@@ -18,13 +18,7 @@ from jaxtyping import Int32, Int64
 from cde_jax.data.files import fingerprint, given_path, read_json, write_json
 from cde_jax.data.texts import as_list
 
-SPECIALS = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 LONGEST_WORD = 1000  # characters; longer ones are no words, and training takes a time quadratic in the length
 MOST_TOKENS = 2**24  # of a vocabulary: the trainer reserves memory for all of them
 _ALPHABET = 1000  # characters that get a token of their own in a trained vocabulary; rarer ones are [UNK]
@@ -72,9 +66,11 @@ class Tokenizer:
             loaded = AutoTokenizer.from_pretrained(str(name_or_path))
             backend = loaded.backend_tokenizer
         except Exception as error:  # hub, connection, file and parsing errors share no base class
+            reason = next(iter(str(error).strip().splitlines()), "no message")
             raise ValueError(
                 f"tokenizer {str(name_or_path)!r}: not a folder with tokenizer.json, not in the local cache and not "
-                f"to be fetched now ({_first_line(error)}); give the path of a folder, or connect to the network once"
+                f"to be fetched now ({type(error).__name__}: {reason}); give the path of a folder, or connect to the "
+                "network once"
             ) from None
         specials = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
         # A copy: the loaded object may be shared, and settings are changed above.
@@ -98,32 +94,27 @@ class Tokenizer:
         if isinstance(texts, str | list | tuple | set | frozenset | dict):
             texts = as_list(texts, "texts")
         texts = list(texts) if isinstance(texts, Iterator) else texts
-        normalizer = normalizers.BertNormalizer(lowercase=True)
+        normalizer, pieces = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
         counts: Counter[str] = Counter()
-        number = 0
-        for number, text in enumerate(texts, 1):  # noqa: B007
+        for text in texts:
             counts.update(normalizer.normalize_str(text))
         alphabet = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:_ALPHABET]
         smallest = len(SPECIALS) + 2 * len(alphabet)
         if not alphabet or vocab_size <= smallest:
             raise ValueError(
-                f"vocab_size {vocab_size}: {number} texts with {len(alphabet)} characters need more than "
-                f"{smallest}; give more text or a larger vocabulary"
+                f"vocab_size {vocab_size}: texts of {len(alphabet)} different characters need more than {smallest}; "
+                "give more text or a larger vocabulary"
             )
         if vocab_size < 2 * smallest:
             _log.warning(
                 "vocab_size %d is small for these texts: %d tokens are single characters, %d are left for words and "
                 "their parts; texts become long sequences. Use %d or more",
-                vocab_size,
-                smallest,
-                vocab_size - smallest,
-                10 * smallest,
+                *(vocab_size, smallest, vocab_size - smallest, 10 * smallest),
             )
         fixed = [*SPECIALS.values(), *sorted(alphabet), *(f"##{c}" for c in sorted(alphabet))]
         model = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIALS["unk_token"]))
-        model.normalizer = normalizer
         overlong = pre_tokenizers.Split(tokenizers.Regex(rf"^.{{{LONGEST_WORD + 1},}}$"), "removed")
-        model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), overlong])
+        model.normalizer, model.pre_tokenizer = normalizer, pre_tokenizers.Sequence([pieces, overlong])
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             special_tokens=fixed,
@@ -186,7 +177,7 @@ def _bert(vocabulary: dict[str, int]) -> "tokenizers.Tokenizer":
     backend.post_processor = processors.TemplateProcessing(
         single=f"{cls_token} $A {sep_token}",
         pair=f"{cls_token} $A {sep_token} $B:1 {sep_token}:1",
-        special_tokens=[(cls_token, vocabulary[cls_token]), (sep_token, vocabulary[sep_token])],
+        special_tokens=[(token, vocabulary[token]) for token in (cls_token, sep_token)],
     )
     return backend
 
@@ -194,18 +185,12 @@ def _bert(vocabulary: dict[str, int]) -> "tokenizers.Tokenizer":
 def _specials_of_folder(folder: Path, backend: "tokenizers.Tokenizer") -> dict[str, str]:
     specials: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            entries = read_json(folder / name, dict)
-            for key in SPECIALS | {"bos_token": "", "eos_token": ""}:
-                value = entries.get(key)
-                value = value.get("content") if isinstance(value, dict) else value  # an AddedToken as JSON
-                if isinstance(value, str):
-                    specials[key] = value
+        entries = read_json(folder / name, dict) if (folder / name).exists() else {}
+        for key in (*SPECIALS, "bos_token", "eos_token"):
+            value = entries.get(key)
+            value = value.get("content") if isinstance(value, dict) else value  # an AddedToken as JSON
+            if isinstance(value, str):
+                specials[key] = value
     if "pad_token" not in specials:  # a bare tokenizer.json
         specials |= {key: token for key, token in SPECIALS.items() if backend.token_to_id(token) is not None}
     return specials
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
