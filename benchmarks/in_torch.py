@@ -19,8 +19,8 @@ from shapes import Shape, Texts, build, config_of, random_batch
 from torch.utils.checkpoint import checkpoint
 
 from cde_jax.interop import torch_module
-from cde_jax.interop.ours import to_dict
-from cde_jax.interop.rules import biencoder_rules, contextual_rules, to_torch
+from cde_jax.interop.export_config import to_dict
+from cde_jax.interop.weight_mapping import biencoder_mapping, contextual_mapping, to_torch
 from cde_jax.interop.write import parameters
 
 DEVICE = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
@@ -36,7 +36,7 @@ BACKBONE = {
 def exported(kind: str, shape: Shape) -> torch.nn.Module:
     """The exported module in float32, with the weights of `shapes.build`."""
     config = config_of(kind, shape, "float32")
-    rules = biencoder_rules(config.encoder, prefix="embedder.") if kind == "biencoder" else contextual_rules(config)
+    rules = biencoder_mapping(config.encoder, prefix="embedder.") if kind == "biencoder" else contextual_mapping(config)
     tensors = to_torch(rules, parameters(build(config)))
     module = torch_module.CdeModel(torch_module.CdeConfig(cde_jax={"model": to_dict(config), "jax_only": []}))
     module.load_state_dict({name: torch.from_numpy(tensor.copy()) for name, tensor in tensors.items()})
@@ -44,10 +44,10 @@ def exported(kind: str, shape: Shape) -> torch.nn.Module:
 
 
 def exported_with_context(shape: Shape, context: Float[np.ndarray, "J D"]) -> torch.nn.Module:
-    """The exported isolated module with a fixed context, as `interop.baked` writes it; other random weights."""
+    """The exported isolated module with a fixed context, as `interop.corpus_export` writes it; other random weights."""
     model = build(config_of("isolated", shape, "float32"))
     prefix = model.prepare_context(context).prefix
-    config = {"model": to_dict(model.config), "jax_only": [], "baked": prefix.keys.shape[1]}
+    config = {"model": to_dict(model.config), "jax_only": [], "corpus_slots": prefix.keys.shape[1]}
     module = torch_module.CdeModel(torch_module.CdeConfig(cde_jax=config))
     keys_values = np.stack([np.asarray(x, np.float32).transpose(0, 2, 1, 3) for x in prefix], axis=1)
     module.second_stage_model.context.data = torch.from_numpy(keys_values.copy())  # [layers, 2, H, P, d]

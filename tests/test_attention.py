@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cde_jax.models import attention, encoder, fused
-from cde_jax.models.attention import Prefix, attend, pick
+from cde_jax.models import attention, encoder
+from cde_jax.models.attention import Prefix, attend, attend_cudnn, select_kernel
 
 TEXTS, LENGTH, SLOTS, HEADS, WIDTH = 5, 6, 4, 2, 8
 KERNELS = {
     "xla": partial(attend, kernel="xla"),
     "blocks": partial(attend, kernel="blocks"),
     # What cuDNN is given, computed by JAX's plain form: its kernel needs a GPU.
-    "cudnn": partial(fused.fused, implementation="xla"),
+    "cudnn": partial(attend_cudnn, implementation="xla"),
 }
 CASES = {
     "text alone": {},
@@ -30,7 +30,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Two texts a block, and a block that is not full."""
-    monkeypatch.setattr(attention, "BLOCK", 2 * HEADS * LENGTH * (LENGTH + SLOTS))
+    monkeypatch.setattr(attention, "BLOCK_LOGITS", 2 * HEADS * LENGTH * (LENGTH + SLOTS))
 
 
 def inputs(case: dict, dtype=jnp.float32) -> dict:
@@ -147,24 +147,12 @@ def test_a_long_context_of_a_low_bias_is_read_in_bfloat16_as_in_float32():
         np.testing.assert_allclose(joined.astype(jnp.float32), expected, atol=1e-2, err_msg=f"{name}, in training")
 
 
-def test_the_bias_in_spare_features_is_finer_than_bfloat16():
-    """Queries of zeros: what is read is the sigmoid of the bias. bfloat16 alone would move these by a percent."""
-    biases = jnp.asarray([-5.017, -4.39, -3.766], jnp.float32)
-    zeros = jnp.zeros((1, 2, 3, 64), jnp.bfloat16)
-    slot, key = jnp.zeros((1, 3, 64), jnp.bfloat16), zeros[:, :1]
-    mask = jnp.ones((1, 1), bool)
-    read = lambda q: KERNELS["cudnn"](q, key, key, mask, Prefix(slot, slot + 1), biases)  # noqa: E731
-    joined, _ = jax.vjp(read, zeros)
-    expected = jax.nn.sigmoid(biases)[:, None]
-    np.testing.assert_allclose(joined[0, 0].astype(jnp.float32), expected + jnp.zeros((3, 64)), rtol=0.004)
-
-
-def test_a_shared_prefix_is_not_repeated_for_each_text_where_nothing_is_differentiated():
-    given = inputs(CASES["shared prefix"])
-    text = jax.jit(KERNELS["cudnn"]).lower(**given).as_text()
-    assert f"{TEXTS}x{SLOTS + LENGTH}x{HEADS}x{WIDTH}" not in text
-    text = jax.jit(jax.grad(lambda q: KERNELS["cudnn"](**(given | {"queries": q})).sum()))
-    assert f"{TEXTS}x{SLOTS + LENGTH}x{HEADS}x{WIDTH}" in text.lower(given["queries"]).as_text()
+def test_cudnn_refuses_a_bias_over_odd_numbers():
+    given = inputs(CASES["joint"])
+    odd = {name: given[name][:, :-1] for name in ("queries", "keys", "values", "mask")}
+    assert KERNELS["cudnn"](**odd, slots=SLOTS).shape == odd["queries"].shape  # without a bias
+    with pytest.raises(ValueError, match=r"even numbers of queries and of keys, got 5 and 5: set model\.slot_bias"):
+        KERNELS["cudnn"](**odd, bias=given["bias"], slots=SLOTS)
 
 
 def test_a_text_without_keys_is_finite_in_value_and_gradient():
@@ -193,6 +181,7 @@ def test_lengths_that_would_misread_a_mask_give_nan():
         ("auto", "float32", 64, "cpu", "blocks"),
         ("auto", "bfloat16", 64, "cpu", "blocks"),
         ("cudnn", "bfloat16", 64, "cuda", "cudnn"),
+        ("cudnn", "float16", 128, "cuda", "cudnn"),
         ("auto", "bfloat16", 64, "cuda", "xla"),
         ("auto", "float32", 64, "cuda", "xla"),
         ("auto", "bfloat16", 64, "tpu", "xla"),
@@ -202,7 +191,7 @@ def test_lengths_that_would_misread_a_mask_give_nan():
     ],
 )
 def test_the_kernel_is_picked_by_platform_and_type_and_can_be_overridden(kernel, dtype, head, platform, expected):
-    assert pick(kernel, jnp.dtype(dtype), head, platform) == expected
+    assert select_kernel(kernel, jnp.dtype(dtype), head, platform) == expected
 
 
 def test_a_kernel_that_the_platform_lacks_is_refused_with_what_it_needs():
@@ -212,11 +201,13 @@ def test_a_kernel_that_the_platform_lacks_is_refused_with_what_it_needs():
     ):
         attend(queries, queries, queries, jnp.ones((1, 2), bool), kernel="cudnn")
     with pytest.raises(ValueError, match=r"needs bfloat16 compute \(model\.dtype\), got float32: choose"):
-        pick("cudnn", jnp.float32, 64, "cuda")
-    with pytest.raises(ValueError, match="at most 120 features, a multiple of 8, got 20"):
-        pick("cudnn", jnp.bfloat16, 20, "cuda")
+        select_kernel("cudnn", jnp.float32, 64, "cuda")
+    with pytest.raises(ValueError, match="at most 128 features, a multiple of 8, got 20"):
+        select_kernel("cudnn", jnp.bfloat16, 20, "cuda")
+    with pytest.raises(ValueError, match="at most 128 features, a multiple of 8, got 136"):
+        select_kernel("cudnn", jnp.bfloat16, 136, "cuda")
     with pytest.raises(ValueError, match="expected an attention kernel of auto, xla, blocks, cudnn; got 'flash'"):
-        pick("flash", jnp.float32, 64)
+        select_kernel("flash", jnp.float32, 64)
 
 
 def test_an_encoder_runs_the_kernel_of_its_config(monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from cde_jax.adapters.whitening import whitening
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings
+from cde_jax.interop.reference_model import ReferenceBiencoderConfig
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 from cde_jax.retrieval import embedder as embedder_file
@@ -43,7 +44,9 @@ FEW = ["the cat sat", "cold old water"]  # of few different lengths: each is com
 
 def build_model(kind, seed=0, **changes):
     encoder = EncoderConfig(vocab_size=120, width=32, layers=2, heads=2, mlp_width=48, **changes.pop("encoder", {}))
-    first = BiencoderConfig(encoder, head=True, tokens_per_document=changes.pop("tokens_per_document", 1))
+    first = BiencoderConfig(encoder, head=True)
+    if "tokens_per_document" in changes:
+        first = ReferenceBiencoderConfig(encoder, head=True, tokens_per_document=changes.pop("tokens_per_document"))
     if kind == "biencoder":
         return fill(lambda: Biencoder(BiencoderConfig(encoder), rngs=nnx.Rngs(0)), seed)
     changes = {"context_size": J, "soft_prompt": 2} | changes
@@ -164,7 +167,7 @@ def test_a_corpus_smaller_than_the_context_leaves_null_slots(contextual):
     context = contextual.embed_context(CORPUS[:2])
     assert context.vectors.shape == (2, 32)
     model = contextual.model
-    slots = model.with_null(jnp.pad(context.vectors, ((0, J - 2), (0, 0))), jnp.arange(J) < 2)
+    slots = jnp.concatenate([context.vectors, jnp.broadcast_to(model.null[...], (J - 2, 32))])
     expected = one_by_one(contextual, model, "query: ", 16, FEW, slots)
     np.testing.assert_allclose(contextual.encode_queries(FEW, context), expected, atol=1e-5)
 

@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from cde_jax.interop.read import load_model
-from cde_jax.interop.rules import biencoder_rules, contextual_rules, to_torch
+from cde_jax.interop.weight_mapping import biencoder_mapping, contextual_mapping, to_torch
 from cde_jax.interop.write import parameters
 
 TOLERANCE = 2e-5
@@ -79,8 +79,13 @@ def normalised(x) -> np.ndarray:
 @jax.jit
 def layers(encoder, x, mask, angles) -> dict[str, jax.Array]:
     """Hidden states as the golden files name them."""
-    _, hidden = encoder.run(x, mask, angles, collect="hidden")
-    return {"emb_ln": encoder.norm(x)} | {f"layer_{i}": h for i, h in enumerate(hidden)}
+    hidden = {"emb_ln": encoder.norm(x)}
+    graph, blocks = nnx.split(encoder.blocks)
+    rows = hidden["emb_ln"].reshape(-1, x.shape[-1])
+    for i in range(encoder.config.layers):
+        rows, _ = nnx.merge(graph, jax.tree.map(lambda parameter, i=i: parameter[i], blocks))(rows, mask, angles)
+        hidden[f"layer_{i}"] = rows.reshape(x.shape)
+    return hidden
 
 
 def compare_layers(ours: dict, outputs: dict, prefix: str, mask) -> None:
@@ -124,12 +129,10 @@ def test_second_stage_gives_the_references_hidden_states(tmp_path, case, numeric
     model, inputs, outputs = load(tmp_path, case, numerics)
     ids, mask = tokens(inputs, "text")
     cache = model.prepare_context(jnp.asarray(outputs["first_stage"]))
-    c = model.config
-    types = c.slot_token_types * model.encoder.token_type(jnp.zeros((), jnp.int32))
+    types = 0 if numerics == "training" else model.encoder.token_type(jnp.zeros((), jnp.int32))
     close(cache.slots - types, outputs["base/prefix"])
-    close(model.hidden(ids, mask, cache)[0], outputs["base/text_hidden_states"])
-    text = model.encoder.embed_tokens(ids, mask, times_token_type=c.text_token_types)
-    x, seen, positions = model.joint_sequence(text, mask, cache.slots)
+    close(model.hidden(ids, mask, cache)[:, cache.slots.shape[-2] :], outputs["base/text_hidden_states"])
+    x, seen, positions = model.joint_sequence(model.embed_text(ids, mask), mask, cache.slots)
     compare_layers(layers(model.encoder, x, seen, model.encoder.angles(positions)), outputs, "base", seen)
 
 
@@ -142,7 +145,8 @@ def test_null_slots_stand_in_for_missing_and_dropped_context(tmp_path, case, num
     dropped = inputs["dropout.uniform"] < probability
     np.testing.assert_array_equal(dropped, outputs["sequence_dropout/mask"])
     context = jnp.broadcast_to(outputs["first_stage"], (*dropped.shape, outputs["first_stage"].shape[1]))
-    close(embed(model, ids, mask, model.with_null(context, jnp.asarray(~dropped))), outputs["sequence_dropout/pooled"])
+    cache = model.prepare_context(context, jnp.asarray(~dropped))
+    close(embed(model, ids, mask, cache), outputs["sequence_dropout/pooled"])
 
 
 def test_weights_without_null_embedding_say_so_when_context_is_missing(tmp_path):
@@ -189,12 +193,12 @@ def test_several_tokens_per_context_document(tmp_path, numerics):
     close(context.reshape(documents, pieces, width), outputs["first_stage"])
     cache = model.prepare_context(context)
     close(embed(model, ids, mask, cache), outputs["base/pooled"])
-    close(model.hidden(ids, mask, cache)[0], outputs["base/text_hidden_states"])
+    close(model.hidden(ids, mask, cache)[:, cache.slots.shape[-2] :], outputs["base/text_hidden_states"])
     # In training each text draws its own documents.
     own = context.reshape(documents, pieces, width)[inputs["train_mode.R"]].reshape(len(ids), -1, width)
     close(embed(model, ids, mask, own), outputs["train_mode_no_dropout/pooled"])
     present = jnp.asarray(inputs["train_mode.uniform"] >= 0.25)
-    close(embed(model, ids, mask, model.with_null(own, present)), outputs["train_mode/pooled"])
+    close(embed(model, ids, mask, model.prepare_context(own, present)), outputs["train_mode/pooled"])
 
 
 @pytest.mark.parametrize(
@@ -269,7 +273,7 @@ def test_gradients_of_every_parameter(tmp_path, case, numerics):
     def embed_texts(model, name, context):
         if probability:
             present = jnp.asarray(inputs[f"{name}.uniform"] >= probability)
-            context = model.with_null(jnp.broadcast_to(context, (*present.shape, context.shape[-1])), present)
+            context = model.prepare_context(jnp.broadcast_to(context, (*present.shape, context.shape[-1])), present)
         return model.embed(*tokens(inputs, name), context)
 
     def loss(model):
@@ -280,7 +284,7 @@ def test_gradients_of_every_parameter(tmp_path, case, numerics):
     value, gradients = jax.jit(nnx.value_and_grad(loss))(model)
     expected = np.load(folder / f"{case}_outputs.npz")
     close(value, expected["loss"])
-    ours = to_torch(contextual_rules(model.config), parameters(gradients))
+    ours = to_torch(contextual_mapping(model.config), parameters(gradients))
     file = folder / f"{case}_grads.safetensors"
     if file.exists():
         reference = load_file(file)
@@ -295,7 +299,7 @@ def test_gradients_of_every_parameter(tmp_path, case, numerics):
 def test_every_tensor_of_a_biencoder_has_one_rule(tmp_path):
     folder, config, _ = golden("biencoder_tiny")
     model = load_model(directory(tmp_path, config, folder / "weights.safetensors"))
-    written = to_torch(biencoder_rules(model.config.encoder, prefix="embedder."), parameters(model))
+    written = to_torch(biencoder_mapping(model.config.encoder, prefix="embedder."), parameters(model))
     stored = load_file(folder / "weights.safetensors")
     assert written.keys() == stored.keys()
     assert all(written[name].tobytes() == stored[name].tobytes() for name in stored)

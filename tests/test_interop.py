@@ -17,10 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 from cde_jax.data.sources import jsonl
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.interop import ours
-from cde_jax.interop.families import reference_model
+from cde_jax.interop.architectures import reference_config
+from cde_jax.interop.export_config import backbone_keys
 from cde_jax.interop.read import TextSettings, load_encoder, load_model, load_pretrained
-from cde_jax.interop.rules import biencoder_rules, contextual_rules, encoder_rules, to_torch
+from cde_jax.interop.reference_model import ReferenceContextualConfig, ReferenceEncoderConfig
+from cde_jax.interop.weight_mapping import biencoder_mapping, contextual_mapping, encoder_mapping, to_torch
 from cde_jax.interop.write import parameters, save_pretrained
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
@@ -48,8 +49,15 @@ CONFIGS = {
     "isolated": contextual(ROTARY),
     "isolated, learned positions": contextual(LEARNED),
     "joint": contextual(ROTARY, context_attention="joint"),
-    "joint, tied embeddings, no null": contextual(
-        ROTARY, context_attention="joint", tie_token_embeddings=True, null_embedding=False, slot_bias=None
+    "joint, tied embeddings, no null": ReferenceContextualConfig(
+        BiencoderConfig(ROTARY, head=True),
+        ROTARY,
+        context_size=3,
+        context_attention="joint",
+        null_embedding=False,
+        slot_bias=None,
+        numerics="training",
+        tie_token_embeddings=True,
     ),
 }
 
@@ -60,7 +68,7 @@ PUBLISHED = {
     "embedder": "nomic-ai/nomic-bert-2048",
     "transductive_corpus_size": 3,
     "transductive_sequence_dropout_prob": 0.0,
-    "backbone_config": ours.backbone_keys(dataclasses.replace(ROTARY, mlp_width=256)),
+    "backbone_config": backbone_keys(dataclasses.replace(ROTARY, mlp_width=256)),
 }
 
 
@@ -73,8 +81,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 def random_model(config, seed: int = 0) -> Biencoder | ContextualEncoder:
     """Parameters large enough that every one of them shows in the vectors."""
-    kind = ContextualEncoder if isinstance(config, ContextualConfig) else Biencoder
-    graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
     filled = [
         (path, leaf.replace(jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), jnp.float32)))
@@ -106,7 +113,7 @@ def test_a_saved_model_comes_back_byte_equal_with_its_config_and_settings(tmp_pa
 
 
 def test_run_time_choices_are_not_exported(tmp_path, tokenizer):
-    config = BiencoderConfig(dataclasses.replace(ROTARY, dtype="bfloat16", remat=True))
+    config = BiencoderConfig(dataclasses.replace(ROTARY, dtype="bfloat16", remat="full"))
     save_pretrained(random_model(config), tmp_path / "export", tokenizer=tokenizer, settings=SETTINGS)
     assert load_model(tmp_path / "export").config == BiencoderConfig(ROTARY)
 
@@ -140,13 +147,13 @@ def test_tied_embeddings_are_written_under_both_names_and_must_be_equal(tmp_path
 def test_exports_of_imported_weights_say_their_numerics(tmp_path, tokenizer):
     keys = {**PUBLISHED, "transductive_sequence_dropout_prob": 0.1}
     for numerics in ("shipped", "shipped-sequence", "training"):
-        config = reference_model(keys, numerics, null=True, colon=lambda: 7, source="test")
+        config = reference_config(keys, numerics, null=True, colon=lambda: 7)
         folder = tmp_path / numerics
         save_pretrained(random_model(config), folder, tokenizer=tokenizer, settings=SETTINGS)
         assert json.loads((folder / "config.json").read_text())["cde_jax"]["numerics"] == numerics
         assert load_model(folder).config == config
         other = load_model(folder, numerics="shipped").config  # its reference keys let it be run as the others too
-        assert other == reference_model(keys, "shipped", null=True, colon=lambda: 7, source="test")
+        assert other == reference_config(keys, "shipped", null=True, colon=lambda: 7)
 
 
 def test_own_models_have_no_other_numerics(tmp_path, tokenizer):
@@ -164,7 +171,7 @@ def huggingface_directory(path: Path, naming: str, *, prefix: str = "", extra: t
     """A plain encoder as it is published: NomicBERT in both namings, BERT."""
     config = LEARNED if naming == "bert" else dataclasses.replace(ROTARY, mlp_width=256)
     encoder = random_model(BiencoderConfig(config)).encoder
-    tensors = {prefix + k: v for k, v in to_torch(encoder_rules(config, naming), parameters(encoder)).items()}
+    tensors = {prefix + k: v for k, v in to_torch(encoder_mapping(config, naming), parameters(encoder)).items()}
     path.mkdir(exist_ok=True)
     save_file({**tensors, **{name: np.zeros(3, np.float32) for name in extra}}, path / "model.safetensors")
     native = {
@@ -177,7 +184,7 @@ def huggingface_directory(path: Path, naming: str, *, prefix: str = "", extra: t
         "type_vocab_size": config.token_types,
         "layer_norm_eps": config.norm_epsilon,
     }
-    keys = ours.backbone_keys(config) if naming == "reference" else native
+    keys = backbone_keys(config) if naming == "reference" else native
     keys["model_type"] = "bert" if naming == "bert" else "nomic_bert"
     (path / "config.json").write_text(json.dumps(keys))
     return config
@@ -206,7 +213,7 @@ def test_a_reference_biencoder_on_transformers_bert_is_read(tmp_path):
     encoder = huggingface_directory(tmp_path, "bert", prefix="embedder.")
     config = BiencoderConfig(encoder, head=True, output_width=10)
     model = random_model(config)
-    weights = to_torch(biencoder_rules(encoder, "bert", prefix="embedder."), parameters(model))
+    weights = to_torch(biencoder_mapping(encoder, "bert", prefix="embedder."), parameters(model))
     save_file(weights, tmp_path / "model.safetensors")
     keys = {
         "architecture": "biencoder",
@@ -235,9 +242,10 @@ def test_the_first_layers_alone_can_start_a_model(tmp_path, tokenizer):
         load_encoder(tmp_path / "plain", layers=3)
 
 
-def test_starting_from_published_weights_leaves_their_habits_behind(tmp_path, tokenizer):
-    habits = dataclasses.replace(ROTARY, rotary_axis="heads")
-    config = contextual(habits, context_attention="joint", absolute_positions=True, text_token_types=2)
+def test_starting_from_published_weights_leaves_their_numerics_behind(tmp_path, tokenizer):
+    encoder = ReferenceEncoderConfig(**vars(ROTARY), numerics="shipped")
+    first = BiencoderConfig(encoder, head=True)
+    config = ReferenceContextualConfig(first, encoder, 3, context_attention="joint", numerics="shipped")
     save_pretrained(random_model(config), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
     assert load_encoder(tmp_path / "x").config == ROTARY
 
@@ -309,10 +317,10 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path):
             load_model(path)
 
 
-def test_an_unknown_family_lists_the_known_ones(tmp_path):
+def test_an_unknown_model_type_lists_the_supported_ones(tmp_path):
     huggingface_directory(tmp_path, "native")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"unknown family .*'llama'.*cde-small-v1.*nomic_bert.*bert"):
+    with pytest.raises(ValueError, match=r"unknown model_type 'llama'.*cde-small-v1.*nomic_bert.*bert"):
         load_model(tmp_path)
 
 
@@ -335,8 +343,8 @@ def test_a_config_without_a_needed_key_names_it(tmp_path):
 
 def test_a_published_directory_gives_its_prompts_and_lengths(tmp_path, tokenizer):
     """cde-small-v1's own files: prompts in config.json, an empty sentence_bert_config.json, a module of its own."""
-    config = reference_model(PUBLISHED, "shipped", null=False, colon=lambda: 7, source="test")
-    weights = to_torch(contextual_rules(config), parameters(random_model(config)))
+    config = reference_config(PUBLISHED, "shipped", null=False, colon=lambda: 7)
+    weights = to_torch(contextual_mapping(config), parameters(random_model(config)))
     save_file(weights, tmp_path / "model.safetensors")
     prompts = {"query_prompt": "search_query: ", "document_prompt": "search_document: ", "max_seq_length": 77}
     (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, **prompts}))

@@ -16,7 +16,7 @@ from tiny_models import (
 )
 
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder, map_chunks
-from cde_jax.models.encoder import Encoder
+from cde_jax.models.encoder import Encoder, select_remat
 
 PATTERNS = ("joint", "isolated")
 EXACT = 1e-5  # float32, vectors of size about 1
@@ -157,14 +157,17 @@ def test_numpy_ids_and_masks_of_ones_and_zeros_are_read_too(model, texts):
 
 
 def test_null_slots_stand_in_for_missing_documents(model, texts, context):
-    present = jnp.arange(J) < 2
-    filled = model.with_null(context, present)
-    np.testing.assert_array_equal(filled[:2], context[:2])
-    assert (filled[2:] == model.null[...]).all()
-    nothing = model.with_null(context, jnp.zeros(J, bool))
+    filled = model.prepare_context(context, jnp.arange(J) < 2)
+    np.testing.assert_array_equal(filled.slots[:2], context[:2])
+    assert (filled.slots[2:J] == model.null[...]).all() and (filled.slots[J:] != model.null[...]).all()
+    nothing = model.prepare_context(context, np.zeros(J, bool))
     none = embed(model, *texts, None)
     assert difference(none, embed(model, *texts, nothing)) <= EXACT
     assert difference(none, embed(model, *texts, filled)) > 1e-3
+    own = jnp.broadcast_to(context, (7, *context.shape))  # each text's own
+    per_text = model.prepare_context(own, jnp.arange(J) < jnp.arange(7)[:, None])
+    assert difference(none[:1], embed(model, *texts, per_text)[:1]) <= EXACT
+    assert difference(embed(model, *texts, filled)[2:3], embed(model, *texts, per_text)[2:3]) <= EXACT
 
 
 def test_any_number_of_context_documents_can_be_read(model, texts, context):
@@ -222,13 +225,13 @@ def test_slots_without_a_soft_prompt_are_the_context_alone(texts, context):
 def plan_vectors(model, texts, documents, chunk, context_chunk):
     """Both stages, in chunks: what a training step does with a plan batch. The last context document is missing."""
     context = map_chunks(model.embed_context, *documents, context_chunk)
-    context = model.prepare_context(model.with_null(context, jnp.arange(len(context)) < len(context) - 1))
+    context = model.prepare_context(context, jnp.arange(len(context)) < len(context) - 1)
     return map_chunks(lambda ids, mask: model.embed(ids, mask, context), *texts, chunk)
 
 
 @pytest.mark.parametrize(
     ("pattern", "remat"),
-    [("joint", True), ("joint", "auto"), ("isolated", "none"), ("isolated", "dots")],
+    [("joint", "full"), ("joint", "auto"), ("isolated", "none"), ("isolated", "dots")],
 )
 def test_chunks_and_recomputed_layers_change_neither_vectors_nor_gradients(pattern, remat, texts):
     documents = tokens(J, 6, seed=3)
@@ -269,7 +272,7 @@ def test_bfloat16_compute_is_close_and_keeps_float32_parameters(pattern, texts):
     assert 1e-5 < difference(unit(a), unit(b)) <= 2e-2
 
 
-def residual_bytes(remat: bool | str) -> int:
+def residual_bytes(remat: str) -> int:
     """What the backward pass of an encoder keeps of the forward pass."""
     config = encoder_config(remat=remat, width=64, mlp_width=128)
     encoder = fill(lambda: Encoder(config, rngs=nnx.Rngs(0)))
@@ -283,8 +286,16 @@ def residual_bytes(remat: bool | str) -> int:
 def test_the_more_is_computed_again_the_less_is_kept():
     kept = {remat: residual_bytes(remat) for remat in ("none", "dots", "full")}
     assert kept["full"] < 0.5 * kept["dots"] < 0.35 * kept["none"]
-    assert residual_bytes(False) == kept["none"] and residual_bytes(True) == kept["full"]
     assert residual_bytes("auto") == kept["dots"]  # on CPU
+    assert [select_remat("auto", platform) for platform in ("cpu", "gpu", "tpu", None)] == [
+        "dots",
+        "none",
+        "none",
+        "dots",
+    ]
+    assert (
+        [select_remat(remat, "cpu") for remat in kept] == list(kept) == [select_remat(remat, "tpu") for remat in kept]
+    )
 
 
 def lowered_lines(layers: int) -> int:

@@ -222,7 +222,7 @@ def chunk_shapes(size: int) -> dict:
     return batch | {"texts": texts | {"place": jax.ShapeDtypeStruct((1, 2 * size), jnp.int32)}}
 
 
-LONG = 320  # tokens
+LONG = 400  # tokens
 
 
 @pytest.mark.parametrize("shapes", [plain_shapes, chunk_shapes])
@@ -231,8 +231,8 @@ def test_memory_does_not_grow_with_the_batch_when_it_is_encoded_in_chunks(shapes
 
     What may grow: copies of ids and masks (2·B·L·5 bytes = 6.6 MB at B = 2048), vectors and their gradients
     (4·B·D·4 bytes = 1 MB), and the B × N scores (three float32 arrays, 50 MB). The texts are so long that a chunk's
-    activations (92 MB) outweigh the scores, whose memory XLA reuses for them: so all of it is measured, nothing
-    is subtracted, and what grows still stays within a tenth (measured: 92.0 and 92.5 MB; without chunks 5.5 GB).
+    activations (89 MB) outweigh the scores, whose memory XLA reuses for them: so all of it is measured, nothing
+    is subtracted, and what grows still stays within a tenth (measured: 89.5 and 90.0 MB; without chunks 5.2 GB).
     """
     small, large = temporary(shapes(128), 64), temporary(shapes(2048), 64)
     assert small > 1.5 * 3 * 2048**2 * 4, "the scores would hide what is measured: take longer texts"
@@ -318,11 +318,11 @@ def test_dropping_the_whole_context_equals_no_context():
 # --- the first stage's rate
 
 
-def one_step(rate: float, **changes):
+def one_step(rate: float):
     """Parameters before and after a step of AdamW with weight decay."""
     about = {"warmup_steps": 0, "steps": 10, "weight_decay": 0.1, "clip_norm": 1e9, "first_stage_rate": rate}
     optimizer = make_optimizer(learning_rate=1e-2, **about)
-    graph, state = init_state(contextual("isolated", encoder={"layers": 1}, **changes), optimizer[0])
+    graph, state = init_state(model(), optimizer[0])
     before = jax.device_get(state.params)
     config = StepConfig(temperature=0.1, sequence_dropout=0.0, first_stage_rate=rate)
     mesh, batch = sharding.make_mesh(1), step_batch(0, 2)
@@ -347,12 +347,6 @@ def test_a_first_stage_at_a_tenth_moves_a_tenth_and_the_rest_as_before():
         rate = 0.1 if path[0] == "first_stage" else 1.0
         assert np.abs(whole[path] - value).max() > 1e-4, path
         np.testing.assert_allclose(tenth[path] - value, rate * (whole[path] - value), atol=2e-7, err_msg=str(path))
-
-
-def test_a_frozen_first_stage_leaves_a_shared_token_table_to_the_second():
-    before, after = one_step(0.0, tie_token_embeddings=True)
-    table = ("encoder", "word", "embedding")
-    assert np.abs(after[table] - before[table]).max() > 1e-4
 
 
 # --- devices

@@ -17,13 +17,13 @@ transformers = pytest.importorskip("transformers")
 from test_interop import CONFIGS, LEARNED, ROTARY, SETTINGS, TEXTS, contextual, equal, random_model, tokenizer  # noqa: E402
 
 from cde_jax.data.tokens import Tokenizer  # noqa: E402
-from cde_jax.interop.baked import export_corpus  # noqa: E402
-from cde_jax.interop.families import reference_model  # noqa: E402
-from cde_jax.interop.ours import backbone_keys  # noqa: E402
+from cde_jax.interop.architectures import reference_config  # noqa: E402
+from cde_jax.interop.corpus_export import export_corpus  # noqa: E402
+from cde_jax.interop.export_config import backbone_keys  # noqa: E402
 from cde_jax.interop.read import load_model  # noqa: E402
+from cde_jax.interop.reference_model import ReferenceContextualConfig, ReferenceEncoderConfig  # noqa: E402
 from cde_jax.interop.write import save_pretrained  # noqa: E402
-from cde_jax.models.contextual import Biencoder  # noqa: E402
-from cde_jax.models.encoder import EncoderConfig  # noqa: E402
+from cde_jax.models.contextual import Biencoder, BiencoderConfig  # noqa: E402
 
 DOCUMENTS = ("a document about dogs", "another one", "the night in the city")
 __all__ = ["tokenizer"]
@@ -98,7 +98,7 @@ def numerics(name: str):
         "transductive_sequence_dropout_prob": 0.1,
         "backbone_config": {**backbone_keys(ROTARY), "rotary_emb_interleaved": True},
     }
-    return reference_model(keys, name, null=True, colon=lambda: 7, source="test")
+    return reference_config(keys, name, null=True, colon=lambda: 7)
 
 
 CONTEXTUAL = {
@@ -110,7 +110,7 @@ CONTEXTUAL = {
     "shipped-sequence": numerics("shipped-sequence"),
     "training": numerics("training"),
     "isolated, geglu, interleaved": contextual(
-        EncoderConfig(200, 16, 2, 2, 24, activation="geglu", rotary_fraction=0.5, rotary_interleaved=True)
+        ReferenceEncoderConfig(200, 16, 2, 2, 24, activation="geglu", rotary_fraction=0.5, rotary_interleaved=True)
     ),
 }
 
@@ -144,20 +144,20 @@ def test_two_stage_calls_give_our_vectors_and_the_weights_come_back(tmp_path, to
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_baked_in_context_serves_as_a_one_input_model(tmp_path, tokenizer, name):
-    _, expected = baked(tmp_path, tokenizer, name)
+def test_a_corpus_export_serves_as_a_one_input_model(tmp_path, tokenizer, name):
+    _, expected = corpus_export(tmp_path, tokenizer, name)
     vectors = sentence_transformer(tmp_path / "x").encode(list(TEXTS), prompt_name="query")
     assert np.abs(vectors - expected).max() <= 1e-5
-    with pytest.raises(ValueError, match="context baked in"):
+    with pytest.raises(ValueError, match="context of a corpus"):
         load_model(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
     "name", [name if name == "isolated" else pytest.param(name, marks=pytest.mark.slow) for name in CONTEXTUAL]
 )
-def test_a_baked_in_context_serves_as_onnx(tmp_path, tokenizer, name):
+def test_a_corpus_export_serves_as_onnx(tmp_path, tokenizer, name):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: ONNX was not run")
-    tokens, expected = baked(tmp_path, tokenizer, name, onnx=True)
+    tokens, expected = corpus_export(tmp_path, tokenizer, name, onnx=True)
     session = onnxruntime.InferenceSession(str(tmp_path / "x/onnx/model.onnx"))
     assert [x.name for x in session.get_inputs()] == ["input_ids", "attention_mask"]
     feed = {"input_ids": tokens[0].astype(np.int64), "attention_mask": tokens[1].astype(np.int64)}
@@ -166,7 +166,7 @@ def test_a_baked_in_context_serves_as_onnx(tmp_path, tokenizer, name):
     assert np.abs(session.run(None, one)[0] - expected[:1]).max() <= 1e-5
 
 
-def baked(folder, tokenizer, name, *, onnx=False):
+def corpus_export(folder, tokenizer, name, *, onnx=False):
     """Exports a random model with a context to `folder`/x; the query tokens and what the model makes of them."""
     model = random_model(CONTEXTUAL[name])
     context = embed_context(model, *padded(tokenizer, DOCUMENTS))
@@ -195,7 +195,9 @@ print(vectors.shape)
 
 
 def test_settings_that_run_in_jax_only_are_named(tmp_path, tokenizer):
-    config = contextual(ROTARY, context_attention="joint", pool_slots=True)
+    first = BiencoderConfig(ROTARY, head=True)
+    options = {"context_attention": "joint", "numerics": "training", "pool_slots": True}
+    config = ReferenceContextualConfig(first, ROTARY, 3, **options)
     model = random_model(config)
     save_pretrained(model, tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
     assert equal(load_model(tmp_path / "x"), model)

@@ -200,7 +200,7 @@ def _first_stage(graph, state, ids, mask):
 @partial(jax.jit, static_argnames="graph")
 def _prepare(graph, state, vectors, present):
     model = nnx.merge(graph, state)
-    return model.prepare_context(None if vectors is None else model.with_null(vectors, present))
+    return model.prepare_context(vectors, present)
 
 
 @partial(jax.jit, static_argnames="graph")

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cde_jax.data.files import read_json
-from cde_jax.interop import families
-from cde_jax.interop.tensors import Tensor, tensors
+from cde_jax.interop.architectures import is_reference
+from cde_jax.interop.tensors import Tensor, path_inside, read_object, tensors
 from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
+
+MAX_LENGTH = 1_000_000  # tokens; no text setting is larger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,50 +22,65 @@ class TextSettings:
     query_length: int = 512
     document_length: int = 512
 
+    def __post_init__(self):
+        for field, value in dataclasses.asdict(self).items():
+            if field.endswith("length") and not (type(value) is int and 1 <= value <= MAX_LENGTH):
+                raise ValueError(f"{field}: expected 1 to {MAX_LENGTH} tokens, got {value!r:.80}")
+            if field.endswith("prefix") and not isinstance(value, str):
+                raise ValueError(f"{field}: expected a text, got {value!r:.80}")
+
 
 def transformer_folder(directory: Path) -> Path:
     """Where the encoder's config and weights are: the directory itself, or its Transformer module's folder."""
-    for module in _modules(directory):
-        if module["type"].endswith(".Transformer"):
-            return directory / module["path"]
-    return directory
+    folders = [folder for kind, folder in _modules(directory) if kind == "Transformer"]
+    return folders[0] if folders else directory
 
 
-def _modules(directory: Path) -> list[dict[str, Any]]:
-    return read_json(directory / "modules.json") if (directory / "modules.json").is_file() else []
+def _modules(directory: Path) -> list[tuple[str, Path]]:
+    """Class name and folder of each of sentence-transformers' modules."""
+    path = directory / "modules.json"
+    if not path.is_file():
+        return []
+    modules = read_json(path)
+    try:
+        return [(str(m["type"]).rsplit(".", 1)[-1], path_inside(directory, m["path"], path)) for m in modules]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a list of objects with type and path ({error!r})") from None
 
 
 def with_modules(model: BiencoderConfig, directory: Path, weights: Mapping[str, Tensor]) -> BiencoderConfig:
     """Pooling and head of a sentence-transformers directory; mean pooling where there is no modules.json."""
-    known = ("Transformer", "Pooling", "Dense", "Normalize")
-    modules = _modules(directory)
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    if odd := sorted(set(kinds) - set(known)):
-        raise ValueError(f"{directory}/modules.json: unknown modules {', '.join(odd)}; known are {', '.join(known)}")
-    for module, kind in zip(modules, kinds, strict=True):
+    supported, modules = ("Transformer", "Pooling", "Dense", "Normalize"), _modules(directory)
+    if unknown := sorted({kind for kind, _ in modules} - set(supported)):
+        raise ValueError(
+            f"{directory}/modules.json: unknown modules {', '.join(unknown)}; supported are {', '.join(supported)}"
+        )
+    for kind, folder in modules:
         if kind == "Pooling":
-            model = dataclasses.replace(model, pooling=_pooling(directory / module["path"] / "config.json"))
+            model = dataclasses.replace(model, pooling=_pooling(folder / "config.json"))
     if "mlp.2.weight" in weights:
         model = dataclasses.replace(model, head=True, output_width=weights["mlp.2.weight"].shape[0])
     return model
 
 
 def _pooling(path: Path) -> str:
-    config = read_json(path)
+    config = read_object(path)
     legacy = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
     modes = config.get("pooling_mode") or [
         legacy.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on is True
     ]
-    modes = [modes] if isinstance(modes, str) else modes
-    if len(modes) != 1 or modes[0] not in ("mean", "cls"):
-        raise ValueError(f"{path}: expected mean or cls pooling, got {', '.join(modes)}; others are not supported")
+    modes = modes if isinstance(modes, list) else [modes]
+    if modes not in (["mean"], ["cls"]):
+        raise ValueError(f"{path}: expected mean or cls pooling, got {', '.join(map(str, modes))}")
     return modes[0]
 
 
 def head(directory: Path) -> dict[str, Tensor]:
     """The tensors of Linear, GELU, Linear that follow the pooling of a sentence-transformers directory."""
-    dense = [directory / m["path"] for m in _modules(directory) if m["type"].endswith(".Dense")]
-    activations = [read_json(path / "config.json")["activation_function"].rsplit(".", 1)[-1] for path in dense]
+    folders = [folder for kind, folder in _modules(directory) if kind == "Dense"]
+    activations = [
+        str(read_object(folder / "config.json").get("activation_function")).rsplit(".", 1)[-1] for folder in folders
+    ]
     if activations not in ([], ["GELU", "Identity"]):
         raise ValueError(
             f"{directory}/modules.json: expected no Dense modules, or one with GELU and one without activation, got "
@@ -71,24 +88,24 @@ def head(directory: Path) -> dict[str, Tensor]:
         )
     return {
         f"mlp.{2 * i}.{name.removeprefix('linear.')}": tensor
-        for i, path in enumerate(dense)
-        for name, tensor in tensors(path).items()
+        for i, folder in enumerate(folders)
+        for name, tensor in tensors(folder).items()
     }
 
 
 def text_settings(
     directory: Path, config: Mapping[str, Any], model: BiencoderConfig | ContextualConfig
 ) -> TextSettings:
-    """Prefixes and lengths of a directory: ours say their own, others have prompts and one length."""
+    """Prefixes and lengths of a directory: our exports have their own, others have prompts and one length."""
     if "text" in config.get("cde_jax", {}):
         return TextSettings(**config["cde_jax"]["text"])
     path = directory / "config_sentence_transformers.json"
-    prompts = read_json(path).get("prompts", {}) if path.is_file() else {}
-    reference = families.is_reference(config) and not prompts
+    prompts = (read_object(path).get("prompts") or {}) if path.is_file() else {}
     encoder = model.second_stage if isinstance(model, ContextualConfig) else model.encoder
     length = config.get("max_seq_length") or min(512, encoder.max_positions)
     if (directory / "sentence_bert_config.json").is_file():
-        length = read_json(directory / "sentence_bert_config.json").get("max_seq_length") or length
+        length = read_object(directory / "sentence_bert_config.json").get("max_seq_length") or length
+    reference = is_reference(config) and not prompts
     query, document = ("search_query: ", "search_document: ") if reference else ("", "")
     return TextSettings(
         query_prefix=prompts.get("query", config.get("query_prompt", query)),

@@ -1,12 +1,12 @@
-"""Directories and hub names → models: ours, the reference's, NomicBERT, BERT, sentence-transformers.
+"""Directories and hub names → models: exports of cde_jax, the reference's, NomicBERT, BERT, sentence-transformers.
 
 Weights come from safetensors only and without torch; what a directory holds is decided by its `config.json`
-(`families.py`), which tensor goes where by the rule tables (`rules.py`).
+(`architectures.py`), which tensor goes where by the tables of `weight_mapping.py`. Directories are untrusted.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,22 +15,23 @@ import jax
 import tokenizers
 from flax import nnx
 
-from cde_jax.data.files import read_json
-from cde_jax.interop import families, ours
+from cde_jax.interop.architectures import NUMERICS, is_reference, plain_encoder, reference_config
+from cde_jax.interop.export_config import from_dict
 from cde_jax.interop.modules import TextSettings, head, text_settings, transformer_folder, with_modules
-from cde_jax.interop.rules import (
+from cde_jax.interop.reference_model import ReferenceEncoderConfig, simplified
+from cde_jax.interop.tensors import Tensor, read_object, refuse_pickles, tensors
+from cde_jax.interop.weight_mapping import (
     TIED,
-    Rule,
-    biencoder_rules,
+    Entry,
+    biencoder_mapping,
     check_bijection,
-    contextual_rules,
-    encoder_rules,
-    to_ours,
+    contextual_mapping,
+    encoder_mapping,
+    from_torch,
     torch_shapes,
 )
-from cde_jax.interop.tensors import Tensor, refuse_pickles, tensors
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
-from cde_jax.models.encoder import Encoder
+from cde_jax.models.encoder import Encoder, EncoderConfig
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,14 +51,14 @@ class Pretrained(NamedTuple):
     settings: TextSettings
 
 
-class Described(NamedTuple):
-    """A directory understood, weights not read yet."""
+class Description(NamedTuple):
+    """What a directory holds, weights not loaded yet."""
 
     config: BiencoderConfig | ContextualConfig
-    rules: tuple[Rule, ...]
+    mapping: tuple[Entry, ...]
     weights: dict[str, Tensor]
     settings: TextSettings
-    encoder: str  # what stands before the names of the (second-stage) encoder's tensors
+    prefix: str  # of the names of the (second-stage) encoder's tensors
     naming: str
 
 
@@ -67,10 +68,10 @@ def load_model(name_or_path: str | Path, numerics: str | None = None) -> Context
     Args:
       numerics: which of the reference's two programs a published directory is run as: "shipped" (the file that
         ships with cde-small-v1, the default), "shipped-sequence" (the same with rotary along the sequence) or
-        "training" (the authors' training code). A directory exported by cde_jax says its own.
+        "training" (the authors' training code). A directory exported by cde_jax has its own.
 
     Raises:
-      ValueError: for pickles, unknown families, broken or ill-fitting files; the message says what to change.
+      ValueError: for pickles, unknown architectures, broken or ill-fitting files; the message says what to change.
     """
     return _load(resolve(name_or_path), numerics)[0]
 
@@ -79,51 +80,48 @@ def load_pretrained(name_or_path: str | Path, numerics: str | None = None) -> Pr
     """As `load_model`, with the directory of its tokenizer and the text settings."""
     directory = resolve(name_or_path)
     model, settings = _load(directory, numerics)
-    return Pretrained(model, _tokenizer_home(directory), settings)
+    return Pretrained(model, _tokenizer_directory(directory), settings)
 
 
 def _load(directory: Path, numerics: str | None) -> tuple[ContextualEncoder | Biencoder, TextSettings]:
-    found = describe(directory, numerics)
-    contextual = isinstance(found.config, ContextualConfig)
-    kind = ContextualEncoder if contextual else Biencoder
-    model = fill(lambda: kind(found.config, rngs=nnx.Rngs(0)), found.rules, found.weights, str(directory))
-    check_tokenizer(directory, (found.config.second_stage if contextual else found.config.encoder).vocab_size)
-    return model, found.settings
+    config, mapping, weights, settings, *_ = describe(directory, numerics)
+    model = load_parameters(config, mapping, weights, directory)
+    check_tokenizer(directory, _encoder_config(config).vocab_size)
+    return model, settings
 
 
 def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder:
     """The plain encoder of a directory or hub name, to start training from: its first `layers`, or all.
 
-    Of a contextual model that is the second stage. The reference's numerical habits are left off.
+    Of a contextual model that is the second stage. The numerics of the reference's programs are left out.
     """
     directory = resolve(name_or_path)
-    found = describe(directory, None)
-    config = found.config.second_stage if isinstance(found.config, ContextualConfig) else found.config.encoder
+    config, _, weights, _, prefix, naming = describe(directory)
+    config = _encoder_config(config)
     if layers is not None and not 1 <= layers <= config.layers:
         raise ValueError(f"{directory}: expected 1 to {config.layers} layers to start from, got {layers}")
-    config = dataclasses.replace(
-        config,
-        layers=layers or config.layers,
-        rotary_axis="sequence",
-        positions_skip_padding=False,
-        zero_padding=False,
-    )
-    cut = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.")
+    changes = {"numerics": None} if isinstance(config, ReferenceEncoderConfig) else {}
+    config = simplified(dataclasses.replace(config, layers=layers or config.layers, **changes))
+    if type(config) is not EncoderConfig:
+        raise ValueError(
+            f"{directory}: training starts from NomicBERT or BERT; pre-norm layers, geglu and glu, and partial or "
+            f"interleaved rotary embeddings can be loaded for encoding only"
+        )
+    layer = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.")
     weights = {
-        name.removeprefix(found.encoder): tensor
-        for name, tensor in found.weights.items()
-        if name.startswith(found.encoder) and not name.startswith("mlp.")
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix) and not name.startswith("mlp.")
     }
     weights = {
         name: tensor
         for name, tensor in weights.items()
-        if not (layer := cut.match(name)) or int(layer[1]) < config.layers
+        if not (match := layer.match(name)) or int(match[1]) < config.layers
     }
-    rules = encoder_rules(config, found.naming)
-    return fill(lambda: Encoder(config, rngs=nnx.Rngs(0)), rules, weights, str(directory))
+    return load_parameters(config, encoder_mapping(config, naming), weights, directory)
 
 
-def resolve(name_or_path: str | Path, files: Sequence[str] = FILES) -> Path:
+def resolve(name_or_path: str | Path) -> Path:
     """The local directory of a path or hub name; weights, JSON and tokenizer files are fetched, never code."""
     path = Path(name_or_path)
     if path.is_dir():
@@ -131,85 +129,106 @@ def resolve(name_or_path: str | Path, files: Sequence[str] = FILES) -> Path:
     if path.is_file():
         refuse_pickles(path)
         raise ValueError(f"{path} is a file; give the directory that holds it beside its config.json")
+    return _download(str(name_or_path), FILES)
+
+
+def _download(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download  # only where a hub name is given
 
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=list(files)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # hub, connection and naming errors share no base class
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{str(name_or_path)!r} is no directory here, not in the local cache and not to be fetched now ({reason}); "
+            f"{name!r} is no directory here, not in the local cache and cannot be fetched now ({reason}); "
             f"give a directory, or connect to the network once"
         ) from None
 
 
-def describe(directory: Path, numerics: str | None = None) -> Described:
+def describe(directory: Path, numerics: str | None = None) -> Description:
     """Which model a directory holds, and where its tensors are."""
-    if numerics not in (None, *families.NUMERICS):
-        raise ValueError(f"numerics: expected one of {', '.join(families.NUMERICS)}, or None, got {numerics!r}")
-    home = transformer_folder(directory)
-    if not (home / "config.json").is_file():
-        refuse_pickles(home)
-        raise ValueError(f"{home}: expected a model directory with config.json and model.safetensors")
-    config, source = read_json(home / "config.json"), str(home / "config.json")
-    weights = _plain_names(tensors(home))
-    naming = _naming(weights)
-    own = config.get("cde_jax", {})
-    if own.get("baked"):
-        raise ValueError(
-            f"{directory}: an export with its context baked in has no first stage; load the export it was made from, "
-            f"or run this one with sentence-transformers or ONNX"
-        )
+    if numerics not in (None, *NUMERICS):
+        raise ValueError(f"numerics: expected one of {', '.join(NUMERICS)}, or None, got {numerics!r}")
+    folder = transformer_folder(directory)
+    if not (folder / "config.json").is_file():
+        refuse_pickles(folder)
+        raise ValueError(f"{folder}: expected a model directory with config.json and model.safetensors")
+    config = read_object(folder / "config.json")
+    weights = _plain_names(tensors(folder))
     try:
-        model = _model_config(config, numerics, directory, source, weights)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{source}: a key of its family is missing or has another type ({error})") from error
-    if not families.is_reference(config):
-        weights |= head(directory)
-        if not own:
-            model = with_modules(model, directory, weights)
-    settings = text_settings(directory, config, model)
-    return _described(model, weights, settings, naming, reference=families.is_reference(config))
+        model = _model_config(config, numerics, directory, weights)
+        if not is_reference(config):
+            weights |= head(directory)
+            if "cde_jax" not in config:
+                model = with_modules(model, directory, weights)
+        settings = text_settings(directory, config, model)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: a key of its architecture is missing or has another type ({error!r})"
+        ) from error
+    except ValueError as error:
+        raise error if str(directory) in str(error) else ValueError(f"{folder / 'config.json'}: {error}") from None
+    return _with_mapping(model, weights, settings, _naming(weights), reference=is_reference(config))
 
 
 def _model_config(
-    config: Mapping[str, Any], numerics: str | None, directory: Path, source: str, weights: Mapping[str, Tensor]
+    config: Mapping[str, Any], numerics: str | None, directory: Path, weights: Mapping[str, Tensor]
 ) -> BiencoderConfig | ContextualConfig:
     own = config.get("cde_jax", {})
-    if own and numerics in (None, own["numerics"]):
-        return ours.from_dict(own["model"], source)
-    if own and own["numerics"] not in families.NUMERICS:
-        raise ValueError(f"{source}: exported with cde_jax's own numerics; leave numerics={numerics!r} out")
-    if not families.is_reference(config):
-        return BiencoderConfig(families.plain_encoder(config, numerics, source))
+    if own.get("corpus_slots") or own.get("baked"):
+        raise ValueError(
+            "an export with the context of a corpus has no first stage; load the export it was made from, or run this "
+            "one with sentence-transformers or ONNX"
+        )
+    reference = not own or own["numerics"] in NUMERICS
+    if own and not reference and numerics is not None:
+        raise ValueError(f"exported with cde_jax's own numerics; leave numerics={numerics!r} out")
+    if own and numerics in (None, own["numerics"]) and not (reference and own["format"] == 1):
+        return from_dict(own["model"])
+    numerics = numerics or own.get("numerics")
+    if not is_reference(config):
+        return BiencoderConfig(plain_encoder(config, numerics))
     null = "second_stage_model.sequence_dropout_null_embedding" in weights
-    colon = partial(_colon, directory, config)
-    return families.reference_model(config, numerics or "shipped", null=null, colon=colon, source=source)
+    return reference_config(config, numerics or "shipped", null=null, colon=partial(_colon, directory, config))
 
 
-def _described(model, weights, settings, naming, *, reference: bool) -> Described:
+def _encoder_config(config: BiencoderConfig | ContextualConfig) -> EncoderConfig:
+    return config.second_stage if isinstance(config, ContextualConfig) else config.encoder
+
+
+def _with_mapping(
+    model: BiencoderConfig | ContextualConfig,
+    weights: dict[str, Tensor],
+    settings: TextSettings,
+    naming: str,
+    *,
+    reference: bool,
+) -> Description:
     if isinstance(model, BiencoderConfig):
-        rules = biencoder_rules(model.encoder, naming)
-        prefix = ""
-        if reference:
-            prefix, rules = "embedder.", biencoder_rules(model.encoder, naming, prefix="embedder.")
-        return Described(model, rules, weights, settings, prefix, naming)
-    if model.tie_token_embeddings:
+        prefix = "embedder." if reference else ""
+        mapping = biencoder_mapping(model.encoder, naming, prefix)
+        return Description(model, mapping, weights, settings, prefix, naming)
+    if getattr(model, "tie_token_embeddings", False):
         weights = _untied(weights)
-    rules = contextual_rules(model)
-    return Described(model, rules, weights, settings, "second_stage_model.backbone.", "reference")
+    return Description(model, contextual_mapping(model), weights, settings, "second_stage_model.backbone.", "reference")
 
 
-def fill(make: Callable[[], nnx.Module], rules: Iterable[Rule], weights: Mapping[str, Tensor], source: str):
-    """The module that `make` describes with parameters from `weights`; nothing is initialised at random."""
-    graph, state = nnx.split(nnx.eval_shape(make))
+def load_parameters(
+    config: EncoderConfig | BiencoderConfig | ContextualConfig,
+    mapping: Iterable[Entry],
+    weights: Mapping[str, Tensor],
+    source: Path,
+) -> Encoder | Biencoder | ContextualEncoder:
+    """The module of `config` with parameters from `weights`; nothing is initialised at random."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     shapes = {path: leaf.shape for path, (_, leaf) in leaves.items()}
-    check_bijection(torch_shapes(rules, shapes), {name: tensor.shape for name, tensor in weights.items()}, source)
-    by_path = {rule.path: rule for rule in rules}
+    stored = {name: tensor.shape for name, tensor in weights.items()}
+    check_bijection(torch_shapes(mapping, shapes), stored, str(source))
+    by_path = {entry.path: entry for entry in mapping}
     filled = []
     for name, (path, leaf) in leaves.items():
-        array = to_ours(by_path[name], shapes[name], lambda tensor: weights[tensor].read())
+        array = from_torch(by_path[name], shapes[name], lambda tensor: weights[tensor].load())
         filled.append((path, leaf.replace(jax.device_put(array, may_alias=True))))  # nobody else holds the array
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
@@ -230,15 +249,15 @@ def check_tokenizer(directory: Path, rows: int) -> None:
         )
 
 
-def _tokenizer_home(directory: Path) -> Path:
-    """The directory itself, or where cde-small-v1's layout, which has no tokenizer files, takes its tokenizer from."""
-    config = read_json(transformer_folder(directory) / "config.json")
-    if (directory / "tokenizer.json").is_file() or not families.is_reference(config):
+def _tokenizer_directory(directory: Path) -> Path:
+    """The directory itself, or the hub repository that cde-small-v1's layout, without tokenizer files, names."""
+    config = read_object(transformer_folder(directory) / "config.json")
+    if (directory / "tokenizer.json").is_file() or not is_reference(config):
         return directory
     try:
-        return resolve(config.get("tokenizer_name") or config["embedder"], TOKENIZER_FILES)
+        return _download(str(config.get("tokenizer_name") or config["embedder"]), TOKENIZER_FILES)
     except ValueError:
-        return directory  # whoever needs the tokenizer will say that there is none
+        return directory  # loading the tokenizer will say that there is none
 
 
 def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -267,7 +286,7 @@ def _naming(weights: Iterable[str]) -> str:
 def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The one table that both stages share, under the second stage's name; two tables must be equal."""
     first, second = (weights.get(name) for name in TIED)
-    if first and second and first.read().tobytes() != second.read().tobytes():
+    if first and second and first.load().tobytes() != second.load().tobytes():
         raise ValueError(
             f"config.json ties the word embeddings of both stages, but the file has two different tables: {TIED[0]} "
             f"and {TIED[1]}; set transductive_tie_token_embeddings to false"

@@ -1,46 +1,34 @@
-"""Reading safetensors files tensor by tensor, without mapping them into memory.
+"""The tensors of a model directory, by the safetensors library.
 
-The safetensors package maps the file, and the mapped pages then count beside the parameters; here each tensor is read
-into the array that keeps it, so that loading needs little more than the model itself.
+Directories are untrusted: a file that they name outside of themselves is not read.
 """
 
-import json
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - so that NumPy knows bfloat16
 import numpy as np
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
 
 from cde_jax.data.files import read_json
 
-_DTYPES = {
-    "F32": np.float32,
-    "F64": np.float64,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies."""
+    """Where one tensor is stored."""
 
     path: Path
-    offset: int
-    dtype: np.dtype
+    name: str
     shape: tuple[int, ...]
 
-    def read(self) -> np.ndarray:
-        """The tensor as numpy array in its stored dtype."""
-        array = np.fromfile(self.path, self.dtype, count=math.prod(self.shape), offset=self.offset)
-        return array.reshape(self.shape)
+    def load(self) -> Shaped[np.ndarray, "..."]:
+        """The tensor in its stored dtype. The file is mapped for this tensor only, so mapped pages do not add up."""
+        with safe_open(self.path, framework="numpy") as file:
+            return file.get_tensor(self.name)
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
@@ -50,14 +38,19 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     """
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").is_file():
-        return _header(directory / "model.safetensors")
-    if index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
-        return {name: tensor for file in files for name, tensor in _header(directory / file).items()}
-    refuse_pickles(directory)
-    raise ValueError(
-        f"{directory}: expected model.safetensors, found {', '.join(sorted(os.listdir(directory))) or 'nothing'}"
-    )
+        return _tensors_of(directory / "model.safetensors")
+    if not index.is_file():
+        refuse_pickles(directory)
+        files = ", ".join(sorted(os.listdir(directory))) if directory.is_dir() else ""
+        raise ValueError(f"{directory}: expected model.safetensors, got {files or 'nothing'}")
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: expected an object weight_map (tensor → file), got {type(weight_map).__name__}")
+    weight_map = {name: path_inside(directory, file, index) for name, file in weight_map.items()}
+    shards = {path: _tensors_of(path) for path in sorted(set(weight_map.values()))}
+    if missing := [f"{name} in {path}" for name, path in weight_map.items() if name not in shards[path]]:
+        raise ValueError(f"{index}: {len(missing)} tensors are not in the files it names, first {missing[0]}")
+    return {name: shards[path][name] for name, path in weight_map.items()}
 
 
 def refuse_pickles(path: Path) -> None:
@@ -73,42 +66,48 @@ def refuse_pickles(path: Path) -> None:
         )
 
 
-def _header(path: Path) -> dict[str, Tensor]:
-    def broken(what: str) -> ValueError:
-        return ValueError(
-            f"{path}: {what}; the file was truncated or altered: copy or download it again (the format is "
-            f"safetensors: an 8-byte length, a JSON header, the tensors)"
-        )
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; anything else is a ValueError that names the file."""
+    try:
+        content = read_json(path)
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be read as JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a safetensors file, there is none")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise broken(f"its header needs {length} bytes, the file has {size}")
-        try:
-            entries: Mapping = json.loads(file.read(length))
-        except ValueError:
-            raise broken("its header is not JSON") from None
-    entries = {name: entry for name, entry in entries.items() if name != "__metadata__"}
-    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if end != size:
-        raise broken(f"expected {end} bytes, got {size}")
-    for name, entry in entries.items():
-        first, last = entry["data_offsets"]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype and last - first != math.prod(entry["shape"]) * np.dtype(dtype).itemsize:
-            raise broken(f"{name} {entry['shape']} cannot be {last - first} bytes long")
-    unknown = sorted({entry["dtype"] for entry in entries.values()} - _DTYPES.keys())
-    if unknown:
+
+def path_inside(directory: Path, name: Any, source: Path) -> Path:
+    """`directory / name`; a ValueError if `source` names a path outside the directory, also by a symbolic link.
+
+    The files of a snapshot in the hub's cache are links into its folder `blobs`.
+    """
+    roots = [directory.resolve()]
+    if directory.resolve().parent.name == "snapshots":
+        roots.append(directory.resolve().parents[1] / "blobs")
+    if not isinstance(name, str) or "\0" in name:
+        raise ValueError(f"{source}: expected the name of a file or folder, got {name!r}")
+    path = (directory / name).resolve()
+    named_outside = Path(name).is_absolute() or ".." in Path(name).parts
+    if named_outside or not any(path.is_relative_to(root) for root in roots):
+        raise ValueError(f"{source}: names {name!r}, which is outside the directory {directory}; it was not read")
+    return directory / name
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            entries = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a safetensors file, there is none") from None
         raise ValueError(
-            f"{path}: tensors of type {', '.join(unknown)}; cde_jax reads {', '.join(_DTYPES)}: "
-            f"save the weights as float32 or bfloat16"
+            f"{path}: not readable as safetensors ({error}): truncated or altered; copy or download it again"
+        ) from None
+    if unknown := sorted({dtype for _, dtype in entries.values()} - set(DTYPES)):
+        raise ValueError(
+            f"{path}: tensors of type {', '.join(unknown)}; cde_jax reads {', '.join(DTYPES)}: save the weights as "
+            f"float32 or bfloat16"
         )
-    return {
-        name: Tensor(
-            path, 8 + length + entry["data_offsets"][0], np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-        )
-        for name, entry in entries.items()
-    }
+    return {name: Tensor(path, name, shape) for name, (shape, _) in entries.items()}

@@ -1,7 +1,7 @@
 """Contextual text embeddings in PyTorch: the model of the directory that this file lies in.
 
 Needs torch and transformers only. `config.json` describes the model under "cde_jax"; tensor names are those of
-cde-small-v1. In two stages: vectors of a sample of the corpus, then of texts that read them as their context.
+cde-small-v1. In two stages: vectors of a sample of the corpus, then of texts with these as their context.
 
     model = SentenceTransformer(DIR, trust_remote_code=True)
     context = model.encode(sample, prompt_name="document")
@@ -14,7 +14,7 @@ import shutil
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 GATES = {"swiglu": F.silu, "geglu": F.gelu, "glu": torch.sigmoid}
 
@@ -26,7 +26,7 @@ class CdeConfig(PretrainedConfig):
 
 
 class Attention(nn.Module):
-    """Self-attention that can also read the keys and values of a prefix (the context slots)."""
+    """Self-attention, also to the keys and values of a prefix (the context slots)."""
 
     def __init__(self, c):
         super().__init__()
@@ -40,20 +40,20 @@ class Attention(nn.Module):
             q, k = self.rotate(q, positions), self.rotate(k, positions)
         own = k, v
         if prefix is not None:
-            k, v = (torch.cat([p.expand(len(x), -1, -1, -1), y], dim=2) for p, y in zip(prefix, own, strict=True))
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=logits)
-        read = read.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # a copy that exporters keep
-        return self.out_proj(read.flatten(2)), own
+            k, v = (torch.cat([p.expand(x.shape[0], -1, -1, -1), y], dim=2) for p, y in zip(prefix, own, strict=True))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=logits)
+        output = output.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # a copy that exporters keep
+        return self.out_proj(output.flatten(2)), own
 
     def rotate(self, x, positions):  # positions [B, S]; a token at 0 is not turned
-        dim, device = int(x.shape[-1] * self.c["rotary_fraction"]), x.device
+        dim, device = int(x.shape[-1] * self.c.get("rotary_fraction", 1.0)), x.device
         inverse = 1.0 / self.c["rotary_base"] ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
         steps = positions.clamp(min=0)[:, None]
-        if self.c["rotary_axis"] == "heads":  # cde-small-v1's own file turns by the index of the head
+        if self.c.get("numerics") == "shipped":  # cde-small-v1's own file turns by the index of the head
             steps = torch.where(positions[:, None] < 0, 0, torch.arange(self.heads, device=device)[:, None])
         angles = steps[..., None].float() * inverse
         cos, sin, turned, rest = angles.cos(), angles.sin(), x[..., :dim], x[..., dim:]
-        pairs = self.c["rotary_interleaved"]
+        pairs = self.c.get("rotary_interleaved", False)
         a, b = (turned[..., ::2], turned[..., 1::2]) if pairs else turned.chunk(2, dim=-1)
         turned = [a * cos - b * sin, b * cos + a * sin]
         turned = torch.stack(turned, dim=-1).flatten(-2) if pairs else torch.cat(turned, dim=-1)
@@ -72,8 +72,8 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({**layers, "fc2": nn.Linear(inner, width, bias_out)})
 
     def forward(self, x, logits, positions, prefix=None):
-        read, keys_values = self.attn(x, logits, positions, prefix)
-        x, m = self.norm1(x + read), self.mlp
+        output, keys_values = self.attn(x, logits, positions, prefix)
+        x, m = self.norm1(x + output), self.mlp
         hidden = m["fc11"](x) * self.gate(m["fc12"](x)) if self.gate else F.gelu(m["fc1"](x))
         return self.norm2(x + m["fc2"](hidden)), keys_values
 
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Block(c) for _ in range(c["layers"]))})
 
     def positions(self, mask):
-        return torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)
+        return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape[0], -1)
 
     def embed(self, ids, mask, times_token_type=1):
         tables, x = self.embeddings, self.embeddings["word_embeddings"](ids)
@@ -104,12 +104,12 @@ class Encoder(nn.Module):
         """Hidden states and each layer's keys and values; `bias` [layers, H, S|1, P + S] is added to the logits."""
         lowest = torch.finfo(x.dtype).min
         closed = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, lowest)[:, None, None]
-        x, kept = self.emb_ln(x), []
+        x, all_keys_values = self.emb_ln(x), []
         for i, layer in enumerate(self.encoder["layers"]):
             logits = closed if bias is None else (closed + bias[i]).clamp(min=lowest)
             x, keys_values = layer(x, logits, positions, None if prefix is None else prefix[i])
-            kept.append(keys_values)
-        return x, kept
+            all_keys_values.append(keys_values)
+        return x, all_keys_values
 
     def forward(self, input_ids, attention_mask):
         mask = attention_mask.bool()
@@ -141,38 +141,43 @@ class FirstStage(nn.Module):
 
 
 class SecondStage(nn.Module):
-    """Texts that read context vectors, by joint or isolated attention; with `baked`, P slots that are fixed."""
+    """Texts that attend to context vectors, by joint or isolated attention.
 
-    def __init__(self, c, baked=0):
+    With `corpus_slots` P, the context of a corpus is part of the weights. "numerics" names a program of the reference:
+    the file that ships with cde-small-v1 ("shipped", "shipped-sequence") or the authors' training code ("training").
+    """
+
+    def __init__(self, c, corpus_slots=0):
         super().__init__()
-        self.c, self.baked, e = c, baked, c["second_stage"]
+        self.c, self.corpus_slots, e = c, corpus_slots, c["second_stage"]
         self.isolated, width = c["context_attention"] == "isolated", e["width"]
+        self.numerics, self.shipped = c.get("numerics"), str(c.get("numerics")).startswith("shipped")
         self.backbone = Encoder(e)
         self.output_projection = mlp(width, width, width, nn.ReLU())
         if c["slot_bias"] is not None:
             self.slot_bias = nn.Parameter(torch.zeros(e["layers"], e["heads"]))
-        if baked and self.isolated:  # keys and values, layer by layer
-            self.context = nn.Parameter(torch.zeros(e["layers"], 2, e["heads"], baked, width // e["heads"]))
-        elif baked:
-            self.context = nn.Parameter(torch.zeros(baked, width))
+        if corpus_slots and self.isolated:  # keys and values, layer by layer
+            self.context = nn.Parameter(torch.zeros(e["layers"], 2, e["heads"], corpus_slots, width // e["heads"]))
+        elif corpus_slots:
+            self.context = nn.Parameter(torch.zeros(corpus_slots, width))
         else:
             self.prompt_projection = mlp(width, width, width * c["soft_prompt"], nn.ReLU())
-        if c["null_embedding"] and not baked:
+        if c["null_embedding"] and not corpus_slots:
             self.sequence_dropout_null_embedding = nn.Parameter(torch.zeros(width))
 
     def slots(self, context):  # [J, D] or [B, J, D] → [1|B, P, D]
         c, size = self.c, self.c["context_size"]
-        if c["fixed_context"] == "exactly" and context.shape[-2] < size:
-            raise ValueError(f"this model reads exactly {size} context vectors, got {context.shape[-2]}")
-        context = context if c["fixed_context"] == "no" else context[..., :size, :]
+        if self.shipped and context.shape[-2] < size:
+            raise ValueError(f"this model needs exactly {size} context vectors, got {context.shape[-2]}")
+        context = context[..., :size, :] if self.numerics else context
         context = context if context.ndim == 3 else context[None]
         prompt = self.prompt_projection(context.new_ones(context.shape[-1])).view(1, c["soft_prompt"], -1)
-        slots, times = torch.cat([context, prompt.expand(len(context), -1, -1)], dim=1), c["slot_token_types"]
-        return slots + times * self.backbone.embeddings["token_type_embeddings"].weight[0] if times else slots
+        slots = torch.cat([context, prompt.expand(context.shape[0], -1, -1)], dim=1)
+        return slots + self.backbone.embeddings["token_type_embeddings"].weight[0] if self.shipped else slots
 
     def prepare(self, context):
         """Slots [1|B, P, D], and for isolated attention their keys and values, layer by layer."""
-        if self.baked:
+        if self.corpus_slots:
             return (None, self.context) if self.isolated else (self.context[None], None)
         if context is None:
             context = self.sequence_dropout_null_embedding.expand(self.c["context_size"], -1)
@@ -186,13 +191,13 @@ class SecondStage(nn.Module):
         c, mask = self.c, attention_mask.bool()
         slots, prefix = self.prepare(None if null_dataset_embedding else dataset_embeddings)
         (batch, length), count = mask.shape, prefix[0][0].shape[-2] if slots is None else slots.shape[1]
-        x, positions = self.backbone.embed(input_ids, mask, c["text_token_types"]), self.backbone.positions(mask)
+        x, positions = self.backbone.embed(input_ids, mask, 2 if self.shipped else 1), self.backbone.positions(mask)
         seen, bias = torch.cat([mask.new_ones(batch, count), mask], dim=1), None
         if c["slot_bias"] is not None:  # from text to slots
             bias = F.pad(self.slot_bias[..., None, None].expand(-1, -1, length, count), (0, length))
         if slots is not None:  # joint: one sequence
             first = torch.arange(count, device=mask.device).expand(batch, -1)
-            if c["absolute_positions"]:
+            if self.numerics:  # positions count from the first slot on
                 positions = torch.cat([first, count + positions], dim=1)
                 positions = positions.masked_fill(positions < c["rotary_start"], -1)
             else:
@@ -201,11 +206,11 @@ class SecondStage(nn.Module):
             x = torch.cat([slots.expand(batch, -1, -1), x], dim=1)
         hidden = self.backbone.run(x, seen, positions, prefix, bias)[0][:, -length:]
         pooled = mean_pool(hidden, mask)
-        return self.output_projection(pooled) + (pooled if c["residual_output"] else 0)
+        return self.output_projection(pooled) + (0 if self.shipped else pooled)
 
 
 class CdeModel(PreTrainedModel):
-    """Both stages, the second with its context baked in, or a biencoder; tensor names are the reference's."""
+    """Both stages, the second alone with the context of a corpus, or a biencoder; the reference's tensor names."""
 
     config_class = CdeConfig
 
@@ -221,9 +226,9 @@ class CdeModel(PreTrainedModel):
             self.embedder, self.mlp = stage.embedder, stage.mlp
             self.pooling, self.residual = stage.pooling, stage.residual
         else:
-            baked = config.cde_jax.get("baked", 0)
-            self.second_stage_model = SecondStage(c, baked)
-            if not baked:
+            corpus_slots = config.cde_jax.get("corpus_slots", 0)
+            self.second_stage_model = SecondStage(c, corpus_slots)
+            if not corpus_slots:
                 self.first_stage_model = FirstStage(c["first_stage"])
         self.post_init()
 
@@ -240,14 +245,14 @@ class CdeModel(PreTrainedModel):
 
 
 class Transformer(nn.Module):
-    """sentence-transformers' module: the first stage, or with `dataset_embeddings` (or baked in) the second."""
+    """sentence-transformers' module: the first stage, or with `dataset_embeddings` (or a corpus' own) the second."""
 
     save_in_root = True
 
     def __init__(self, path):
         super().__init__()
-        self.auto_model = AutoModel.from_pretrained(path, trust_remote_code=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+        self.auto_model = CdeModel.from_pretrained(path)
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         self.config, self.max_seq_length = self.auto_model.config, self.auto_model.config.max_seq_length
 
     @classmethod

@@ -15,9 +15,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from cde_jax.data.files import NewFolder, write_json
-from cde_jax.interop import ours
+from cde_jax.interop.export_config import own_keys, reference_keys
 from cde_jax.interop.read import TOKENIZER_FILES, TextSettings, check_tokenizer
-from cde_jax.interop.rules import TIED, biencoder_rules, contextual_rules, to_torch
+from cde_jax.interop.weight_mapping import TIED, biencoder_mapping, contextual_mapping, to_torch
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 
@@ -91,12 +91,10 @@ def parameters(model: Any) -> dict[str, np.ndarray]:
 def native_class(config: BiencoderConfig) -> str | None:
     """The class of transformers that runs this biencoder's encoder as it is, if there is one."""
     c = config.encoder
-    habits = (c.rotary_axis, c.positions_skip_padding, c.zero_padding, c.prenorm, c.rotary_interleaved)
-    plain = habits == ("sequence", False, False, False, False)
-    if config.residual or config.tokens_per_document > 1 or not c.token_types or not plain:
+    if type(config) is not BiencoderConfig or type(c) is not EncoderConfig or config.residual or not c.token_types:
         return None
     biases = (c.attention_bias, *c.mlp_bias)
-    if c.positions == "rotary" and c.activation == "swiglu" and c.rotary_fraction == 1 and not any(biases):
+    if c.positions == "rotary" and c.activation == "swiglu" and not any(biases):
         return "NomicBertModel"
     if c.positions == "learned" and c.activation == "gelu" and all(biases):
         return "BertModel"
@@ -105,10 +103,10 @@ def native_class(config: BiencoderConfig) -> str | None:
 
 def _write_native(model: Biencoder, native: str, folder: Path, settings: TextSettings) -> None:
     naming = "native" if native == "NomicBertModel" else "bert"
-    tensors = to_torch(biencoder_rules(model.config.encoder, naming), parameters(model))
+    tensors = to_torch(biencoder_mapping(model.config.encoder, naming), parameters(model))
     head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("mlp.")}
     save_tensors(folder / "model.safetensors", tensors)
-    own = ours.own_keys(model.config, settings)
+    own = own_keys(model.config, settings)
     write_json(folder / "config.json", {**native_keys(model.config.encoder, native), "cde_jax": own})
     modules = ["Transformer", "Pooling"]
     width = model.config.encoder.width
@@ -175,28 +173,28 @@ def native_keys(encoder: EncoderConfig, native: str) -> dict[str, Any]:
 def _write_reference(model: ContextualEncoder | Biencoder, folder: Path, settings: TextSettings) -> None:
     config = model.config
     if isinstance(model, ContextualEncoder):
-        tensors = to_torch(contextual_rules(config), parameters(model))
-        if config.tie_token_embeddings:  # the reference's state dict has the table under both names
+        tensors = to_torch(contextual_mapping(config), parameters(model))
+        if getattr(config, "tie_token_embeddings", False):  # the reference's state dict has the table under both names
             tensors[TIED[0]] = tensors[TIED[1]]
     else:
-        tensors = to_torch(biencoder_rules(config.encoder, prefix="embedder."), parameters(model))
+        tensors = to_torch(biencoder_mapping(config.encoder, prefix="embedder."), parameters(model))
     save_tensors(folder / "model.safetensors", tensors)
-    reference_directory(folder, config, settings)
+    write_reference_config(folder, config, settings)
     module = {"idx": 0, "name": "0", "path": "", "type": f"{_STEM}.Transformer", "kwargs": ["dataset_embeddings"]}
     write_json(folder / "modules.json", [module])
 
 
-def reference_directory(
+def write_reference_config(
     folder: Path, config: BiencoderConfig | ContextualConfig, settings: TextSettings, **own: Any
 ) -> None:
-    """`config.json` with the reference's keys and ours (`own` among them), and the PyTorch module beside it."""
+    """`config.json` with the reference's keys and our own (and what `own` adds), and the PyTorch module beside it."""
     keys = {
         "architectures": ["CdeModel"],
         "model_type": "cde_jax",
         "auto_map": {"AutoConfig": f"{_STEM}.CdeConfig", "AutoModel": f"{_STEM}.CdeModel"},
-        **ours.reference_keys(config),
+        **reference_keys(config),
         "max_seq_length": max(settings.query_length, settings.document_length),
-        "cde_jax": {**ours.own_keys(config, settings), **own},
+        "cde_jax": {**own_keys(config, settings), **own},
     }
     write_json(folder / "config.json", keys)
     source = files("cde_jax.interop").joinpath("torch_module.py").read_text(encoding="utf-8")

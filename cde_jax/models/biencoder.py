@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from cde_jax.models.encoder import Encoder, EncoderConfig, Ids, Mask, as_tokens, linear
-from cde_jax.models.pooling import mean_pool, pool_pieces
+from cde_jax.models.encoder import EncoderConfig, Ids, Mask, as_tokens, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +19,7 @@ class BiencoderConfig:
     pooling: Literal["mean", "cls"] = "mean"
     head: bool = False  # Linear, GELU, Linear after pooling: the first stage has it
     output_width: int | None = None  # of the head; None: the encoder's width
-    residual: bool = False  # the head is added to what it reads, like the output projection of a second stage
-    tokens_per_document: int = 1  # the reference can pool a context document into several slots
+    residual: bool = False  # the head's input is added to its output, as in the output projection of a second stage
 
     def __post_init__(self):
         if self.residual and not (self.head and self.output_width in (None, self.encoder.width)):
@@ -30,38 +28,49 @@ class BiencoderConfig:
                 f"output_width={self.output_width}"
             )
 
+    @property
+    def vectors_per_text(self) -> int:
+        """How many vectors a text becomes."""
+        return 1
+
+    def build(self, *, rngs: nnx.Rngs) -> "Biencoder":
+        """The biencoder of this config, with random parameters."""
+        return Biencoder(self, rngs=rngs)
+
 
 class Biencoder(nnx.Module):
     """Text to vector, without context; with `head` it is the first stage of a contextual encoder."""
 
     def __init__(self, config: BiencoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.encoder = Encoder(config.encoder, rngs=rngs)
+        self.encoder = config.encoder.build(rngs=rngs)
         if config.head:
             c = config.encoder
             self.head_in = linear(c.width, c.width, c, rngs)
             self.head_out = linear(c.width, config.output_width or c.width, c, rngs)
 
-    def embed(self, ids: Ids, mask: Mask, context: None = None) -> Float[Array, "BT D"]:
-        """Vectors of texts (T of each with `tokens_per_document`), float32, not normalised.
-
-        `context` must be None: a biencoder reads none.
-        """
+    def embed(self, ids: Ids, mask: Mask, context: None = None) -> Float[Array, "B D"]:
+        """Vectors of texts, float32, not normalised; `context` must be None."""
         if context is not None:
             raise ValueError("a biencoder reads no context: call embed(ids, mask), or load a contextual encoder")
         ids, mask = as_tokens(ids, mask)
-        vectors = self.pool(self.encoder(ids, mask), mask)
-        if self.config.head:
-            hidden = jax.nn.gelu(self.head_in(vectors), approximate=False)
-            projected = self.head_out(hidden).astype(jnp.float32)
-            vectors = vectors + projected if self.config.residual else projected
-        return vectors if vectors.ndim == 2 else vectors.reshape(-1, vectors.shape[-1])
+        return self.output(self.pool(self.encoder(ids, mask), mask))
 
-    def pool(self, hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B *T D"]:
-        """Mean over real tokens (or the first token) in float32; T vectors where several are asked for."""
-        c = self.config
-        if c.pooling == "cls":
-            return hidden[:, 0].astype(jnp.float32)
-        if c.tokens_per_document == 1:
-            return mean_pool(hidden, mask)
-        return pool_pieces(hidden, mask, c.tokens_per_document)
+    def pool(self, hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+        """Mean over real tokens, or the first token, in float32."""
+        return mean_pool(hidden, mask) if self.config.pooling == "mean" else hidden[:, 0].astype(jnp.float32)
+
+    def output(self, vectors: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        """The head, where there is one."""
+        if not self.config.head:
+            return vectors
+        hidden = jax.nn.gelu(self.head_in(vectors), approximate=False)
+        projected = self.head_out(hidden).astype(jnp.float32)
+        return vectors + projected if self.config.residual else projected
+
+
+def mean_pool(hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+    """Mean of the hidden states where `mask` is True, in float32; zeros for a text without tokens."""
+    weights = mask.astype(jnp.float32)
+    total = jnp.einsum("bld,bl->bd", hidden.astype(jnp.float32), weights)
+    return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)

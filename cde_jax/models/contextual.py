@@ -1,7 +1,7 @@
 """The two-stage contextual encoder (paper, section 4).
 
-`M1` embeds J context documents, once; `M2` reads `[c_1 … c_J | s_1 … s_8 | t_1 … t_L]`: J context slots, a soft
-prompt, the text, and pools the text.
+`M1` embeds J context documents, once; the input of `M2` is `[c_1 … c_J | s_1 … s_8 | t_1 … t_L]`: J context slots, a
+soft prompt, the text; the output is pooled over the text.
 
 Axis letters, used everywhere: `B` texts, `K` hard negatives per query, `N` documents in a batch = B(1+K),
 `J` context documents, `L` tokens, `D` width, `S` steps in a plan, `G` plan batches per step; here also
@@ -10,27 +10,35 @@ Axis letters, used everywhere: `B` texts, `K` hard negatives per query, `N` docu
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from cde_jax.models.attention import Prefix
-from cde_jax.models.biencoder import Biencoder, BiencoderConfig
-from cde_jax.models.cache import ContextCache, check_cache
-from cde_jax.models.encoder import Encoder, EncoderConfig, Ids, Mask, as_tokens, linear
-from cde_jax.models.pooling import mean_pool
+from cde_jax.models.biencoder import Biencoder, BiencoderConfig, mean_pool
+from cde_jax.models.encoder import EncoderConfig, Ids, Mask, as_tokens, linear
 
-# Vectors of the first stage: shared by all texts, or one set a text.
+__all__ = ["Biencoder", "BiencoderConfig", "ContextCache", "ContextualConfig", "ContextualEncoder", "map_chunks"]
+
+# Vectors of the first stage: shared by all texts, or one set per text.
 Context = Float[Array | np.ndarray, "J D"] | Float[Array | np.ndarray, "B J D"]
+NO_POSITION = -1  # of context slots and soft prompt
+
+
+class ContextCache(NamedTuple):
+    """A context as the second stage attends to it: computed once per corpus, or once per batch in training."""
+
+    slots: Float[Array | np.ndarray, "*B P D"]
+    prefix: Prefix | None  # isolated attention: keys and values, [layers, *B, P, H, d]
 
 
 @dataclasses.dataclass(frozen=True)
 class ContextualConfig:
-    """Shape and habits of a contextual encoder. The last block of fields exists for imported weights."""
+    """Shape of a contextual encoder."""
 
     first_stage: BiencoderConfig
     second_stage: EncoderConfig
@@ -39,16 +47,6 @@ class ContextualConfig:
     soft_prompt: int = 8  # learned tokens between the slots and the text; 0: none
     slot_bias: float | None = -5.0  # first value of the learned bias from text to slots; None: no such bias
     null_embedding: bool = True  # one learned vector that stands in for a missing context document
-    tie_token_embeddings: bool = False  # both stages share one table of word embeddings
-
-    residual_output: bool = True  # p + projection(p); the shipped cde file drops the p
-    text_token_types: int = 1  # how often token type 0 is added to text; the shipped file adds it twice
-    slot_token_types: int = 0  # … and to slots and soft prompt; the shipped file adds it once
-    absolute_positions: bool = False  # the reference counts positions from the first slot on, not from the text
-    rotary_start: int = 0  # … and turns only tokens from this index on
-    pool_slots: bool = False  # the training code can pool slots and soft prompt with the text
-    pool_after_token: int | None = None  # … and leave out the text up to the first of this token (a colon)
-    fixed_context: Literal["no", "at most", "exactly"] = "no"  # the reference reads the first J documents only
 
     def __post_init__(self):
         if self.context_size < 1:
@@ -61,25 +59,25 @@ class ContextualConfig:
                 f"context vectors of the first stage stand beside the second stage's tokens, so both need one "
                 f"width; got {self.first_stage.encoder.width} and {self.second_stage.width}"
             )
-        if self.context_attention == "isolated" and (self.absolute_positions or self.pool_slots):
-            raise ValueError("absolute positions and pooled slots belong to imported joint models, not to isolated")
 
     @property
     def slots(self) -> int:
         """How many context slots a whole context fills."""
-        return self.context_size * self.first_stage.tokens_per_document
+        return self.context_size * self.first_stage.vectors_per_text
+
+    def build(self, *, rngs: nnx.Rngs) -> "ContextualEncoder":
+        """The model of this config, with random parameters."""
+        return ContextualEncoder(self, rngs=rngs)
 
 
 class ContextualEncoder(nnx.Module):
-    """`embed_context` once, `prepare_context` once, `embed` for every query and document."""
+    """`embed_context` and `prepare_context` once, then `embed` for every query and document."""
 
     def __init__(self, config: ContextualConfig, *, rngs: nnx.Rngs):
         c, second = config, config.second_stage
         self.config = c
-        self.first_stage = Biencoder(c.first_stage, rngs=rngs)
-        self.encoder = Encoder(second, rngs=rngs)
-        if c.tie_token_embeddings:
-            self.encoder.word = self.first_stage.encoder.word
+        self.first_stage = c.first_stage.build(rngs=rngs)
+        self.encoder = second.build(rngs=rngs)
         if c.soft_prompt:
             self.prompt_in = linear(second.width, second.width, second, rngs)
             self.prompt_out = linear(second.width, second.width * c.soft_prompt, second, rngs)
@@ -90,130 +88,115 @@ class ContextualEncoder(nnx.Module):
         if c.slot_bias is not None:
             self.slot_bias = nnx.Param(jnp.full((second.layers, second.heads), c.slot_bias, jnp.float32))
 
-    def embed_context(
-        self, ids: Integer[Array | np.ndarray, "J L"], mask: Shaped[Array | np.ndarray, "J L"]
-    ) -> Float[Array, "JT D"]:
-        """First stage: one float32 vector per context document (T of them for imported multi-token models)."""
+    def embed_context(self, ids: Ids, mask: Mask) -> Float[Array, "J D"]:
+        """First stage: vectors of context documents, float32."""
         return self.first_stage.embed(ids, mask)
 
-    def with_null(self, context: Float[Array, "*B J D"], present: Bool[Array, "*B J"]) -> Float[Array, "*B J D"]:
-        """Put the null embedding where no document is present (missing context, sequence dropout)."""
-        return jnp.where(present[..., None], context, self._null())
-
-    def prepare_context(self, context: Context | None) -> ContextCache:
+    def prepare_context(
+        self, context: Context | None, present: Bool[Array | np.ndarray, "*B J"] | None = None
+    ) -> ContextCache:
         """What `embed` needs of a context: slots with the soft prompt and, if isolated, their keys and values.
 
-        `context` is [J, D], shared by all texts, or [B, J, D], one a text; None is a context of null slots.
+        `context` is [J, D], shared by all texts, or [B, J, D], one per text; None is a context of null slots. The
+        null embedding takes the place of documents that are not `present` (missing ones, sequence dropout).
         """
-        slots = self._slots(context)
-        if self.config.context_attention == "joint":
-            return ContextCache(slots, None)
-        x = slots if slots.ndim == 3 else slots[None]
-        mask = jnp.ones(x.shape[:2], bool)
-        positions = jnp.full(x.shape[1], -1, jnp.int32)
-        _, prefix = self.encoder.run(x, mask, self.encoder.angles(positions), collect="keys_values")
-        if slots.ndim == 2:
-            prefix = Prefix(*(y[:, 0] for y in prefix))
-        return ContextCache(slots, prefix)
-
-    def embed(
-        self,
-        ids: Ids,
-        mask: Mask,
-        context: Context | ContextCache | None = None,
-    ) -> Float[Array, "B D"]:
-        """Second stage: vectors of texts that have read their context, float32, not normalised.
-
-        `context` as in `prepare_context`, or what it made; None is a context of null slots.
-        """
-        c, (ids, mask) = self.config, as_tokens(ids, mask)
-        if isinstance(context, ContextCache):
-            check_cache(context, c.second_stage, isolated=c.context_attention == "isolated")
-        else:
-            context = self.prepare_context(context)
-        return self.output(*self.hidden(ids, mask, context))
-
-    def hidden(
-        self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache
-    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"]]:
-        """Last hidden states and which of them are pooled: S = L text tokens, or P + L with `pool_slots`."""
-        c, count = self.config, cache.slots.shape[-2]
-        text = self.encoder.embed_tokens(ids, mask, times_token_type=c.text_token_types)
-        pooled = mask & self._after_instruction(ids, mask)
-        bias = self.slot_bias[...] if c.slot_bias is not None else None
-        if cache.prefix is not None:
-            angles = self.encoder.angles(self.encoder.positions(mask))
-            return self.encoder.run(text, mask, angles, prefix=cache.prefix, bias=bias)[0], pooled
-
-        x, seen, positions = self.joint_sequence(text, mask, cache.slots)
-        x, _ = self.encoder.run(x, seen, self.encoder.angles(positions), bias=bias, slots=count)
-        if c.pool_slots:
-            return x, seen.at[:, count:].set(pooled)
-        return x[:, count:], pooled
-
-    def joint_sequence(self, text, mask, slots) -> tuple[Array, Array, Array]:
-        """Embeddings [B, P + L, D], mask and positions of slots and text as one sequence."""
-        c, batch = self.config, mask.shape[0]
-        count = slots.shape[-2]
-        slots = jnp.broadcast_to(slots, (batch, *slots.shape[-2:])).astype(text.dtype)
-        seen = jnp.concatenate([jnp.ones((batch, count), bool), mask], axis=1)
-        of_text = self.encoder.positions(mask)
-        if c.absolute_positions:
-            of_slots = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
-            positions = jnp.concatenate([of_slots, count + of_text], axis=1)
-            positions = jnp.where(positions < c.rotary_start, -1, positions)
-        else:
-            positions = jnp.concatenate([jnp.full((batch, count), -1, jnp.int32), of_text], axis=1)
-        return jnp.concatenate([slots, text], axis=1), seen, positions
-
-    def output(self, hidden: Float[Array, "B S D"], pooled: Bool[Array, "B S"]) -> Float[Array, "B D"]:
-        """Mean over the tokens, then the output projection."""
-        vectors = mean_pool(hidden, pooled)
-        projected = self.project_out(jax.nn.relu(self.project_in(vectors))).astype(jnp.float32)
-        return vectors + projected if self.config.residual_output else projected
-
-    def _slots(self, context):
-        """Context slots and soft prompt, [*B, P, D], before the embedding norm."""
         c, width = self.config, self.config.second_stage.width
         if context is None:
-            context = jnp.broadcast_to(self._null(), (c.slots, width))
-        slots = self._fixed(context).astype(jnp.float32)
+            context, present = jnp.zeros((c.slots, width)), jnp.zeros(c.slots, bool)
+        if present is not None:
+            if not c.null_embedding:
+                raise ValueError("these weights have no null embedding: give the model a context of the corpus")
+            context = jnp.where(present[..., None], context, self.null[...])
+        slots = jnp.asarray(context, jnp.float32)
         if c.soft_prompt:
             prompt = self.prompt_out(jax.nn.relu(self.prompt_in(jnp.ones(width)))).astype(jnp.float32)
             prompt = prompt.reshape(c.soft_prompt, width)
             prompt = jnp.broadcast_to(prompt, (*slots.shape[:-2], *prompt.shape))
-            slots = jnp.concatenate([slots, prompt], axis=-2)
-        if c.slot_token_types:
-            slots += c.slot_token_types * self.encoder.token_type(jnp.zeros((), jnp.int32)).astype(jnp.float32)
+            slots = jnp.concatenate([slots, prompt], axis=-2)  # [*B, P, D]
         if not slots.shape[-2]:
             raise ValueError("expected at least one context document, got none: pass None for null slots")
-        return slots
+        if c.context_attention == "joint":
+            return ContextCache(slots, None)
+        x = slots if slots.ndim == 3 else slots[None]  # [B or 1, P, D]
+        mask, angles = jnp.ones(x.shape[:2], bool), self.encoder.angles(jnp.full(x.shape[1], NO_POSITION, jnp.int32))
+        _, prefix = self.encoder.run(x, mask, angles, return_keys_values=True)
+        return ContextCache(slots, prefix if slots.ndim == 3 else Prefix(*(y[:, 0] for y in prefix)))
 
-    def _fixed(self, context):
-        """The reference's rule for the number of slots; our own models read any number."""
-        c = self.config
-        if c.fixed_context == "no":
-            return context
-        if c.fixed_context == "exactly" and context.shape[-2] < c.slots:
-            raise ValueError(
-                f"this model was published for exactly {c.slots} context vectors, got {context.shape[-2]}: embed more "
-                f"documents of the corpus, repeat some, or pass None for null slots"
-            )
-        return context[..., : c.slots, :]
+    def embed(self, ids: Ids, mask: Mask, context: Context | ContextCache | None = None) -> Float[Array, "B D"]:
+        """Second stage: vectors of texts in their context, float32, not normalised.
 
-    def _null(self):
-        if not self.config.null_embedding:
-            raise ValueError("these weights have no null embedding: give the model a context of the corpus")
-        return self.null[...]
+        `context` as in `prepare_context`, or its result; None is a context of null slots.
+        """
+        ids, mask = as_tokens(ids, mask)
+        cache = context if isinstance(context, ContextCache) else self.prepare_context(context)
+        check_cache(cache, self.config)
+        return self.output(self.pool(self.hidden(ids, mask, cache), ids, mask))
 
-    def _after_instruction(self, ids, mask):
-        """True after the first `pool_after_token` at a position > 0; everywhere in texts without one."""
-        token = self.config.pool_after_token
-        if token is None:
-            return jnp.ones_like(mask)
-        index = jnp.arange(ids.shape[1])
-        ends = jnp.argmax((ids == token) & mask & (index > 0), axis=1)[:, None]
-        return (index > ends) | (ends == 0)
+    def hidden(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache) -> Float[Array, "B S D"]:
+        """Last hidden states: of the text (isolated, S = L), or of slots and text (joint, S = P + L)."""
+        text = self.embed_text(ids, mask)
+        bias = None if self.config.slot_bias is None else self.slot_bias[...]  # [layers, H]
+        if cache.prefix is not None:
+            angles = self.encoder.angles(self.encoder.positions(mask))
+            return self.encoder.run(text, mask, angles, prefix=cache.prefix, bias=bias)[0]
+        x, mask, positions = self.joint_sequence(text, mask, cache.slots)
+        return self.encoder.run(x, mask, self.encoder.angles(positions), bias=bias, slots=cache.slots.shape[-2])[0]
+
+    def embed_text(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Token embeddings of texts, before the embedding norm."""
+        return self.encoder.embed_tokens(ids, mask)
+
+    def joint_sequence(
+        self,
+        text: Float[Array, "B L D"],
+        mask: Bool[Array, "B L"],
+        slots: Float[Array | np.ndarray, "P D"] | Float[Array | np.ndarray, "B P D"],
+    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"], Int[Array, "B S"]]:
+        """Embeddings, mask and positions of slots and text as one sequence, S = P + L."""
+        batch, count = mask.shape[0], slots.shape[-2]
+        slots = jnp.broadcast_to(slots, (batch, *slots.shape[-2:])).astype(text.dtype)
+        slot_positions = jnp.full((batch, count), NO_POSITION, jnp.int32)
+        return (
+            jnp.concatenate([slots, text], axis=1),
+            jnp.concatenate([jnp.ones((batch, count), bool), mask], axis=1),
+            jnp.concatenate([slot_positions, self.encoder.positions(mask)], axis=1),
+        )
+
+    def pool(
+        self, hidden: Float[Array, "B S D"], ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
+    ) -> Float[Array, "B D"]:
+        """Mean over the tokens of the text, in float32."""
+        return mean_pool(hidden[:, hidden.shape[1] - mask.shape[1] :], mask)
+
+    def output(self, vectors: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        """The output projection, with a residual."""
+        return vectors + self.projection(vectors)
+
+    def projection(self, vectors: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        """Linear, ReLU, Linear, in the compute dtype; the result is float32."""
+        return self.project_out(jax.nn.relu(self.project_in(vectors))).astype(jnp.float32)
+
+
+def check_cache(cache: ContextCache, config: ContextualConfig) -> None:
+    """ValueError for the cache of another model: one with another second stage or attention.
+
+    Shapes tell most other models apart; a `retrieval.Context` carries a fingerprint of the weights, and tells all.
+    """
+    e, attention = config.second_stage, "joint" if cache.prefix is None else "isolated"
+    if attention != config.context_attention:
+        raise ValueError(
+            f"this context cache is of a model with {attention} attention, this one's is {config.context_attention}: "
+            f"call prepare_context of this model"
+        )
+    got, expected = cache.slots.shape[-1:], (e.width,)
+    if cache.prefix is not None:
+        layers, *_, heads, head_dim = cache.prefix.keys.shape
+        got, expected = (*got, layers, heads, head_dim), (e.width, e.layers, e.heads, e.head_dim)
+    if got != expected:
+        raise ValueError(
+            f"this context cache is of another model: expected a width (and layers, heads, features of a head) of "
+            f"{expected}, got {got}; call prepare_context of this model"
+        )
 
 
 def map_chunks(

@@ -86,7 +86,7 @@ class Embedder:
         self, context: Context | None, directory: str | Path, card: str | None = None, *, onnx: bool = True
     ) -> None:
         """Write a model of one input with `context` as constants, for PyTorch and ONNX."""
-        from cde_jax.interop.baked import export_corpus
+        from cde_jax.interop.corpus_export import export_corpus
 
         if not self.contextual:
             raise ValueError("a biencoder reads no context: save_pretrained writes a one-input model")
@@ -190,7 +190,7 @@ class Embedder:
         """The first stage's vectors of context documents."""
         if not documents:
             return np.zeros((0, self.width), np.float32)
-        s, pieces = self.settings, self.config.first_stage.tokens_per_document
+        s, pieces = self.settings, self.config.first_stage.vectors_per_text
         # Several vectors a document, as the reference has them, are of the text padded to its full length.
         lengths = padded_lengths(s.document_length) if pieces == 1 else (s.document_length,)
         embed = partial(_first_stage, self._graph, self._state)
@@ -286,7 +286,7 @@ def _first_stage(graph: Any, state: Any, ids: Int[Array, "B L"], mask: Bool[Arra
 def _prepare(graph: Any, state: Any, vectors: Float[Array, "P D"], present: Bool[Array, " P"] | None) -> ContextCache:
     """The second stage's input of a context; null slots where `present` is False."""
     model = nnx.merge(graph, state)
-    return model.prepare_context(vectors if present is None else model.with_null(vectors, present))
+    return model.prepare_context(vectors, present)
 
 
 @partial(jax.jit, static_argnames="graph")

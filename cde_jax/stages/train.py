@@ -15,9 +15,9 @@ from cde_jax.config import Config
 from cde_jax.data.files import read_json, write_json
 from cde_jax.evaluation import beir
 from cde_jax.interop.read import load_encoder
-from cde_jax.models.attention import pick
+from cde_jax.models.attention import select_kernel
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
-from cde_jax.models.encoder import Encoder, pick_remat
+from cde_jax.models.encoder import Encoder, select_remat
 from cde_jax.stages.assemble import CHUNKS, Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
 from cde_jax.stages.evaluate import CHECKPOINTS, make_embedder, run_identity
 from cde_jax.stages.prepare import Prepared, evaluation_sets
@@ -133,8 +133,8 @@ def _description(config: Config, training: Training, identity: dict[str, str], l
         "steps": training.steps,
         "devices": f"{training.mesh.size} x {device.platform} {device.device_kind}",
         "dtype": encoder.dtype,
-        "attention": pick(encoder.attention, encoder.dtype, encoder.head_dim),
-        "remat": pick_remat(encoder.remat),
+        "attention": select_kernel(encoder.attention, encoder.dtype, encoder.head_dim),
+        "remat": select_remat(encoder.remat),
         "chunks": {name: getattr(config.train, name) for name in CHUNKS},
         "layouts": {name: layout._asdict() for name, layout in loader.layouts.items()},
     }

@@ -99,7 +99,7 @@ def _layers(encoder: EncoderConfig, tokens, keys):
 
 
 def _slots(config: ContextualConfig, documents: int) -> int:
-    return documents * config.first_stage.tokens_per_document + config.soft_prompt
+    return documents * config.first_stage.vectors_per_text + config.soft_prompt
 
 
 def _width(config: BiencoderConfig | ContextualConfig) -> int:

@@ -111,7 +111,7 @@ def embed_plan_batch(
     """
     context = None
     if isinstance(model, ContextualEncoder):
-        context = model.prepare_context(_context_vectors(model, batch, key, config))
+        context = model.prepare_context(*_context_vectors(model, batch, key, config))
     encode = partial(model.embed, context=context)
     if "texts" in batch:
         vectors, _ = map_ready_chunks(encode, **batch["texts"])
@@ -124,8 +124,8 @@ def embed_plan_batch(
 
 def _context_vectors(
     model: ContextualEncoder, batch: dict[str, Any], key: jax.Array, config: StepConfig
-) -> Float[Array, "J D"]:
-    """The first stage's vectors of a plan batch's context documents, or null."""
+) -> tuple[Float[Array, "J D"], Bool[Array, " J"] | None]:
+    """The first stage's vectors of a plan batch's context documents, and which of them are not null slots."""
     if config.first_stage_rate:
         embed = model.embed_context
     else:  # no gradient reaches its parameters, so none is computed
@@ -137,9 +137,8 @@ def _context_vectors(
         ids, mask = batch["context_ids"], batch["context_mask"]
         vectors, present = map_chunks(embed, ids, mask, config.context_chunk), mask.any(axis=1)
     if model.config.null_embedding:
-        present &= ~jax.random.bernoulli(key, config.sequence_dropout, present.shape)
-        vectors = model.with_null(vectors, present)
-    return vectors
+        return vectors, present & ~jax.random.bernoulli(key, config.sequence_dropout, present.shape)
+    return vectors, None
 
 
 def map_ready_chunks(

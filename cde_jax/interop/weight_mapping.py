@@ -1,22 +1,23 @@
-"""Names of PyTorch tensors ↔ paths of our parameters: one table per family, used in both directions.
+"""Names of PyTorch tensors ↔ paths of our parameters: one table per naming, used in both directions.
 
-A rule says which torch tensors make up one of our arrays: they lie one after another along torch's first axis
+An entry names the torch tensors that make up one of our arrays: they lie one after another along torch's first axis
 (`names`, with `{}` for the layer that is axis 0 of ours), and are transposed where torch keeps `[out, in]`.
-Reading demands a bijection: every tensor is used or named in `IGNORED`, and every parameter is filled.
+Loading demands a bijection: every tensor is used or named in `IGNORED`, and every parameter is filled.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from cde_jax.models.contextual import ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
 
 
-class Rule(NamedTuple):
+class Entry(NamedTuple):
     """One of our arrays, by path, and the torch tensors that it is made of."""
 
     path: str
@@ -30,23 +31,24 @@ class Rule(NamedTuple):
 
 
 Shape = tuple[int, ...]
+Mapped = tuple[Entry, ...]
 
 
-def _dense(path: str, *names: str) -> tuple[Rule, Rule]:
+def _dense(path: str, *names: str) -> Mapped:
     return (
-        Rule(f"{path}.kernel", tuple(f"{name}.weight" for name in names), transpose=True),
-        Rule(f"{path}.bias", tuple(f"{name}.bias" for name in names)),
+        Entry(f"{path}.kernel", tuple(f"{name}.weight" for name in names), transpose=True),
+        Entry(f"{path}.bias", tuple(f"{name}.bias" for name in names)),
     )
 
 
-def _norm(path: str, name: str) -> tuple[Rule, Rule]:
-    return Rule(f"{path}.scale", (f"{name}.weight",)), Rule(f"{path}.bias", (f"{name}.bias",))
+def _norm(path: str, name: str) -> Mapped:
+    return Entry(f"{path}.scale", (f"{name}.weight",)), Entry(f"{path}.bias", (f"{name}.bias",))
 
 
 _EMBEDDINGS = (
-    Rule("word.embedding", ("embeddings.word_embeddings.weight",)),
-    Rule("position.embedding", ("embeddings.position_embeddings.weight",)),
-    Rule("token_type.embedding", ("embeddings.token_type_embeddings.weight",)),
+    Entry("word.embedding", ("embeddings.word_embeddings.weight",)),
+    Entry("position.embedding", ("embeddings.position_embeddings.weight",)),
+    Entry("token_type.embedding", ("embeddings.token_type_embeddings.weight",)),
 )
 
 # NomicBERT as the reference and nomic-ai publish it; also what our own contextual exports use.
@@ -92,8 +94,8 @@ SECOND_STAGE = (
     *_dense("prompt_out", "second_stage_model.prompt_projection.2"),
     *_dense("project_in", "second_stage_model.output_projection.0"),
     *_dense("project_out", "second_stage_model.output_projection.2"),
-    Rule("null", ("second_stage_model.sequence_dropout_null_embedding",)),
-    Rule("slot_bias", ("second_stage_model.slot_bias",)),  # ours; the reference has none
+    Entry("null", ("second_stage_model.sequence_dropout_null_embedding",)),
+    Entry("slot_bias", ("second_stage_model.slot_bias",)),  # ours; the reference has none
 )
 
 # Both names of one table where both stages share their word embeddings.
@@ -106,59 +108,61 @@ TIED = tuple(
 IGNORED = re.compile(r"(.*\.)?(pooler\.dense\.(weight|bias)|position_ids|(original_)?inv_freq)|cls\..*")
 
 
-def encoder_rules(config: EncoderConfig, naming: str = "reference") -> tuple[Rule, ...]:
+def encoder_mapping(config: EncoderConfig, naming: str = "reference") -> Mapped:
     """The table of an `Encoder` in a naming: `reference`, `native` (transformers' nomic_bert) or `bert`."""
     if naming == "reference":
         return REFERENCE + (_REFERENCE_GATED if config.gated else _REFERENCE_PLAIN)
     return {"native": NATIVE, "bert": BERT}[naming]
 
 
-def biencoder_rules(config: EncoderConfig, naming: str = "reference", prefix: str = "") -> tuple[Rule, ...]:
+def biencoder_mapping(config: EncoderConfig, naming: str = "reference", prefix: str = "") -> Mapped:
     """The table of a `Biencoder`; the reference puts `embedder.` before the encoder, Hugging Face nothing."""
-    return (*_under("encoder.", prefix, encoder_rules(config, naming)), *HEAD)
+    return (*_nested("encoder.", prefix, encoder_mapping(config, naming)), *HEAD)
 
 
-def contextual_rules(config: ContextualConfig) -> tuple[Rule, ...]:
+def contextual_mapping(config: ContextualConfig) -> Mapped:
     """The table of a `ContextualEncoder`: the reference's key names."""
-    first = biencoder_rules(config.first_stage.encoder, prefix="embedder.")
-    rules = (
-        *_under("first_stage.", "first_stage_model.", first),
-        *_under("encoder.", "second_stage_model.backbone.", encoder_rules(config.second_stage)),
+    first = biencoder_mapping(config.first_stage.encoder, prefix="embedder.")
+    entries = (
+        *_nested("first_stage.", "first_stage_model.", first),
+        *_nested("encoder.", "second_stage_model.backbone.", encoder_mapping(config.second_stage)),
         *SECOND_STAGE,
     )
-    if config.tie_token_embeddings:  # NNX keeps the shared table under the encoder's path
-        rules = tuple(rule for rule in rules if rule.path != "first_stage.encoder.word.embedding")
-    return rules
+    if getattr(config, "tie_token_embeddings", False):  # NNX keeps the shared table under the encoder's path
+        entries = tuple(entry for entry in entries if entry.path != "first_stage.encoder.word.embedding")
+    return entries
 
 
-def _under(path: str, name: str, rules: Iterable[Rule]) -> list[Rule]:
-    return [Rule(path + r.path, tuple(name + n for n in r.names), r.transpose) for r in rules]
+def _nested(path: str, name: str, entries: Mapped) -> list[Entry]:
+    return [Entry(path + e.path, tuple(name + n for n in e.names), e.transpose) for e in entries]
 
 
-def torch_shapes(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+def torch_shapes(mapping: Iterable[Entry], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     """Name and shape of every torch tensor that a model with these parameter shapes is made of."""
-    by_path = {rule.path: rule for rule in rules}
-    assert shapes.keys() <= by_path.keys(), f"no rule for {sorted(shapes.keys() - by_path.keys())}"
+    by_path = {entry.path: entry for entry in mapping}
+    assert shapes.keys() <= by_path.keys(), f"no entry for {sorted(shapes.keys() - by_path.keys())}"
     expected = {}
     for path, shape in shapes.items():
-        rule = by_path[path]
-        layers, shape = (shape[0], shape[1:]) if rule.stacked else (1, shape)
-        shape = shape[::-1] if rule.transpose else shape or (1,)
-        part = (shape[0] // len(rule.names), *shape[1:])
-        expected |= {name.format(i): part for i in range(layers) for name in rule.names}
+        entry = by_path[path]
+        layers, shape = (shape[0], shape[1:]) if entry.stacked else (1, shape)
+        shape = shape[::-1] if entry.transpose else shape or (1,)
+        part = (shape[0] // len(entry.names), *shape[1:])
+        expected |= {name.format(i): part for i in range(layers) for name in entry.names}
     return expected
 
 
-def check_bijection(expected: Mapping[str, Shape], found: Mapping[str, Shape], source: str) -> None:
+def check_bijection(expected: Mapping[str, Shape], stored: Mapping[str, Shape], source: str) -> None:
     """One ValueError that lists every missing, unmatched and misshapen tensor."""
-    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in stored]
     unmatched = [
-        f"{name} {list(shape)}" for name, shape in found.items() if name not in expected and not IGNORED.fullmatch(name)
+        f"{name} {list(shape)}"
+        for name, shape in stored.items()
+        if name not in expected and not IGNORED.fullmatch(name)
     ]
     misshapen = [
         f"{name}: expected {list(expected[name])}, got {list(shape)}"
         + (" (config.json's vocab_size does not fit the file)" if name.endswith("word_embeddings.weight") else "")
-        for name, shape in found.items()
+        for name, shape in stored.items()
         if name in expected and tuple(shape) != expected[name]
     ]
     groups = {"missing": missing, "unmatched": unmatched, "misshapen": misshapen}
@@ -166,39 +170,43 @@ def check_bijection(expected: Mapping[str, Shape], found: Mapping[str, Shape], s
         raise ValueError(
             f"{source}: the tensors are not those of the model that config.json describes; change config.json or "
             f"the file so that every tensor has its place.\n"
-            + "\n".join(f"  {kind}: " + "; ".join(sorted(g)) for kind, g in groups.items() if g)
+            + "\n".join(f"  {kind}: " + "; ".join(sorted(group)) for kind, group in groups.items() if group)
         )
 
 
-def to_ours(rule: Rule, shape: Shape, read) -> np.ndarray:
-    """Our array, filled from `read(name)` tensor by tensor."""
+def from_torch(
+    entry: Entry, shape: Shape, load: Callable[[str], Shaped[np.ndarray, "..."]]
+) -> Float[np.ndarray, "..."]:
+    """Our float32 array, filled from `load(name)` tensor by tensor."""
     array = _aligned(shape)
-    for i, layer in enumerate(array if rule.stacked else [array]):
-        rows = np.atleast_1d(layer.T if rule.transpose else layer)  # a view: torch's order of axes
-        size = rows.shape[0] // len(rule.names)
-        for part, name in enumerate(rule.names):
-            rows[part * size : (part + 1) * size] = read(name.format(i))
+    for i, layer in enumerate(array if entry.stacked else [array]):
+        rows = np.atleast_1d(layer.T if entry.transpose else layer)  # a view: torch's order of axes
+        size = rows.shape[0] // len(entry.names)
+        for part, name in enumerate(entry.names):
+            rows[part * size : (part + 1) * size] = load(name.format(i))
     return array
 
 
-def _aligned(shape: Shape) -> np.ndarray:
+def _aligned(shape: Shape) -> Float[np.ndarray, "..."]:
     """An empty float32 array on a 64-byte boundary, which JAX on CPU takes over without a copy."""
     raw = np.empty(math.prod(shape) + 16, np.float32)
     start = -raw.ctypes.data % 64 // 4
     return raw[start : start + math.prod(shape)].reshape(shape)
 
 
-def to_torch(rules: Iterable[Rule], state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def to_torch(
+    mapping: Iterable[Entry], state: Mapping[str, Shaped[np.ndarray, "..."]]
+) -> dict[str, Float[np.ndarray, "..."]]:
     """The torch tensors (contiguous float32 numpy arrays, by name) of our parameters (by path)."""
+    by_path = {entry.path: entry for entry in mapping}
+    assert state.keys() <= by_path.keys(), f"no entry for {sorted(state.keys() - by_path.keys())}"
     tensors = {}
-    for rule in rules:
-        if rule.path not in state:
+    for path, entry in by_path.items():
+        if path not in state:
             continue
-        array = np.asarray(state[rule.path], np.float32)
-        for i, layer in enumerate(array if rule.stacked else [array]):
-            rows = np.atleast_1d(layer.T if rule.transpose else layer)
-            for name, part in zip(rule.names, np.split(rows, len(rule.names)), strict=True):
+        array = np.asarray(state[path], np.float32)
+        for i, layer in enumerate(array if entry.stacked else [array]):
+            rows = np.atleast_1d(layer.T if entry.transpose else layer)
+            for name, part in zip(entry.names, np.split(rows, len(entry.names)), strict=True):
                 tensors[name.format(i)] = np.ascontiguousarray(part)
-    missing = state.keys() - {rule.path for rule in rules}
-    assert not missing, f"no rule for {sorted(missing)}"
     return tensors
