@@ -138,10 +138,10 @@ def test_settings_out_of_range_are_named(change, message):
 def test_vectors_that_are_not_finite_are_named():
     queries, documents, _ = blobs(6, 2, 3)
     documents[4, 1] = np.nan
-    with pytest.raises(ValueError, match=r"1 of the 6 documents have NaN or infinity \(first: row 4\)"):
+    with pytest.raises(ValueError, match=r"documents: .*NaN or infinity in 1 of 6 rows \(first: row 4\)"):
         paired_kmeans(queries, documents, 2, **SETTINGS)
     queries[5, 0] = np.inf
-    with pytest.raises(ValueError, match=r"1 of the 6 queries have NaN or infinity \(first: row 5\)"):
+    with pytest.raises(ValueError, match=r"queries: .*NaN or infinity in 1 of 6 rows \(first: row 5\)"):
         paired_kmeans(queries, documents, 2, **SETTINGS)
 
 

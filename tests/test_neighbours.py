@@ -117,7 +117,7 @@ def test_the_nearest_selected_point_is_found_however_few_are_left(monkeypatch, e
 def test_a_broken_row_is_named_by_its_own_number(side):
     sides = [np.ones((9, 3)), np.ones((9, 3))]
     sides[side][7] = np.nan
-    with pytest.raises(ValueError, match=r"1 of the 3 vectors have NaN or infinity \(first: row 7\)"):
+    with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 3 rows \(first: row 7\)"):
         nearest_documents(*sides, np.array([2, 5, 7]), 1, seed=0)
 
 

@@ -378,7 +378,7 @@ def test_vectors_that_do_not_fit_are_named(stores, tmp_path):
         [
             ({"queries": vectors.array("queries")[:-1]}, "vectors of 38 queries, got 37"),
             ({"queries": vectors.array("queries")[:, :5]}, "queries of 5, documents of 13"),
-            ({"documents": broken}, r"vectors of the documents have NaN or infinity \(first: row 41\)"),
+            ({"documents": broken}, r"vectors of the documents: .*NaN or infinity in 1 of 44 rows \(first: row 41\)"),
         ]
     ):
         wrong = altered(tmp_path / f"vectors{number}", vectors, **changes)

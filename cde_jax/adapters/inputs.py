@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from cde_jax.data.vectors import check_finite
+
 
 def check_vectors(
     name: str, vectors: Any, width: int | None = None, rows: slice = slice(None)
@@ -24,13 +26,8 @@ def check_vectors(
         )
     if width is not None and array.shape[1] != width:
         raise ValueError(f"{name}: expected vectors of width {width}, got {array.shape[1]}; encode all with one model")
-    first, array = rows.start or 0, array[rows]
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"{name}: expected finite vectors, got NaN or infinity in {len(bad)} of {len(array)} rows (first: row "
-            f"{first + bad[0]}); look at the text or the model that this row came from"
-        )
+    numbers, array = range(len(array))[rows], array[rows]
+    check_finite(name, array, numbers)
     return array
 
 

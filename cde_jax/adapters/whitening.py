@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from cde_jax.adapters.inputs import check_integer, check_vectors
 from cde_jax.data.texts import as_list
+from cde_jax.data.vectors import unit_rows
 
 SAMPLE_SIZE = 512  # documents that a whitening is fitted on
 MEAN_FRACTION = 0.75  # of the mean that is subtracted
@@ -45,7 +46,7 @@ class Whitening(NamedTuple):
     ) -> Float[np.ndarray, "n D"]:
         vectors = check_vectors(name, vectors, len(mean)).astype(np.float32, copy=False)
         whitened = (vectors - np.float32(MEAN_FRACTION) * mean) @ self.matrix
-        return whitened / np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), np.float32(1e-12))
+        return unit_rows(whitened)
 
 
 def whitening(

@@ -297,7 +297,7 @@ def _check_vectors(pairs: Store, vectors: Store, name: str) -> None:
     for side, key in (("queries", "query_key"), ("documents", "document_key")):
         if (got := len(vectors.array(side))) != (expected := len(pairs.array(key))):
             raise ValueError(f"expected {name} of {expected} {side}, got {got}; {again}")
-        check_finite(vectors.array(side), f"{name} of the {side}")
+        check_finite(f"{name} of the {side}", vectors.array(side))
 
 
 def _check_hard_negatives(groups: Sequence[pack.Group], inputs: Inputs) -> None:

@@ -86,8 +86,8 @@ def paired_kmeans(
     if not 1 <= k <= n:
         raise ValueError(f"expected 1 ≤ k ≤ {n} clusters for {n} pairs, got k = {k}; use fewer clusters")
     settings = Batching(iterations=iterations, tries=tries, cluster_rows=n)
-    check_finite(queries, "queries")
-    check_finite(documents, "documents")
+    check_finite("queries", queries)
+    check_finite("documents", documents)
     return _cluster(_Domain(queries, documents, np.arange(n)), k, settings, _random(seed))
 
 

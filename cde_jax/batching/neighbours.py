@@ -133,5 +133,5 @@ def _read_unit(
 ) -> Float32[np.ndarray, "m D"]:
     """The chosen of `rows` of the vectors as contiguous float32 unit rows; ValueError if they are not finite."""
     block = np.array(vectors[rows[chosen]], np.float32, order="C")
-    check_finite(block, "vectors", rows[chosen])
+    check_finite("vectors", block, rows[chosen])
     return unit_rows(block, np.sqrt(np.einsum("md,md->m", block, block)))

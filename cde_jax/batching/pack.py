@@ -165,7 +165,7 @@ def greedy_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.nda
     k = len(centroids)
     if not 0 <= start < k:
         raise ValueError(f"expected a start in 0…{k - 1} for {k} centroids, got {start}")
-    check_finite(centroids, "centroids")
+    check_finite("centroids", centroids)
     return (_exact_tour if k <= EXACT_TOUR else _graph_tour)(centroids, start)
 
 

@@ -15,19 +15,24 @@ def unit_rows(rows: Float[np.ndarray, "n D"], norms: Float[np.ndarray, " n"] | N
     return rows / np.where(norms > 0, norms, 1)[:, None]
 
 
-def check_finite(vectors: Float[np.ndarray, "n D"], name: str, numbers: Int[np.ndarray, " n"] | None = None) -> None:
+def check_finite(
+    name: str,
+    vectors: Float[np.ndarray, "n D"],
+    numbers: Int[np.ndarray, " n"] | range | None = None,
+    advice: str = "look at the text or the model that this row came from",
+) -> None:
     """Raises ValueError if rows of `vectors`, memory-mapped or not, have NaN or infinity: how many, and the first one.
 
     name: what the rows are, e.g. "documents". numbers: what the user knows each row by; None: its index.
     """
-    broken = [
+    bad = [
         start + np.flatnonzero(~np.isfinite(vectors[start : start + _BLOCK]).all(axis=1))
         for start in range(0, len(vectors), _BLOCK)
     ]
-    rows = np.concatenate([np.zeros(0, np.int64), *broken])
+    rows = np.concatenate([np.zeros(0, np.int64), *bad])
     if len(rows):
         first = rows[0] if numbers is None else numbers[rows[0]]
         raise ValueError(
-            f"expected finite vectors, but {len(rows)} of the {len(vectors)} {name} have NaN or infinity (first: row "
-            f"{first}); look at the model and at the text of that row, then encode again"
+            f"{name}: expected finite vectors, got NaN or infinity in {len(rows)} of {len(vectors)} rows (first: row "
+            f"{first}); {advice}"
         )

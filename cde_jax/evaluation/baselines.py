@@ -59,12 +59,6 @@ def bm25(dataset: EvaluationSet, k: int = 10) -> Run:
 
 def rank_vectors(dataset: EvaluationSet, encode: Encode, k: int = 10) -> Run:
     """The k best documents by cosine of `encode`'s vectors; a vector of zeros scores 0 against all."""
-    queries, documents = (_unit(encode(list(texts.values()))) for texts in (dataset.queries, dataset.corpus))
+    sides = [encode(list(texts.values())) for texts in (dataset.queries, dataset.corpus)]
+    queries, documents = (unit_rows(np.asarray(vectors, np.float32)) for vectors in sides)
     return as_run(list(dataset.queries), list(dataset.corpus), search(queries, documents, k))
-
-
-def _unit(vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-    """Rows divided by their norms, float32; a row of zeros stays zero."""
-    vectors = np.asarray(vectors, np.float32)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1)

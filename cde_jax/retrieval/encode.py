@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
 from cde_jax.data.texts import as_list, has_text
 from cde_jax.data.tokens import Tokenizer
+from cde_jax.data.vectors import check_finite
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +90,7 @@ def encode(
                     collect()
         while running:
             collect()
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"the model gave NaN or infinity for {len(bad)} of {len(texts)} {name} (first: index {bad[0]}): its "
-            "weights are not finite, load an earlier checkpoint"
-        )
+    check_finite(name, vectors, advice="the model's weights are not finite, load an earlier checkpoint")
     return vectors
 
 
