@@ -137,7 +137,7 @@ class Batching(_Section):
     )
     batch_size: int = setting(512, "B, queries of a plan batch: the unit of contrast", 2, 2**24)
     cluster_size: int = setting(
-        512, "pairs of a cluster, the mean over clusters: most pairs are in larger ones", 1, 2**40
+        512, "pairs by centroid; some win swapped rows d⊕q only, so clusters are larger (median: report)", 1, 2**40
     )
     cluster_dimensions: int = setting(0, "of the vectors that are clustered, reduced by SVD; 0: all", 0, 2**16)
     cluster_rows: int = setting(2**20, "pairs of a domain that centroids are fitted to; others are assigned", 1, 2**40)

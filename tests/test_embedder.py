@@ -465,7 +465,7 @@ def test_a_model_spread_over_devices_gives_the_same_vectors(tokenizer):
 def test_broken_weights_are_an_error(tokenizer):
     model = build_model("biencoder")
     model.encoder.word.embedding[...] = model.encoder.word.embedding[...] * np.nan
-    with pytest.raises(ValueError, match="queries: .*NaN or infinity in 2 of 2 rows"):
+    with pytest.raises(ValueError, match=r"queries: .*NaN or infinity in 2 of 2 rows"):
         build("biencoder", tokenizer, model).encode_queries(["a cat", "water"])
 
 

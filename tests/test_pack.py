@@ -128,8 +128,9 @@ def test_an_epoch_has_each_row_as_often_as_its_weight_says(n, batch_size, weight
     assignments = np.unique(random.integers(5, size=n), return_inverse=True)[1]
     rows = np.sort(random.choice(1000, n, replace=False))
     centroids = document_centroids(random.normal(size=(n, 3)), assignments, np.arange(n)) if tsp else None
-    batches = epoch_batches(Group("all", (0,), rows, weight), assignments, centroids, batch_size, random)
-    assert batches.shape == (epoch_size(n, batch_size, weight), batch_size)
+    group = Group("all", (0,), rows, weight)
+    batches = epoch_batches(group, assignments, centroids, batch_size, random)
+    assert batches.shape == (epoch_size(group, batch_size), batch_size)
     assert (len(batches) > 0) == (weight > 0)
     assert abs(len(batches) - weight * (n // batch_size)) <= (0.5 if len(batches) > 1 else 1)
     assert all(len(set(batch)) == batch_size for batch in batches.tolist())

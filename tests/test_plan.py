@@ -352,6 +352,13 @@ def test_settings_that_fit_their_limits_are_accepted(caplog):
     assert "every domain is one cluster: cluster_size is 21, the largest has 20 pairs" in caplog.text
 
 
+def test_the_number_of_batches_is_known_from_the_counts(plan):
+    counts = {"domain0": 20, "domain1": 13, "domain2": 3, "domain3": 2}
+    assert check_sizes(Batching(**PLAN), counts) == len(plan)
+    weighted = Batching(**PLAN | {"domain_weights": ("domain0=0.4", "domain1=2")})
+    assert check_sizes(weighted, counts) == 2 * (2 + 6 + 1)
+
+
 def test_a_batch_of_more_scores_than_memory_is_refused():
     check_sizes(Batching(batch_size=2**16), {"a": 2**17})
     with pytest.raises(ValueError, match=r"≤ 4.3e\+09 scores in a batch, B²\(1 \+ hard_negatives\), got 8.6e\+09"):

@@ -63,10 +63,11 @@ class Inputs(NamedTuple):
     seed: int
 
 
-def check_sizes(settings: Batching, domain_counts: Mapping[str, int]) -> None:
-    """Raises ValueError for settings that do not fit the number of pairs by domain, before anything is computed."""
+def check_sizes(settings: Batching, domain_counts: Mapping[str, int]) -> int:
+    """The number of batches of a plan, from the number of pairs by domain; ValueErrors of `plan_groups`."""
     domain = np.repeat(np.arange(len(domain_counts), dtype=np.int32), list(domain_counts.values()))
-    plan_groups(domain, list(domain_counts), settings)
+    groups, _ = plan_groups(domain, list(domain_counts), settings)
+    return settings.epochs * sum(pack.epoch_size(group, settings.batch_size) for group in groups)
 
 
 def plan_groups(
@@ -152,7 +153,7 @@ def cluster_groups(groups: Sequence[pack.Group], inputs: Inputs) -> list[Part]:
         rows = [group.rows for group in groups if group.weight]
         results = iter(cluster_domains(inputs.queries, inputs.documents, rows, settings, inputs.seed))
     for group in groups:
-        batches = pack.epoch_size(len(group.rows), settings.batch_size, group.weight)
+        batches = pack.epoch_size(group, settings.batch_size)
         if group.weight and settings.method == "clustered":
             clusters = next(results)
             used, assignments = np.unique(clusters.assignments, return_inverse=True)

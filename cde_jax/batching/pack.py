@@ -84,11 +84,11 @@ def weighted(groups: Sequence[Group], texts: Sequence[str], names: Sequence[str]
     return groups
 
 
-def epoch_size(rows: int, batch_size: int, weight: float) -> int:
-    """The number of batches in an epoch of a group with so many rows (at least `batch_size`) and this weight."""
-    batches = rows // batch_size
-    whole, share = divmod(weight, 1)
-    return max(int(whole) * batches + math.floor(share * batches + 0.5), int(weight > 0))
+def epoch_size(group: Group, batch_size: int) -> int:
+    """The number of batches in an epoch of a group, which has at least `batch_size` rows."""
+    batches = len(group.rows) // batch_size
+    whole, share = divmod(group.weight, 1)
+    return max(int(whole) * batches + math.floor(share * batches + 0.5), int(group.weight > 0))
 
 
 def epoch_batches(
@@ -103,7 +103,7 @@ def epoch_batches(
     assignments: the cluster 0…k−1 of each of the group's rows; centroids: of the tour, or None for a random order.
     A row occurs at most ⌈weight⌉ times, and never twice in a batch.
     """
-    missing = epoch_size(len(group.rows), batch_size, group.weight)
+    missing = epoch_size(group, batch_size)
     parts = [np.empty((0, batch_size), np.int64)]
     while missing:
         batches = arrange(group.rows, assignments, centroids, batch_size, random)

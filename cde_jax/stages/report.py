@@ -35,7 +35,7 @@ def content(pairs: Store, plan: BatchPlan) -> dict[str, Any]:
         "surrogate": manifest["surrogate"],
         "groups": manifest["groups"],
         "dropped": manifest["dropped"],
-        "cluster_sizes": manifest["cluster_sizes"],
+        **{key: manifest[key] for key in ("cluster_sizes", "median_cluster_size", "empty_clusters")},
         "difficulty": manifest["difficulty"],
         "sample_clusters": sample_clusters(pairs, plan),
     }
@@ -76,6 +76,7 @@ def text(report: dict[str, Any]) -> str:
         *_table(report),
         "",
         "clusters by size: " + ", ".join(f"{size}: {count}" for size, count in report["cluster_sizes"].items()),
+        f"  a pair's cluster has {report['median_cluster_size']:g} pairs (median); {report['empty_clusters']} have none",
         "difficulty (mean surrogate cosine) and masks:",
         *(f"  {name.replace('_', ' ')}: {value}" for name, value in report["difficulty"].items()),
         "",
