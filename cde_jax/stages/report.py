@@ -76,7 +76,7 @@ def text(report: dict[str, Any]) -> str:
         *_table(report),
         "",
         "clusters by size: " + ", ".join(f"{size}: {count}" for size, count in report["cluster_sizes"].items()),
-        f"  a pair's cluster has {report['median_cluster_size']:g} pairs (median); {report['empty_clusters']} have none",
+        f"  median of a pair: {report['median_cluster_size']:g}; without pairs: {report['empty_clusters']}",
         "difficulty (mean surrogate cosine) and masks:",
         *(f"  {name.replace('_', ' ')}: {value}" for name, value in report["difficulty"].items()),
         "",
