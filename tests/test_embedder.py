@@ -152,6 +152,14 @@ def test_a_context_samples_the_corpus_without_replacement_by_its_seed(contextual
     assert len(np.unique(everything.round(4), axis=0)) == J  # each document once
 
 
+def test_the_fingerprint_of_a_context_covers_all_sampled_documents_in_any_order(tokenizer):
+    embedder, corpus = build("isolated", tokenizer), CORPUS[:J]
+    fingerprint = embedder.embed_context(corpus).documents
+    assert fingerprint == embedder.embed_context(corpus[::-1], seed=1).documents
+    assert fingerprint != embedder.embed_context([corpus[0].swapcase(), *corpus[1:]]).documents
+    assert fingerprint != embedder.embed_context(corpus, queries=ASKED).documents
+
+
 def test_context_vectors_are_those_of_the_first_stage(contextual):
     corpus = [*FEW, *FEW, *FEW]
     context = contextual.embed_context(corpus)

@@ -25,18 +25,16 @@ class Comparison(NamedTuple):
 def compare(
     system: Sequence[Scores], baseline: Sequence[Scores], kind: str, baseline_kind: str | None = None
 ) -> Comparison:
-    """Compare a kind of context of one system with one of another, paired by seed, set and query.
+    """Compare a kind of context of one system with one of another; scores of one run per seed, in the same order.
 
-    `system` and `baseline` have the scores of one run per seed, in the order of the seeds; both must have the same
-    sets and queries. Raises ValueError where they do not, or lack the kind.
+    Raises ValueError where seeds, cutoff, sets or queries differ, and for a kind that is not there.
     """
     if not system or len(system) != len(baseline):
         raise ValueError(f"expected scores of as many seeds, one or more, got {len(system)} and {len(baseline)}")
     if len(cutoffs := {scores.k for scores in (*system, *baseline)}) > 1:
         raise ValueError(f"expected scores of one cutoff, got NDCG at {sorted(cutoffs)}")
-    pairs = list(zip(system, baseline, strict=True))
-    names = list(system[0].per_query)
-    differences = [np.stack([_paired(a, b, name, kind, baseline_kind or kind) for a, b in pairs]) for name in names]
+    names, runs = list(system[0].per_query), list(zip(system, baseline, strict=True))
+    differences = [np.stack([_paired(a, b, name, kind, baseline_kind or kind) for a, b in runs]) for name in names]
     wins = sum(bool(rows.mean() > 0) for rows in differences)
     return Comparison(*bootstrap(differences), wins, len(names))
 
