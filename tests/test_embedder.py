@@ -113,8 +113,9 @@ def test_vectors_are_float32_unit_norm_and_in_the_order_of_the_texts(embedder):
 def test_vectors_are_those_of_the_model_called_text_by_text(embedder):
     model, context = embedder.model, context_of(embedder)
     raw = None if context is None else jnp.asarray(context.vectors)
-    expected = one_by_one(embedder, model, "query: ", 16, FEW, raw)
-    np.testing.assert_allclose(embedder.encode_queries(FEW, context), expected, atol=1e-5)
+    queries = [FEW[0], TEXT]  # the second is cut
+    expected = one_by_one(embedder, model, "query: ", 16, queries, raw)
+    np.testing.assert_allclose(embedder.encode_queries(queries, context), expected, atol=1e-5)
     expected = one_by_one(embedder, model, "document: ", 24, [TEXT], raw)
     np.testing.assert_allclose(embedder.encode_documents([TEXT], context), expected, atol=1e-5)
 
@@ -126,6 +127,17 @@ def test_vectors_do_not_depend_on_batch_or_padded_length(embedder, monkeypatch):
     monkeypatch.setitem(encode.TOKENS_PER_BATCH, "cpu", 1)  # and batches of the smallest size
     monkeypatch.setattr(encode, "BLOCK", 7)
     np.testing.assert_allclose(embedder.encode_documents(CORPUS, context), vectors, atol=1e-5)
+
+
+def test_batches_are_smaller_where_slots_are_in_every_sequence(embedder, monkeypatch):
+    seen, full_batch = [], encode.full_batch
+    monkeypatch.setattr(
+        encode, "full_batch", lambda length, slots: seen.append(slots) or full_batch(length, slots=slots)
+    )
+    embedder.encode_queries(FEW, context_of(embedder))
+    joint = embedder.contextual and embedder.config.context_attention == "joint"
+    assert seen[-1] == (J + 2 if joint else 0)
+    assert full_batch(16, slots=0) == 128 > full_batch(16, slots=J + 2) == 64 > full_batch(16, slots=4096) == 8
 
 
 def test_the_order_of_the_context_does_not_matter(contextual):
@@ -482,12 +494,16 @@ def test_a_tokenizer_larger_than_the_model_is_an_error():
     assert large.vocab_size > 120
     with pytest.raises(ValueError, match=f"the tokenizer has {large.vocab_size} tokens and the model's table 120"):
         build("biencoder", large)
+    encoder = EncoderConfig(vocab_size=large.vocab_size, width=32, layers=2, heads=2, mlp_width=48)
+    build("biencoder", large, fill(lambda: Biencoder(BiencoderConfig(encoder), rngs=nnx.Rngs(0)), 0))
 
 
 def test_more_tokens_than_learned_positions_is_an_error(tokenizer):
     model = build_model("biencoder", encoder={"positions": "learned", "max_positions": 23})
-    with pytest.raises(ValueError, match=r"texts of 24 tokens .* has 23"):
-        build("biencoder", tokenizer, model)
+    for lengths in (SETTINGS, TextSettings(query_length=24, document_length=16)):
+        with pytest.raises(ValueError, match=r"texts of 24 tokens .* has 23"):
+            build("biencoder", tokenizer, model, lengths)
+    build("biencoder", tokenizer, build_model("biencoder", encoder={"positions": "learned", "max_positions": 24}))
 
 
 def test_a_bar_shows_on_long_work_only(tokenizer, monkeypatch, capsys):
