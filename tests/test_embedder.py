@@ -197,6 +197,7 @@ def test_weights_without_null_embedding_need_a_whole_context(tokenizer):
     assert not embedder.works_without_context
     with pytest.raises(ValueError, match=r"6 context documents .* got a corpus of 2"):
         embedder.embed_context(CORPUS[:2])
+    assert len(embedder.embed_context(CORPUS[:J]).vectors) == J
     with pytest.raises(ValueError, match="no null embedding"):
         embedder.encode_queries(["a cat"])
 
@@ -526,6 +527,11 @@ def test_every_text_is_in_one_batch_that_holds_it(sizes, full):
         shapes.add((size, length))
     assert sorted(seen) == list(range(len(sizes)))
     assert len(shapes) <= 2 * len(lengths)
+
+
+@pytest.mark.parametrize(("texts", "sizes"), [(1, [8]), (32, [8] * 4), (33, [64]), (97, [64, 64]), (64, [64])])
+def test_a_rest_of_at_most_half_a_batch_goes_in_small_batches(texts, sizes):
+    assert [size for _, size, _ in batches(np.full(texts, 5), (16,), lambda length: 64)] == sizes
 
 
 def test_padded_lengths_end_with_the_longest_allowed():

@@ -26,9 +26,8 @@ def check_vectors(
         )
     if width is not None and array.shape[1] != width:
         raise ValueError(f"{name}: expected vectors of width {width}, got {array.shape[1]}; encode all with one model")
-    numbers, array = range(len(array))[rows], array[rows]
-    check_finite(name, array, numbers)
-    return array
+    check_finite(name, array[rows], range(len(array))[rows])
+    return array[rows]
 
 
 def check_integer(name: str, value: Any, low: int) -> int:
