@@ -172,7 +172,7 @@ def test_directions_are_those_of_an_uncentred_svd_of_queries_and_documents():
     queries, documents, _ = blobs(300, 6, 20, noise=0.4)
     queries[:, :5] += 3  # far from the origin, where centring would show, and not where the documents are
     documents[:, 5:] += 2
-    found = cluster._projection(cluster._Domain(queries, documents, np.arange(300)), 4, np.random.default_rng(0))
+    found = cluster._projection(queries, documents, np.arange(300), 4, np.random.default_rng(0))
     expected = svd(queries, documents, 4)
     np.testing.assert_allclose(np.abs((found * expected).sum(axis=0)), 1, atol=1e-4)
 

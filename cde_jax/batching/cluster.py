@@ -6,11 +6,12 @@ of one is near the document of the other" counts as near. The arithmetic is in `
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 
 from cde_jax.batching.kmeans import assign, in_parallel, kmeans, rotate
 from cde_jax.batching.neighbours import threads
@@ -35,31 +36,6 @@ class Clusters(NamedTuple):
     objective: float  # mean cosine of each normalised q⊕d row to its centroid
 
 
-class _Domain(NamedTuple):
-    """The vectors of one domain's pairs, read when asked for."""
-
-    queries: Float[np.ndarray, "all D"]
-    documents: Float[np.ndarray, "more D"]
-    rows: Int[np.ndarray, " n"]
-    projection: Float[np.ndarray, "D P"] | None = None
-
-    def read(self, chosen: slice | Int[np.ndarray, " m"]) -> Float[np.ndarray, "m E"]:
-        """The chosen pairs' rows q⊕d, projected, normalised and rotated, for `kmeans`."""
-        rows = self.rows[chosen]
-        width = (self.queries if self.projection is None else self.projection).shape[1]
-        rotated = np.empty((len(rows), 2 * width), np.float32)
-
-        def work(blocks: Iterator[slice]) -> None:
-            for block in blocks:
-                halves = [vectors[rows[block]].astype(np.float32) for vectors in (self.queries, self.documents)]
-                if self.projection is not None:
-                    halves = [unit_rows(half @ self.projection) for half in halves]
-                rotated[block] = rotate(unit_rows(np.concatenate(halves, axis=1)))
-
-        in_parallel(work, len(rows), BLOCK)
-        return rotated
-
-
 def paired_kmeans(
     queries: Float[np.ndarray, "n D"],
     documents: Float[np.ndarray, "m W"],
@@ -71,9 +47,9 @@ def paired_kmeans(
 ) -> Clusters:
     """Spherical k-means of n pairs into k clusters: the best of `tries` starts by the returned objective.
 
-    Takes float16 or float32 vectors of any norm (a longer query weighs more in its pair, as in the reference); computes
-    in float32, on all 2n rows, `iterations` times or until the objective stops rising. Starts are k-means++ and are
-    compared on a sample where there are many pairs. The same arguments give the same bits on any number of CPU cores.
+    Takes vectors of any norm (a longer query weighs more in its pair, as in the reference); computes in float32, on all
+    2n rows, `iterations` times or until the objective stops rising. Starts are k-means++ and are compared on a sample
+    where there are many pairs. The same arguments give the same bits on any number of cores.
 
     Raises ValueError for vectors that are not finite or of two shapes, k outside 1…n, iterations < 1 or tries < 1.
     """
@@ -88,7 +64,8 @@ def paired_kmeans(
     settings = Batching(iterations=iterations, tries=tries, cluster_rows=n)
     check_finite("queries", queries)
     check_finite("documents", documents)
-    return _cluster(_Domain(queries, documents, np.arange(n)), k, settings, _random(seed))
+    read = partial(_read_rows, queries, documents, None)
+    return _cluster(read, np.arange(n), k, settings, _random(seed))
 
 
 def cluster_domains(
@@ -100,30 +77,54 @@ def cluster_domains(
 ) -> list[Clusters]:
     """Clusters each group of pairs (a domain) separately, into k = ⌈pairs / cluster_size⌉ clusters.
 
-    queries, documents: all vectors, finite, memory-mapped or not (m ≥ n: extra negatives are not clustered). The i-th
-    result is that of groups[i]; its assignments follow that group's pairs.
-
-    cluster_dimensions: wider vectors are reduced to so many by an uncentred SVD of the domain's queries and documents
-    together, then to unit norm (the reference: of the queries alone). Centroids and objective are then those of the
-    reduced vectors. cluster_rows: a larger domain is trained on a seeded sample of so many pairs, or of
-    PAIRS_PER_CLUSTER · k if those are more, and then all its pairs are assigned in blocks. Memory: about
-    12 · cluster_rows · D bytes for training, and some 20 bytes for each pair of the domain.
+    queries, documents: all vectors, finite, memory-mapped or not. The assignments of the i-th result follow groups[i].
+    Wider vectors than `cluster_dimensions` are reduced by an uncentred SVD of the domain's queries and documents (the
+    reference: of the queries), then to unit norm. A domain of more than `cluster_rows` pairs is trained on a sample of
+    so many, at least PAIRS_PER_CLUSTER · k. Memory: about 12 · cluster_rows · D bytes, and 20 for each pair.
     """
     results = []
     for number, rows in enumerate(groups):
-        random, domain = _random(seed, number), _Domain(queries, documents, rows)
+        random, projection = _random(seed, number), None
         if 0 < settings.cluster_dimensions < queries.shape[1]:
-            domain = domain._replace(projection=_projection(domain, settings.cluster_dimensions, random))
-        results.append(_cluster(domain, -(-len(rows) // settings.cluster_size), settings, random))
+            projection = _projection(queries, documents, rows, settings.cluster_dimensions, random)
+        read = partial(_read_rows, queries, documents, projection)
+        results.append(_cluster(read, rows, -(-len(rows) // settings.cluster_size), settings, random))
     return results
 
 
-def _projection(domain: _Domain, dimensions: int, random: np.random.Generator) -> Float[np.ndarray, "D P"]:
+def _read_rows(
+    queries: Float[np.ndarray, "n D"],
+    documents: Float[np.ndarray, "m D"],
+    projection: Float[np.ndarray, "D P"] | None,
+    rows: Int[np.ndarray, " r"],
+) -> Float32[np.ndarray, "r E"]:
+    """The pairs' rows q⊕d, projected, normalised and rotated, for `kmeans`."""
+    width = (queries if projection is None else projection).shape[1]
+    rotated = np.empty((len(rows), 2 * width), np.float32)
+
+    def work(blocks: Iterator[slice]) -> None:
+        for block in blocks:
+            halves = [vectors[rows[block]].astype(np.float32) for vectors in (queries, documents)]
+            if projection is not None:
+                halves = [unit_rows(half @ projection) for half in halves]
+            rotated[block] = rotate(unit_rows(np.concatenate(halves, axis=1)))
+
+    in_parallel(work, len(rows), BLOCK)
+    return rotated
+
+
+def _projection(
+    queries: Float[np.ndarray, "n D"],
+    documents: Float[np.ndarray, "m D"],
+    rows: Int[np.ndarray, " r"],
+    dimensions: int,
+    random: np.random.Generator,
+) -> Float32[np.ndarray, "D P"]:
     """The first right singular vectors of the domain's vectors, uncentred, computed from a sample's X'X."""
-    rows = domain.rows[_sample(len(domain.rows), SVD_PAIRS, random)]
-    products = np.zeros((domain.queries.shape[1],) * 2)  # [D, D]
+    rows = _sample(rows, SVD_PAIRS, random)
+    products = np.zeros((queries.shape[1],) * 2)  # [D, D]
     with threads().limit(limits=1):
-        for vectors in (domain.queries, domain.documents):
+        for vectors in (queries, documents):
             for start in range(0, len(rows), BLOCK):
                 block = vectors[rows[start : start + BLOCK]].astype(np.float32)
                 products += block.T @ block
@@ -131,30 +132,32 @@ def _projection(domain: _Domain, dimensions: int, random: np.random.Generator) -
     return directions[:, : -dimensions - 1 : -1].astype(np.float32)
 
 
-def _cluster(domain: _Domain, k: int, settings: Batching, random: np.random.Generator) -> Clusters:
-    start, n = time.perf_counter(), len(domain.rows)
-    size = max(settings.cluster_rows, PAIRS_PER_CLUSTER * k)
+def _cluster(
+    read: Callable[[Int[np.ndarray, " r"]], Float32[np.ndarray, "r E"]],
+    rows: Int[np.ndarray, " n"],
+    k: int,
+    settings: Batching,
+    random: np.random.Generator,
+) -> Clusters:
+    start, n = time.perf_counter(), len(rows)
     with threads().limit(limits=1):  # of BLAS: `in_parallel` uses the other cores
-        trained = domain.read(_sample(n, size, random))
+        trained = read(_sample(rows, max(settings.cluster_rows, PAIRS_PER_CLUSTER * k), random))
         centroids, used = kmeans(trained, k, iterations=settings.iterations, tries=settings.tries, random=random)
         assignments, total = np.empty(n, np.int64), 0.0
         for first in range(0, n, ASSIGNED):
-            block = slice(first, min(first + ASSIGNED, n))
-            labels, cosines = assign(trained[block] if len(trained) == n else domain.read(block), centroids)
+            block = slice(first, first + ASSIGNED)
+            labels, cosines = assign(trained[block] if len(trained) == n else read(rows[block]), centroids)
             assignments[block] = labels[0]
             total += float(cosines[0].sum(dtype=np.float64))
-    clusters = Clusters(assignments, rotate(centroids), total / n)
-    log.log(
-        logging.INFO if n >= LARGE else logging.DEBUG,
-        "%d pairs, %d clusters: %d iterations on %d pairs, objective %.4f, %.1f s",
-        *(n, k, used, len(trained), clusters.objective, time.perf_counter() - start),
-    )
-    return clusters
+    seconds, level = time.perf_counter() - start, logging.INFO if n >= LARGE else logging.DEBUG
+    message = "%d pairs, %d clusters: %d iterations on %d pairs, objective %.4f, %.1f s"
+    log.log(level, message, n, k, used, len(trained), total / n, seconds)
+    return Clusters(assignments, rotate(centroids), total / n)
 
 
-def _sample(n: int, size: int, random: np.random.Generator) -> Int[np.ndarray, " m"]:
-    """`size` of 0…n−1 in ascending order, or all of them."""
-    return np.arange(n) if n <= size else np.sort(random.choice(n, size, replace=False, shuffle=False))
+def _sample(rows: Int[np.ndarray, " n"], size: int, random: np.random.Generator) -> Int[np.ndarray, " m"]:
+    """`size` of the rows in their order, or all of them."""
+    return rows if len(rows) <= size else rows[np.sort(random.choice(len(rows), size, replace=False, shuffle=False))]
 
 
 def _random(*entropy: int) -> np.random.Generator:

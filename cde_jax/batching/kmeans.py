@@ -10,7 +10,7 @@ is the same bits on any number of cores.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -101,9 +101,9 @@ def kmeans(
         sample = pairs if size == len(pairs) else pairs[np.sort(order[:size])]
         if size > sizes[0]:
             best = lloyd(sample, best[0], iterations, random)
-            continue
-        runs = [lloyd(sample, _start(sample, k, random), iterations, random) for _ in range(restarts)]
-        best = runs[_best(sample, [centroids for centroids, _ in runs])]
+        else:
+            runs = [lloyd(sample, _start(sample, k, random), iterations, random) for _ in range(restarts)]
+            best = max(runs, key=lambda run, sample=sample: _objective(sample, run[0]))  # the first of equals
     return best
 
 
@@ -119,12 +119,12 @@ def _start(pairs: Float[np.ndarray, "n E"], k: int, random: np.random.Generator)
     if k == 1 or PAIRS_PER_CLUSTER * k > FIRST_PAIRS:
         return plus_plus(pairs, k, random)
     starts = [lloyd(pairs, plus_plus(pairs, k, random), START_ITERATIONS, random)[0] for _ in range(STARTS)]
-    return starts[_best(pairs, starts)]
+    return max(starts, key=lambda centroids: _objective(pairs, centroids))
 
 
-def _best(pairs: Float[np.ndarray, "n E"], candidates: Sequence[Float[np.ndarray, "k E"]]) -> int:
-    """Which centroids have the largest mean cosine with the rows q⊕d; the first of equals."""
-    return int(np.argmax([assign(pairs, centroids)[1][0].mean(dtype=np.float64) for centroids in candidates]))
+def _objective(pairs: Float[np.ndarray, "n E"], centroids: Float[np.ndarray, "k E"]) -> float:
+    """Mean cosine of the rows q⊕d with their centroids."""
+    return float(assign(pairs, centroids)[1][0].mean(dtype=np.float64))
 
 
 def lloyd(

@@ -77,14 +77,12 @@ def false_negative_mask(
     margin: float | None,
     exempt: Bool[np.ndarray, "B K"] | None = None,
 ) -> Bool[np.ndarray, "B N"]:
-    """True where a column counts as a negative of the row's query, or is its positive.
+    """True where a column counts as a negative of the row's query, and for its positive, column i of row i.
 
-    Equation 4: S(q, d) = {d′ : f(q, d′) ≥ f(q, d) + ε} is removed, with f = `scores` (of `cosine`) and ε = `margin`;
-    None removes nothing by f. A column is always removed where it has the text of a positive of the row's query, of
-    this pair or another. Column i of row i, the positive, is always True.
-
+    Equation 4: S(q, d) = {d′ : f(q, d′) ≥ f(q, d) + ε} is removed, with f = `scores` and ε = `margin`; None removes
+    nothing by f. A column with the text of a positive of the row's query, of this pair or another, is always removed.
     exempt: hard negatives that equation 4 does not remove from their own query's row, as in the reference: the data
-    says that they are negatives, and they are near on purpose. Equal texts are removed there too.
+    says that they are negatives, and they are near on purpose.
     """
     batch = len(rows)
     keep = ~keys.is_positive(rows, documents[None, :])
@@ -100,10 +98,9 @@ def false_negative_mask(
 
 
 def cosine(queries: Float[np.ndarray, "B D"], documents: Float[np.ndarray, "N D"]) -> Float64[np.ndarray, "B N"]:
-    """Cosine of every query with every document; a zero vector has cosine 0 with all.
+    """Cosine of every query with every document, exact for `rounded_unit_rows`: the order of summation has no effect.
 
-    Exact for the rows of `rounded_unit_rows`, in whatever order they are summed: equal vectors get equal scores at any
-    place in the batch, and no processor or number of threads changes a bit.
+    Equal vectors get equal scores at any place in the batch, and no processor or number of threads changes a bit.
     """
     units, scores = rounded_unit_rows(queries), np.empty((len(queries), len(documents)))
     for start in range(0, len(documents), BLOCK):
@@ -139,11 +136,8 @@ def mine_hard_negatives(
 
     Documents near the query, but not as near as its own: the very nearest are often positives that nobody marked
     (NV-Retriever, arXiv 2407.15831, "TopK-MarginPos"). rows: the pairs of the group; only their documents are ranked, 1
-    the nearest. A document with the text of a positive that the group has for the query has no rank.
-
-    Returns document numbers by rank, −1 where the document is too near or no more are found. Ranks are exact in groups
-    of up to `neighbours.EXACT_POINTS` pairs; equal f may come in any order. Raises ValueError for vectors that are not
-    finite.
+    the nearest, without those that have the text of a positive of the query. Returns document numbers by rank, −1 where
+    the document is too near or no more are found. Ranks are exact where `nearest_documents` is.
     """
     mined = np.full((len(rows), last - first + 1), -1, np.int32)
     group = TextKeys.of(keys.queries[rows], keys.documents[rows])
@@ -172,11 +166,9 @@ def choose_hard_negatives(
 ) -> tuple[Int64[np.ndarray, "B K"], Bool[np.ndarray, "B K"]]:
     """K = `count` hard negatives for each pair of a batch, as document numbers, and which of them the data lists.
 
-    rows: the batch's pairs. First the data's own (`keys.listed`), then `mined`, candidates of each row (−1: none), then
-    documents of `pool`, the pairs of the same group; each time a random choice if there are more than needed. Never one
-    with the text of a positive of the row's query; no text twice in a row while the pool has others.
-
-    Raises ValueError if the pool has no document that may be used.
+    First the data's own (`keys.listed`), then `mined`, candidates of each row (−1: none), then documents of `pool`, the
+    pairs of the same group; each time a random choice if there are more than needed. Never one with the text of a
+    positive of the row's query; no text twice in a row while the pool has others. Raises ValueError if it has none.
     """
     chosen, given = _choose_candidates(rows, count, mined, keys, random)
     missing = np.argwhere(chosen < 0)  # [missing, 2]: row in the batch, place

@@ -54,9 +54,8 @@ def nearest_documents(
 ) -> tuple[Int64[np.ndarray, "rows count"], Float32[np.ndarray, "rows count"]]:
     """For each query of `rows` the `count` documents of `rows` of greatest cosine, best first, and their cosines.
 
-    Documents are given as indices into `rows`, −1 with cosine −∞ where fewer were found; equal cosines by index. A zero
-    vector has cosine 0 with all. Vectors may be memory-mapped; memory: INDEX_BYTES, and 12 bytes per row and place.
-    Raises ValueError for vectors that are not finite.
+    Documents are indices into `rows`, −1 with cosine −∞ where fewer were found; equal cosines by index. Vectors may be
+    memory-mapped; memory: INDEX_BYTES, and 12 bytes per row and place. ValueError for vectors that are not finite.
     """
     n, width = len(rows), documents.shape[1]
     best_ids, best = np.full((n, count), -1), np.full((n, count), -np.inf, np.float32)

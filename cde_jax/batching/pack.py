@@ -1,15 +1,13 @@
 """Clusters into batches of equal size, within one group of domains (paper, section 3.1, "packing").
 
-Groups. A domain of at least B pairs is a group of its own. Smaller domains are merged into the group "(small domains)",
-which is left out if it has fewer than B pairs itself.
+A domain of at least B pairs is a group. Smaller ones are merged into the group "(small domains)", which is left out if
+it has fewer than B pairs itself. In each epoch the clusters of a group are put in a new order, random or a greedy tour
+in which similar clusters follow each other; the rows of each cluster are shuffled, and the sequence is cut into
+⌊rows / B⌋ batches. The remainder (rows mod B) is left out of that epoch: one run of rows at a random batch boundary,
+because a tour reaches the same outliers last every time.
 
-Packing. In each epoch the clusters of a group are put in a new order, random or a greedy tour ("tsp") in which similar
-clusters follow each other. The rows of each cluster are shuffled, and the sequence is cut into ⌊rows / B⌋ batches. The
-remainder (rows mod B) is left out of that epoch: one run of rows at a random batch boundary, because a greedy tour
-reaches the same outliers last every time. Batches of all groups are then shuffled.
-
-Weights. A group of weight w (1 by default) has ⌊w⌋ such arrangements in an epoch, and of one more a random share of
-w − ⌊w⌋ of its batches, rounded. A weight above 0 gives at least one batch; a weight of 0 leaves the group out.
+A group of weight w (1 by default) has ⌊w⌋ such arrangements in an epoch, and of one more a random share of w − ⌊w⌋ of
+its batches, rounded. A weight above 0 gives at least one batch; a weight of 0 leaves the group out.
 """
 
 import difflib
@@ -135,10 +133,9 @@ def arrange(
 def document_centroids(
     documents: Float[np.ndarray, "n D"], assignments: Int[np.ndarray, " rows"], rows: Int64[np.ndarray, " rows"]
 ) -> Float64[np.ndarray, "k D"]:
-    """The mean of each cluster's document vectors; every cluster 0…k−1 must have rows.
+    """The mean of each cluster's document vectors, which tours visit, as in the reference: batches contrast documents.
 
-    assignments: the cluster of each of `rows`. Documents may be memory-mapped; CENTROID_ROWS are read at a time. Tours
-    are of these means and not of the k-means centroids, as in the reference: a batch contrasts its documents.
+    assignments: the cluster 0…k−1 of each of `rows`, none empty. CENTROID_ROWS are read at a time.
     """
     sizes = np.bincount(assignments)
     by_cluster = np.argsort(assignments, kind="stable")
@@ -156,11 +153,9 @@ def document_centroids(
 def greedy_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.ndarray, " k"]:
     """From `start`, always to the nearest centroid not visited yet (Euclidean distance), ties to the lowest index.
 
-    Exact for up to EXACT_TOUR centroids: O(k² D) time and O(k D) memory. With more, it goes to the nearest unvisited of
-    a centroid's NEIGHBOURS nearest ones, and where all of those are visited it searches the others: within 1 % of the
-    exact length in benchmarks/tour.py. The same arguments give the same tour.
-
-    Raises ValueError for a start outside 0…k−1 or a centroid that is not finite.
+    Exact for up to EXACT_TOUR centroids: O(k² D) time and O(k D) memory. With more, the search is restricted to a
+    centroid's NEIGHBOURS nearest ones while one of those is left: the length is within 1 % of the exact tour's
+    (benchmarks/results). Raises ValueError for a start outside 0…k−1 or a centroid that is not finite.
     """
     k = len(centroids)
     if not 0 <= start < k:

@@ -60,10 +60,7 @@ class BatchPlan:
         vectors_fingerprint: str | None = None,
         filter_fingerprint: str | None = None,
     ) -> None:
-        """Raises ValueError if the plan was made from other pairs, settings (`plan_settings`) or vectors.
-
-        filter_fingerprint: of the filter's vectors. The fingerprints of vectors are compared where they are given.
-        """
+        """Raises ValueError if the plan was made from other pairs, settings, or vectors where these are given."""
         made = self.manifest["settings"]
         changed = [key for key in {**made, **settings} if fingerprint(made.get(key)) != fingerprint(settings.get(key))]
         detail = ", ".join(f"{key}: expected {settings.get(key)!r}, got {made.get(key)!r}" for key in changed)

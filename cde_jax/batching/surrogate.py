@@ -4,7 +4,6 @@
 export of this project is passed as plain functions texts → vectors (paper, section 3.1: "a separate model").
 """
 
-import glob
 import importlib.util
 import logging
 import math
@@ -223,13 +222,12 @@ def write_vectors(
     padded together: always the same texts in the same order, because padding changes the last bits of a vector.
 
     Each block is kept as a store of its own until all are there: after a kill or an error the same call continues with
-    the next block, and the result is byte-equal. Blocks of other texts, another model or other settings are discarded.
-    Needs twice the room of the vectors.
+    the next block, and the result is byte-equal. Needs twice the room of the vectors.
 
     Raises ValueError if `encode` gives vectors that are not finite in float16, not one of the same width for each text,
     or only zeros; OSError if there is no room or no right to write.
     """
-    directory, width = Path(directory).absolute(), None
+    folder, width = Path(directory).with_name(f".{Path(directory).name}.blocks"), None
     encoders = encode if isinstance(encode, tuple) else (encode, encode)
     sides = {
         array: (encoders[i], Texts(pairs.ragged(text)), f"surrogate {name}, {array}")
@@ -238,15 +236,15 @@ def write_vectors(
     for side in sides.values():  # one text each: models of two widths are found before anything is written
         width = _encode(*side, range(1), width).shape[1]
     metadata = {"fingerprint": vectors_fingerprint(pairs, name, settings), "width": width}
-    folder = _block_folder(directory, fingerprint(metadata | {"block": BLOCK}))
+    digest = fingerprint(metadata | {"block": BLOCK})
 
     def blocks() -> Iterator[tuple[str, range, Path]]:
         for array, (_, texts, _) in sides.items():
             for start in range(0, len(texts), BLOCK):
-                yield array, range(start, min(start + BLOCK, len(texts))), folder / f"{array}-{start:012}"
+                yield array, range(start, min(start + BLOCK, len(texts))), folder / f"{array}-{start}"
 
     with StoreWriter(directory, "vectors") as writer:  # opened first: no second process can write this store
-        done = sum(len(rows) for _, rows, block in blocks() if _is_whole(block))
+        done = sum(len(rows) for _, rows, block in blocks() if _is_whole(block, digest))
         total = sum(len(rows) for _, rows, _ in blocks())
         if done:
             log.info("vectors of %s: %d of %d texts are there, continuing", name, done, total)
@@ -255,7 +253,7 @@ def write_vectors(
                 if not block.exists():
                     with StoreWriter(block, "block") as block_writer:
                         block_writer.append("vectors", _encode(*sides[array], rows, width))
-                        block_writer.finish()
+                        block_writer.finish({"fingerprint": digest})
                     bar.update(len(rows))
         for array, _, block in blocks():
             writer.append(array, Store.open(block, kind="block", verify=False).array("vectors"))
@@ -264,25 +262,19 @@ def write_vectors(
     return store
 
 
-def _block_folder(directory: Path, digest: str) -> Path:
-    """The folder of the blocks of a store, which is named by what they are; those of others are removed."""
-    stem = f".{directory.name}.blocks-"
-    folder = directory.parent / f"{stem}{digest[:16]}"
-    for other in directory.parent.glob(f"{glob.escape(stem)}*"):
-        if other != folder:
-            log.warning("%s: blocks of vectors of other inputs or settings are discarded", other)
-            shutil.rmtree(other)
-    return folder
-
-
-def _is_whole(block: Path) -> bool:
-    """Whether a block was written before; a broken one is discarded."""
-    try:
-        return block.exists() and bool(Store.open(block, kind="block"))
-    except ValueError as error:
-        log.warning("a block of vectors is discarded: %s", error)
-        shutil.rmtree(block)
+def _is_whole(block: Path, digest: str) -> bool:
+    """Whether a block of these vectors was written before; a broken one and one of others is removed."""
+    if not block.exists():
         return False
+    try:
+        if (found := Store.open(block, kind="block").fingerprint) == digest:
+            return True
+        reason = f"of other inputs or settings, fingerprint {found}"
+    except ValueError as error:
+        reason = str(error)
+    log.warning("a block of vectors is discarded: %s", reason)
+    shutil.rmtree(block)
+    return False
 
 
 def _encode(encode: Encode, texts: Texts, what: str, rows: range, width: int | None) -> Float16[np.ndarray, "rows D"]:
