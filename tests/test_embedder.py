@@ -195,7 +195,7 @@ def test_a_corpus_smaller_than_the_context_leaves_null_slots(contextual):
 def test_weights_without_null_embedding_need_a_whole_context(tokenizer):
     embedder = build("joint", tokenizer, build_model("joint", null_embedding=False))
     assert not embedder.works_without_context
-    with pytest.raises(ValueError, match=r"6 context documents .* got a corpus of 2"):
+    with pytest.raises(ValueError, match=r"6 context documents, got a corpus of 2"):
         embedder.embed_context(CORPUS[:2])
     assert len(embedder.embed_context(CORPUS[:J]).vectors) == J
     with pytest.raises(ValueError, match="no null embedding"):
@@ -350,7 +350,7 @@ def test_a_cache_of_another_context_is_an_error(tokenizer, tmp_path):
         metadata = file.metadata()
     for name in ("keys", "values", "slots"):
         save_file(load_file(path) | {name: other[name]}, tmp_path / "mixed", metadata)
-        with pytest.raises(ValueError, match="altered, or has the cache of another context"):
+        with pytest.raises(ValueError, match="it was altered"):
             Context.load(tmp_path / "mixed")
     save_file(load_file(path), tmp_path / "mixed", metadata | {"weights": "others"})
     with pytest.raises(ValueError, match="altered"):
@@ -407,14 +407,14 @@ def test_a_saved_context_keeps_its_whitening_and_an_altered_one_is_refused(embed
 
 
 def test_what_cannot_be_whitened_is_an_error(embedder, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="at least one query to whiten by, got none"):
+    with pytest.raises(ValueError, match="queries: expected at least one text, got none"):
         embedder.embed_context(CORPUS, queries=[])
     context = embedder.embed_context(CORPUS, queries=ASKED)
     with pytest.raises(ValueError, match=r"cannot tell queries from documents|a biencoder reads no context"):
         embedder.export_corpus(context, tmp_path / "baked", onnx=False)
     kind = embedder.config.context_attention if embedder.contextual else "biencoder"
     other = build(kind, tokenizer, build_model(kind, seed=1))
-    with pytest.raises(ValueError, match="embedded with other weights"):
+    with pytest.raises(ValueError, match="got one of other weights"):
         other.encode_queries(FEW, context)
 
 
@@ -422,7 +422,7 @@ def test_a_context_of_other_weights_is_an_error_that_names_both(contextual, toke
     kind = contextual.config.context_attention
     other = build(kind, tokenizer, build_model(kind, seed=1))
     context = other.embed_context(CORPUS)
-    with pytest.raises(ValueError, match=f"{other.weights}.*{contextual.weights}"):
+    with pytest.raises(ValueError, match=f"{contextual.weights}.*{other.weights}"):
         contextual.encode_queries(CORPUS, context)
 
 
@@ -433,7 +433,7 @@ def test_broken_context_files_are_named(contextual, tmp_path):
     contextual.embed_context(CORPUS).save(path)
     content = path.read_bytes()
     path.write_bytes(content[:-9])
-    with pytest.raises(ValueError, match=r"ctx\.safetensors: not readable .* truncated or altered"):
+    with pytest.raises(ValueError, match=r"ctx\.safetensors: not safetensors, truncated or altered"):
         Context.load(path)
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ValueError, match="was altered"):

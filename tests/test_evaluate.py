@@ -168,10 +168,9 @@ def test_the_whitened_kind_is_what_users_get_from_a_corpus_alone(kind, tokenizer
     one, corpus = embedder(kind, tokenizer), list(ANIMALS.corpus.values())
     context = one.embed_context(corpus, 3, queries=pseudo_queries(corpus, 3))
     scores = one.encode_queries(ANIMALS.queries.values(), context) @ one.encode_documents(corpus, context).T
-    run = {query: dict(zip(ANIMALS.corpus, row.tolist(), strict=True))
-           for query, row in zip(ANIMALS.queries, scores.astype(float), strict=True)}  # fmt: skip
-    found = evaluate_embedder(one, [ANIMALS], [], seed=3).means["animals"]
-    assert found["same corpus, whitened"] == pytest.approx(ndcg(run, ANIMALS.qrels))
+    run = rank(one, [ANIMALS], [], seed=3)["animals"]["same corpus, whitened"]
+    for query, row in zip(ANIMALS.queries, scores, strict=True):
+        assert run[query] == pytest.approx(dict(zip(ANIMALS.corpus, row.tolist(), strict=True)), abs=1e-5)
 
 
 def test_two_sets_of_one_name_are_an_error():
@@ -204,7 +203,7 @@ def test_rankings_are_scored_later_from_their_file(tokenizer, tmp_path):
     assert scores == evaluate_embedder(model, [ANIMALS, SHIPS], [], seed=0, k=3)
 
 
-def test_each_kind_of_context_is_sampled_by_the_seed_and_whitened_vectors_are_not_swapped(tokenizer, monkeypatch):
+def test_each_kind_of_context_is_sampled_by_the_seed_and_ranked_to_the_cutoff(tokenizer, monkeypatch):
     model, seeds, kinds = embedder("isolated", tokenizer), [], []
     embed_context = model.embed_context
     monkeypatch.setattr(
@@ -239,6 +238,7 @@ def test_scores_merge_set_by_set_at_one_cutoff():
         Scores(10, {"ships": {"x": {"c": 1.0}}, "animals": {}})
     )
     assert merged.per_query == {"animals": {"none": {"a": 0.5}}, "ships": {"x": {"c": 1.0}}}
+    assert list(Scores(10, {"s": {"a": {}}}).merged(Scores(10, {"s": {"b": {}}})).per_query["s"]) == ["a", "b"]
     with pytest.raises(ValueError, match="one cutoff, got NDCG@10 and NDCG@5"):
         SCORES.merged(Scores(5, {}))
 

@@ -46,19 +46,15 @@ class Scores:
 
 
 def ndcg_per_query(run: Run, qrels: Qrels, k: int = 10) -> dict[str, float]:
-    """NDCG@k of each query that has a relevant document, in the order of `qrels`.
+    """NDCG@k of each query that has a relevant document, in the order of `qrels`; 0 without documents in `run`.
 
-    A query that is not in `run`, or has no document there, scores 0. Equal scores are ranked as trec_eval does, by
-    document id, greatest first. Raises ValueError if no query has a relevant document.
+    Equal scores are ranked as trec_eval does, by document id, greatest first. Raises ValueError if there is no query.
     """
     import pytrec_eval  # not on a bare accelerator image, which only ranks
 
     relevant = {query: dict(grades) for query, grades in qrels.items() if any(g > 0 for g in grades.values())}
     if not relevant:
-        raise ValueError(
-            f"NDCG needs queries with a relevant document, but none of the {len(qrels)} queries in the qrels has "
-            f"one: look at the qrels file"
-        )
+        raise ValueError(f"expected qrels with a relevant document, none of the {len(qrels)} queries has one")
     evaluator = pytrec_eval.RelevanceEvaluator(relevant, {f"ndcg_cut.{k}"})
     scores = evaluator.evaluate({query: dict(run[query]) for query in relevant if run.get(query)})
     return {query: float(scores[query][f"ndcg_cut_{k}"]) if query in scores else 0.0 for query in relevant}

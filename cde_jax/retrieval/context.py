@@ -14,11 +14,12 @@ from safetensors.numpy import save
 
 from cde_jax.adapters.inputs import check_vectors
 from cde_jax.adapters.whitening import Whitening
-from cde_jax.data.files import write_file
+from cde_jax.data.files import given_path, write_file
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import ContextCache
 
 FORMAT = "cde_jax context 1"
+_AGAIN = "embed the context again"
 _METADATA = {"seed": int, "corpus_size": int, "weights": str, "documents": str}  # field → type
 
 
@@ -49,11 +50,9 @@ class Context:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file atomically; a file of that name is replaced."""
-        path = Path(path)
+        path = given_path(path)
         if path.is_dir():
-            raise ValueError(
-                f"{path}: expected a file name, got a directory; for example {path / 'context.safetensors'}"
-            )
+            raise ValueError(f"{path}: expected a file name, got a directory; add one, as {path}/context.safetensors")
         tensors = {"vectors": np.asarray(self.vectors, np.float32)}
         if self.cache is not None:
             tensors |= {"slots": self.cache.slots, "keys": self.cache.prefix.keys, "values": self.cache.prefix.values}
@@ -65,11 +64,8 @@ class Context:
 
     @classmethod
     def load(cls, path: str | Path) -> "Context":
-        """Read what `save` wrote. Raises ValueError for a missing, truncated, altered or other file.
-
-        Its weights are compared with an embedder's where it is used.
-        """
-        path = Path(path)
+        """Read what `save` wrote. Raises ValueError for a missing, truncated, altered or other file."""
+        path = given_path(path)
         if not path.is_file():
             raise ValueError(f"{path}: expected a file written by Context.save, there is none")
         try:
@@ -78,20 +74,12 @@ class Context:
                 known = metadata.get("format") == FORMAT
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())} if known else {}
         except SafetensorError as error:
-            raise ValueError(
-                f"{path}: not readable as safetensors ({error}): truncated or altered; embed the context again"
-            ) from None
+            raise ValueError(f"{path}: not safetensors, truncated or altered ({error}); {_AGAIN}") from None
         if not known:
-            raise ValueError(
-                f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}: not written by Context.save, or "
-                "by another version; embed the context again"
-            )
+            raise ValueError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}; {_AGAIN}")
         expected = metadata.pop("sha256", None)
         if (digest := _digest(tensors, metadata)) != expected:
-            raise ValueError(
-                f"{path}: expected sha256 {expected} of its content, got {digest}: it was altered, or has the "
-                "cache of another context; embed the context again"
-            )
+            raise ValueError(f"{path}: expected content of sha256 {expected}, got {digest}: it was altered; {_AGAIN}")
         fields = {name: kind(metadata[name]) for name, kind in _METADATA.items()}
         if "keys" in tensors:
             fields["cache"] = ContextCache(tensors["slots"], Prefix(tensors["keys"], tensors["values"]))
@@ -100,23 +88,16 @@ class Context:
         return cls(tensors["vectors"], **fields)
 
 
-def _digest(tensors: dict[str, Shaped[np.ndarray, "..."]], metadata: dict[str, str]) -> str:
-    """sha256 (hex) of all tensors and metadata of a file, so that no part can be exchanged."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        _update(digest, name, tensor)
-    return digest.hexdigest()
-
-
 def weights_fingerprint(state: Any) -> str:
-    """sha256 (hex) of the parameters of a module or state, sorted by path: path, dtype, shape and bytes."""
-    digest = hashlib.sha256()
+    """sha256 (hex) of the parameters of a module or state: path, dtype, shape and bytes of each."""
     parameters = nnx.to_flat_state(nnx.state(state, nnx.Param))
-    for path, parameter in sorted((".".join(map(str, path)), leaf) for path, leaf in parameters):
-        _update(digest, path, np.asarray(parameter[...]))
+    return _digest({".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in parameters})
+
+
+def _digest(tensors: dict[str, Shaped[np.ndarray, "..."]], metadata: dict[str, str] | None = None) -> str:
+    """sha256 (hex) of all tensors, sorted by name, and the metadata."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() if metadata else b"")
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _update(digest: Any, name: str, array: Shaped[np.ndarray, "..."]) -> None:
-    digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-    digest.update(np.ascontiguousarray(array).view(np.uint8).data)

@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from cde_jax.adapters.inputs import check_integer
 from cde_jax.adapters.whitening import SAMPLE_SIZE, whitening
 from cde_jax.data.files import fingerprint
-from cde_jax.data.texts import has_text
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.modules import TextSettings
 from cde_jax.models.attention import Prefix
@@ -56,6 +55,7 @@ class Embedder:
         self._graph = graph
         self._state = jax.device_put(state, jax.local_devices()[0])
         self._caches: WeakKeyDictionary[Context, ContextCache] = WeakKeyDictionary()
+        self._null_context = Context(np.zeros((0, self.width), np.float32), 0, 0, "", "")
         vocab_size = (self.config.second_stage if self.contextual else self.config.encoder).vocab_size
         self._run = partial(encode, tokenizer=tokenizer, vocab_size=vocab_size, progress=progress)
 
@@ -91,10 +91,7 @@ class Embedder:
         if not self.contextual:
             raise ValueError("a biencoder reads no context: save_pretrained writes a one-input model")
         if context is not None and context.whitening is not None:
-            raise ValueError(
-                "a one-input model cannot tell queries from documents, and this context whitens each by their own "
-                "mean: embed the context without queries"
-            )
+            raise ValueError("a one-input model cannot tell queries from documents: embed the context without queries")
         options = {"tokenizer": self.tokenizer_directory, "settings": self.settings}
         export_corpus(self.model, self._cache(context), directory, card=card, onnx=onnx, **options)
 
@@ -131,24 +128,25 @@ class Embedder:
         return weights_fingerprint(self._state)
 
     def embed_context(self, corpus: Texts, seed: int = 0, queries: Texts | None = None) -> Context:
-        """Embed a sample of the corpus, as the context of its queries and documents.
+        """Embed a sample of the corpus, min(J, len(corpus)) documents, as the context of its queries and documents.
 
-        Draws min(J, len(corpus)) documents without replacement (`seed`), each encoded with the document prefix at
-        the document length. With fewer than J documents the other slots are null slots.
+        With fewer than J documents the other slots are null slots. With `queries`, some dozens that people ask of this
+        corpus (their answers are not needed), vectors are whitened (`cde_jax.whitening`), by these and a second sample
+        of documents; where there are none yet, use `cde_jax.pseudo_queries(corpus)`. The context of a biencoder is the
+        whitening alone.
 
-        With `queries`, some dozens that people ask of this corpus (their answers are not needed), vectors are whitened
-        (`cde_jax.whitening`), by these and a second sample of documents. Where there are none yet, use
-        `cde_jax.pseudo_queries(corpus)`. The context of a biencoder is the whitening alone.
-
-        Raises ValueError for an empty corpus, no queries in `queries`, a biencoder without them, and too few documents
-        for weights without a null embedding.
+        Raises ValueError for a corpus or queries without text, a biencoder without queries, and too few documents for
+        weights without a null embedding.
         """
-        corpus, seed = as_texts(corpus, "corpus"), check_integer("seed", seed, 0)
-        queries = None if queries is None else as_texts(queries, "queries")
-        self._check_sample(corpus, queries)
-        documents = [corpus[i] for i in sample_rows(len(corpus), self.context_size, [seed])]
-        fitted = [] if queries is None else sample_rows(len(corpus), SAMPLE_SIZE, [seed, WHITENING_STREAM])
-        fitted = [corpus[i] for i in fitted]
+        if not self.contextual and queries is None:
+            raise ValueError("a biencoder reads no context: give queries to whiten by, or encode without context")
+        corpus, seed = as_texts(corpus, "corpus", required=True), check_integer("seed", seed, 0)
+        queries = None if queries is None else as_texts(queries, "queries", required=True)
+        if len(corpus) < self.context_size and not self.works_without_context:
+            needed = f"these weights have no null embedding, so they need {self.context_size} context documents"
+            raise ValueError(f"{needed}, got a corpus of {len(corpus)}: add documents, or repeat some")
+        documents = _sample(corpus, self.context_size, [seed])
+        fitted = [] if queries is None else _sample(corpus, SAMPLE_SIZE, [seed, WHITENING_STREAM])
         digest = fingerprint(sorted(x if isinstance(x, str) else x.tolist() for x in documents + fitted))
         context = Context(self._context_vectors(documents), seed, len(corpus), self.weights, digest)
         cache = self._cache(context)
@@ -217,11 +215,6 @@ class Embedder:
             self._caches[context] = jax.device_put(cache, jax.local_devices()[0])
         return self._caches[context]
 
-    @cached_property
-    def _null_context(self) -> Context:
-        """A context of null slots only."""
-        return Context(np.zeros((0, self.width), np.float32), 0, 0, self.weights, "")
-
     def _check_context(self, context: Context) -> None:
         if not isinstance(context, Context):
             kind = type(context).__name__
@@ -229,51 +222,31 @@ class Embedder:
         if not self.contextual and len(context.vectors):
             raise ValueError("a biencoder reads no context: leave `context` out")
         if context.weights != self.weights or context.vectors.shape[1] != self.width:
+            own, got = (self.weights, self.width), (context.weights, context.vectors.shape[1])
             raise ValueError(
-                f"this context was embedded with other weights (fingerprint {context.weights}, width "
-                f"{context.vectors.shape[1]}) than this embedder's ({self.weights}, {self.width}): call "
-                "embed_context(corpus) with this embedder"
+                f"context: expected one of this embedder's weights and width {own}, got one of other weights {got}; "
+                "call embed_context of this embedder"
             )
 
     def _check_tables(self) -> None:
         """ValueError for ids or positions beyond the model's tables, where look-ups would be clipped silently."""
-        c, tokens = self.config, self.tokenizer.vocab_size if self.tokenizer else 0
+        c, vocabulary = self.config, self.tokenizer.vocab_size if self.tokenizer else 0
         longest = max(self.settings.query_length, self.settings.document_length)
         for encoder in (c.second_stage, c.first_stage.encoder) if self.contextual else (c.encoder,):
-            if tokens > encoder.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {tokens} tokens and the model's table {encoder.vocab_size}: give the tokenizer "
-                    "that the model was trained with"
-                )
+            if vocabulary > encoder.vocab_size:
+                table = f"the tokenizer has {vocabulary} tokens and the model's table {encoder.vocab_size}"
+                raise ValueError(f"{table}: give the tokenizer that the model was trained with")
             if encoder.positions == "learned" and longest > encoder.max_positions:
-                raise ValueError(
-                    f"texts of {longest} tokens need as many learned positions, the model has "
-                    f"{encoder.max_positions}: lower query_length and document_length"
+                table = (
+                    f"texts of {longest} tokens need as many learned positions, the model has {encoder.max_positions}"
                 )
-
-    def _check_sample(self, corpus: list[str] | Tokens, queries: list[str] | Tokens | None) -> None:
-        """ValueError for texts that give no context."""
-        if not self.contextual and queries is None:
-            raise ValueError(
-                "a biencoder reads no context: call encode_queries(texts) and encode_documents(texts), give queries "
-                "to whiten its vectors by, or load a contextual model"
-            )
-        for texts, kind, advice in (
-            (corpus, "a corpus of at least one text", "without one, encode without context"),
-            (queries, "at least one query to whiten by", "leave `queries` out"),
-        ):
-            if texts is not None and not any(not isinstance(text, str) or has_text(text) for text in texts):
-                raise ValueError(f"expected {kind}, got none among {len(texts)}: {advice}")
-        if len(corpus) < self.context_size and not self.works_without_context:
-            raise ValueError(
-                f"these weights read {self.context_size} context documents and have no null embedding to replace "
-                f"missing ones, got a corpus of {len(corpus)}: add documents, or repeat some"
-            )
+                raise ValueError(f"{table}: lower query_length and document_length")
 
 
-def sample_rows(count: int, size: int, seed: list[int]) -> list[int]:
-    """min(size, count) rows of `count`, without replacement."""
-    return np.random.default_rng(seed).choice(count, min(size, count), replace=False).tolist()
+def _sample(corpus: list[str] | Tokens, size: int, seed: list[int]) -> list[str] | Tokens:
+    """min(size, len(corpus)) documents, without replacement."""
+    drawn = np.random.default_rng(seed).choice(len(corpus), min(size, len(corpus)), replace=False)
+    return [corpus[i] for i in drawn]
 
 
 @partial(jax.jit, static_argnames="graph")

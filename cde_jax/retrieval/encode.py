@@ -30,8 +30,11 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 Tokens = list[Integer[np.ndarray, "_"]]  # token ids of each text, with prefix and special tokens
 
 
-def as_texts(texts: Any, name: str) -> list[str] | Tokens:
-    """A list of strings or of token ids (1-d integer arrays); ValueError for anything else."""
+def as_texts(texts: Any, name: str, required: bool = False) -> list[str] | Tokens:
+    """A list of strings or of token ids (1-d integer arrays); ValueError for anything else.
+
+    Also, if `required`, for no text with a visible character; without, such texts are logged.
+    """
     if not isinstance(texts, Iterable) or (isinstance(texts, np.ndarray) and texts.dtype.kind not in "OU"):
         raise ValueError(f"{name}: expected a list of texts, got {type(texts).__name__}: {texts!r:.60}")
     texts = as_list(texts, name, (str, np.ndarray))
@@ -40,9 +43,12 @@ def as_texts(texts: Any, name: str) -> list[str] | Tokens:
             if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
                 raise ValueError(f"{name}: expected token ids as 1-d integer arrays, got {ids!r:.60} at index {i}")
         return texts
+    blank = [i for i, text in enumerate(texts) if not has_text(text)]
+    if required and len(blank) == len(texts):
+        raise ValueError(f"{name}: expected at least one text, got none among {len(texts)}")
     if invalid := [i for i, text in enumerate(texts) if SURROGATE.search(text)]:
         raise ValueError(f"{name}: expected valid Unicode, got a lone surrogate at index {invalid[0]}; decode it again")
-    if blank := [i for i, text in enumerate(texts) if not has_text(text)]:
+    if blank:
         log.warning("%s: %d texts have no visible character (first: index %d)", name, len(blank), blank[0])
     return texts
 
