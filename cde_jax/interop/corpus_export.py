@@ -11,19 +11,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Float
 
-from cde_jax.data.files import NewFolder, write_json
+from cde_jax.data.files import NewFolder
 from cde_jax.interop.export_config import jax_only
-from cde_jax.interop.read import TextSettings
+from cde_jax.interop.modules import TextSettings
 from cde_jax.interop.weight_mapping import contextual_mapping, to_torch
-from cde_jax.interop.write import (
-    MODULE,
-    copy_tokenizer,
-    parameters,
-    save_tensors,
-    write_card,
-    write_reference_config,
-    write_sentence_transformers,
-)
+from cde_jax.interop.write import MODULE, parameters, write_modules, write_texts, write_with_module
 from cde_jax.models.contextual import ContextCache, ContextualEncoder
 
 _LEFT_OUT = ("first_stage_model.", "second_stage_model.prompt_projection.", "second_stage_model.sequence_dropout")
@@ -66,18 +58,11 @@ def export_corpus(
         constant = np.stack([np.asarray(x, np.float32).transpose(0, 2, 1, 3) for x in cache.prefix], axis=1)
     tensors["second_stage_model.context"] = np.ascontiguousarray(constant)  # isolated: [layers, 2, H, P, d]
     with NewFolder(directory, marker="config.json") as new:
-        copy_tokenizer(Path(tokenizer), new.path, config.second_stage.vocab_size)
-        write_reference_config(new.path, config, settings, corpus_slots=cache.slots.shape[-2])
-        save_tensors(new.path / "model.safetensors", tensors)
-        module = {"path": "", "type": f"{MODULE.removesuffix('.py')}.Transformer"}
-        normalize = {"path": "1_Normalize", "type": "sentence_transformers.models.Normalize"}
-        (new.path / "1_Normalize").mkdir()
-        modules = [{"idx": i, "name": str(i), **entry} for i, entry in enumerate((module, normalize))]
-        write_json(new.path / "modules.json", modules)
-        write_sentence_transformers(new.path, settings)
+        write_texts(new.path, config, settings, Path(tokenizer), card)
+        write_with_module(new.path, config, settings, tensors, corpus_slots=cache.slots.shape[-2])
+        write_modules(new.path, [f"{MODULE.removesuffix('.py')}.Transformer", "sentence_transformers.models.Normalize"])
         if onnx:
             _write_onnx(new.path)
-        write_card(new.path, config, card)
         new.put_in_place()
 
 

@@ -5,7 +5,6 @@ Weights come from safetensors only and without torch; what a directory holds is 
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,6 @@ from cde_jax.interop.weight_mapping import (
     biencoder_mapping,
     check_bijection,
     contextual_mapping,
-    encoder_mapping,
     from_torch,
     torch_shapes,
 )
@@ -51,15 +49,13 @@ class Pretrained(NamedTuple):
     settings: TextSettings
 
 
-class Description(NamedTuple):
+class Checkpoint(NamedTuple):
     """What a directory holds, weights not loaded yet."""
 
     config: BiencoderConfig | ContextualConfig
     mapping: tuple[Entry, ...]
     weights: dict[str, Tensor]
     settings: TextSettings
-    prefix: str  # of the names of the (second-stage) encoder's tensors
-    naming: str
 
 
 def load_model(name_or_path: str | Path, numerics: str | None = None) -> ContextualEncoder | Biencoder:
@@ -84,8 +80,8 @@ def load_pretrained(name_or_path: str | Path, numerics: str | None = None) -> Pr
 
 
 def _load(directory: Path, numerics: str | None) -> tuple[ContextualEncoder | Biencoder, TextSettings]:
-    config, mapping, weights, settings, *_ = describe(directory, numerics)
-    model = load_parameters(config, mapping, weights, directory)
+    config, mapping, weights, settings = open_checkpoint(directory, numerics)
+    model = load_parameters(config, mapping, weights)
     check_tokenizer(directory, _encoder_config(config).vocab_size)
     return model, settings
 
@@ -96,7 +92,7 @@ def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder
     Of a contextual model that is the second stage. The numerics of the reference's programs are left out.
     """
     directory = resolve(name_or_path)
-    config, _, weights, _, prefix, naming = describe(directory)
+    config, mapping, weights, _ = open_checkpoint(directory)
     config = _encoder_config(config)
     if layers is not None and not 1 <= layers <= config.layers:
         raise ValueError(f"{directory}: expected 1 to {config.layers} layers to start from, got {layers}")
@@ -107,18 +103,7 @@ def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder
             f"{directory}: training starts from NomicBERT or BERT; pre-norm layers, geglu and glu, and partial or "
             f"interleaved rotary embeddings can be loaded for encoding only"
         )
-    layer = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.")
-    weights = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in weights.items()
-        if name.startswith(prefix) and not name.startswith("mlp.")
-    }
-    weights = {
-        name: tensor
-        for name, tensor in weights.items()
-        if not (match := layer.match(name)) or int(match[1]) < config.layers
-    }
-    return load_parameters(config, encoder_mapping(config, naming), weights, directory)
+    return load_parameters(config, [e._replace(path=e.path.removeprefix("encoder.")) for e in mapping], weights)
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -145,30 +130,36 @@ def _download(name: str, files: Sequence[str]) -> Path:
         ) from None
 
 
-def describe(directory: Path, numerics: str | None = None) -> Description:
-    """Which model a directory holds, and where its tensors are."""
+def open_checkpoint(directory: Path, numerics: str | None = None) -> Checkpoint:
+    """Which model a directory holds, and where its tensors are, all of them with the shapes of its config."""
     if numerics not in (None, *NUMERICS):
         raise ValueError(f"numerics: expected one of {', '.join(NUMERICS)}, or None, got {numerics!r}")
     folder = transformer_folder(directory)
     if not (folder / "config.json").is_file():
         refuse_pickles(folder)
         raise ValueError(f"{folder}: expected a model directory with config.json and model.safetensors")
-    config = read_object(folder / "config.json")
-    weights = _plain_names(tensors(folder))
+    keys, weights = read_object(folder / "config.json"), _plain_names(tensors(folder))
     try:
-        model = _model_config(config, numerics, directory, weights)
-        if not is_reference(config):
+        config = _model_config(keys, numerics, directory, weights)
+        if not is_reference(keys):
             weights |= head(directory)
-            if "cde_jax" not in config:
-                model = with_modules(model, directory, weights)
-        settings = text_settings(directory, config, model)
+            if "cde_jax" not in keys:
+                config = with_modules(config, directory, weights)
+        settings = text_settings(directory, keys, config)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"{folder / 'config.json'}: a key of its architecture is missing or has another type ({error!r})"
         ) from error
     except ValueError as error:
         raise error if str(directory) in str(error) else ValueError(f"{folder / 'config.json'}: {error}") from None
-    return _with_mapping(model, weights, settings, _naming(weights), reference=is_reference(config))
+    if getattr(config, "tie_token_embeddings", False):
+        weights = _untied(weights)
+    mapping = _mapping(config, weights, "embedder." if is_reference(keys) else "")
+    state = nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
+    shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+    stored = {name: tensor.shape for name, tensor in weights.items()}
+    check_bijection(torch_shapes(mapping, shapes), stored, str(directory))
+    return Checkpoint(config, mapping, weights, settings)
 
 
 def _model_config(
@@ -196,39 +187,22 @@ def _encoder_config(config: BiencoderConfig | ContextualConfig) -> EncoderConfig
     return config.second_stage if isinstance(config, ContextualConfig) else config.encoder
 
 
-def _with_mapping(
-    model: BiencoderConfig | ContextualConfig,
-    weights: dict[str, Tensor],
-    settings: TextSettings,
-    naming: str,
-    *,
-    reference: bool,
-) -> Description:
-    if isinstance(model, BiencoderConfig):
-        prefix = "embedder." if reference else ""
-        mapping = biencoder_mapping(model.encoder, naming, prefix)
-        return Description(model, mapping, weights, settings, prefix, naming)
-    if getattr(model, "tie_token_embeddings", False):
-        weights = _untied(weights)
-    return Description(model, contextual_mapping(model), weights, settings, "second_stage_model.backbone.", "reference")
+def _mapping(config: BiencoderConfig | ContextualConfig, names: Iterable[str], prefix: str) -> tuple[Entry, ...]:
+    if isinstance(config, ContextualConfig):
+        return contextual_mapping(config)
+    names = "\n".join(names)
+    naming = "bert" if ".attention.self." in names else "native" if ".self_attn." in names else "reference"
+    return biencoder_mapping(config.encoder, naming, prefix)
 
 
 def load_parameters(
-    config: EncoderConfig | BiencoderConfig | ContextualConfig,
-    mapping: Iterable[Entry],
-    weights: Mapping[str, Tensor],
-    source: Path,
+    config: EncoderConfig | BiencoderConfig | ContextualConfig, mapping: Iterable[Entry], weights: Mapping[str, Tensor]
 ) -> Encoder | Biencoder | ContextualEncoder:
     """The module of `config` with parameters from `weights`; nothing is initialised at random."""
     graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
-    leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
-    shapes = {path: leaf.shape for path, (_, leaf) in leaves.items()}
-    stored = {name: tensor.shape for name, tensor in weights.items()}
-    check_bijection(torch_shapes(mapping, shapes), stored, str(source))
-    by_path = {entry.path: entry for entry in mapping}
-    filled = []
-    for name, (path, leaf) in leaves.items():
-        array = from_torch(by_path[name], shapes[name], lambda tensor: weights[tensor].load())
+    entries, filled = {entry.path: entry for entry in mapping}, []
+    for path, leaf in nnx.to_flat_state(state):
+        array = from_torch(entries[".".join(map(str, path))], leaf.shape, lambda name: weights[name].load())
         filled.append((path, leaf.replace(jax.device_put(array, may_alias=True))))  # nobody else holds the array
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
@@ -274,13 +248,6 @@ def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             name = name.replace(old, new) if name.endswith(old) else name
         plain[name] = tensor
     return plain
-
-
-def _naming(weights: Iterable[str]) -> str:
-    names = "\n".join(weights)
-    return next(
-        (n for key, n in ((".attention.self.", "bert"), (".self_attn.", "native")) if key in names), "reference"
-    )
 
 
 def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
