@@ -433,3 +433,209 @@ def test_an_export_from_before_token_statistics_were_removed_is_read(tmp_path, t
     config["cde_jax"]["model"]["statistics_size"] = 0
     (tmp_path / "x/config.json").write_text(json.dumps(config))
     assert equal(load_model(tmp_path / "x"), model)
+
+
+# Untrusted directories.
+
+
+def change(path: Path, *place: str, **keys) -> None:
+    """Change keys of a JSON file, in the object at `place`."""
+    content = json.loads(path.read_text())
+    inner = content
+    for name in place:
+        inner = inner[name]
+    inner.update(keys)
+    path.write_text(json.dumps(content))
+
+
+OUTSIDE = {
+    "parent": lambda secret: f"../{secret.name}",
+    "inner parent": lambda secret: f"0/../../{secret.name}",
+    "absolute": str,
+    "link": lambda secret: "link",
+    "no text": lambda secret: 7,
+    "null byte": lambda secret: "a\0b",
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_and_modules_that_name_something_outside_the_directory_are_refused(tmp_path, name):
+    """What they name is a whole shard and a whole module, which would be loaded."""
+    secret, folder = tmp_path / "secret.safetensors", tmp_path / "x"
+    huggingface_directory(folder, "native")
+    (folder / "0").mkdir()
+    shutil.copyfile(folder / "model.safetensors", secret)
+    (folder / "link").symlink_to(secret)
+    (folder / "model.safetensors").rename(folder / "0/inside.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(secret), "0/inside.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_model(folder)
+    index["weight_map"]["embeddings.LayerNorm.bias"] = OUTSIDE[name](secret)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json: (names .*outside the directory|expected the name of a file)"):
+        load_model(folder)
+
+    other = tmp_path / "other"
+    huggingface_directory(other, "native")
+    shutil.copytree(other, folder / "inside")
+    (folder / "link").unlink()
+    (folder / "link").symlink_to(other)
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": "inside"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    load_model(folder)
+    modules[0]["path"] = OUTSIDE[name](other)
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=r"modules\.json: (names .*outside the directory|expected the name of a file)"):
+        load_model(folder)
+
+
+def test_a_snapshot_of_the_hub_cache_whose_files_are_links_to_its_blobs_is_read(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    huggingface_directory(tmp_path / "x", "native")
+    names = list(load_file(tmp_path / "x/model.safetensors"))
+    (tmp_path / "x/model.safetensors").rename(tmp_path / "x/model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    (tmp_path / "x/model.safetensors.index.json").write_text(json.dumps(index))
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted((tmp_path / "x").iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(blobs / str(number))
+    load_model(snapshot)
+
+
+def test_a_tokenizer_name_in_a_config_is_a_hub_name_and_never_a_local_directory(tmp_path, tokenizer):
+    encoder = huggingface_directory(tmp_path, "reference", prefix="embedder.")
+    weights = to_torch(
+        biencoder_mapping(encoder, prefix="embedder."), parameters(random_model(BiencoderConfig(encoder, head=True)))
+    )
+    save_file(weights, tmp_path / "model.safetensors")
+    keys = {"architecture": "biencoder", "embedder": "cde_jax", "tokenizer_name": str(tokenizer)}
+    backbone = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**keys, "backbone_config": backbone}))
+    assert load_pretrained(tmp_path).directory == tmp_path
+
+
+OTHER_CONTENT = {
+    "config.json": ["[]", '"text"', "7", "null", "{", "[" * 100_000, "\udcff"],
+    "modules.json": ["{}", '["a"]', "7", '[{"type": "x.Transformer"}]', '[{"path": ""}]', "{"],
+    "model.safetensors.index.json": [
+        "[]",
+        "{}",
+        '{"weight_map": ["a.safetensors"]}',
+        '{"weight_map": {"a": "b.safetensors"}}',
+        '{"weight_map": {"a": "whole.safetensors"}}',
+        '{"weight_map": {"a": "config.json"}}',
+        '{"weight_map": {"a": "."}}',
+        '{"weight_map": {}}',
+    ],
+    "sentence_bert_config.json": [
+        "[]",
+        '{"max_seq_length": "9"}',
+        '{"max_seq_length": -9}',
+        '{"max_seq_length": 1e12}',
+    ],
+    "config_sentence_transformers.json": ["[]", '{"prompts": [1]}', '{"prompts": {"query": 7}}'],
+    "tokenizer.json": ["[]", "{", "7"],
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, x) for name, all_ in OTHER_CONTENT.items() for x in all_])
+def test_a_file_that_holds_something_else_is_one_clear_error_that_names_it(tmp_path, name, content):
+    huggingface_directory(tmp_path, "native")
+    if name == "model.safetensors.index.json":
+        (tmp_path / "model.safetensors").rename(tmp_path / "whole.safetensors")
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path)
+    assert str(tmp_path) in str(error.value) and type(error.value) is ValueError
+    assert len(str(error.value)) < 2000
+
+
+ABSURD = (10**12, 10**400, 0, -1, "12", 1.5, True, None, [16], {})
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=lambda value: f"{value!r:.8}")
+@pytest.mark.parametrize("naming", ["native", "reference", "bert", "export"])
+def test_absurd_sizes_are_refused_before_anything_is_allocated(tmp_path, tokenizer, naming, value):
+    config = tmp_path / "config.json"
+    if naming == "export":
+        save_pretrained(random_model(CONFIGS["isolated"]), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+        config = tmp_path / "x/config.json"
+        places = [("cde_jax", "model"), ("cde_jax", "model", "second_stage"), ("cde_jax", "text")]
+        names = [["context_size"], ["vocab_size", "width", "layers", "heads", "mlp_width"], ["query_length"]]
+    else:
+        huggingface_directory(tmp_path, naming)
+        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+        own = ["vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"]
+        places, names = [()], [own if naming == "reference" else [*sizes, "max_position_embeddings"]]
+    whole = config.read_text()
+    for place, keys in zip(places, names, strict=True):
+        for key in keys:
+            if key == "n_inner" and value in (0, None, {}):
+                continue  # the reference's default
+            change(config, *place, **{key: value})
+            with pytest.raises(ValueError) as error:
+                load_model(config.parent)
+            assert type(error.value) is ValueError and str(config.parent) in str(error.value), key
+            config.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("norm_epsilon", float("inf")), ("norm_epsilon", -1.0), ("rotary_base", 0.0), ("rotary_base", "1000"),
+        ("activation", "relu"), ("activation", 1), ("positions", ["rotary"]), ("mlp_bias", [1, 0]),
+        ("mlp_bias", [True]), ("attention_bias", "no"), ("numerics", "training2"),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_in_an_export_are_refused_by_name(tmp_path, tokenizer, key, value):
+    save_pretrained(random_model(CONFIGS["isolated"]), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+    change(tmp_path / "x/config.json", "cde_jax", "model", "second_stage", **{key: value})
+    with pytest.raises(ValueError, match=rf"{tmp_path}/x/config.json: {key}: expected "):
+        load_model(tmp_path / "x")
+
+
+def write_safetensors(path: Path, header: dict | bytes, size: int) -> None:
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+
+
+def entry(dtype: str = "F32", shape: tuple = (2,), start: int = 0, stop: int = 8) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"a": entry(), "b": entry(start=4, stop=12)}, 12),  # overlapping
+        ({"a": entry(start=-8, stop=0)}, 8),
+        ({"a": entry(start=8, stop=16)}, 16),  # a gap
+        ({"a": entry(shape=(2**62, 4))}, 8),
+        ({"a": entry(shape=(-2,))}, 8),
+        ({"a": entry(dtype="F8_E4M3", shape=(8,))}, 8),
+        ({"a": entry(dtype="F128")}, 8),
+        ({"a": 7}, 8),
+        ({"a": entry()}, 9),
+        (b"[1, 2]", 8),
+        (b"\xff\xff", 8),
+    ],
+)
+def test_broken_safetensors_are_refused(tmp_path, header, size):
+    huggingface_directory(tmp_path, "native")
+    write_safetensors(tmp_path / "model.safetensors", header, size)
+    with pytest.raises(ValueError, match=r"model\.safetensors: (not readable as safetensors|tensors of type F8_E4M3)"):
+        load_model(tmp_path)
+
+
+def test_encoders_that_training_does_not_run_are_refused_by_load_encoder(tmp_path):
+    special = {"activation": "geglu", "rotary_fraction": 0.5, "rotary_interleaved": True, "prenorm": True}
+    for name, value in special.items():
+        config = ReferenceEncoderConfig(**vars(dataclasses.replace(ROTARY, mlp_width=256)) | {name: value})
+        encoder = random_model(BiencoderConfig(config)).encoder
+        (tmp_path / name).mkdir()
+        save_file(to_torch(encoder_mapping(config), parameters(encoder)), tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps(backbone_keys(config)))
+        assert load_model(tmp_path / name).config == BiencoderConfig(config)
+        with pytest.raises(ValueError, match="for encoding only"):
+            load_encoder(tmp_path / name)

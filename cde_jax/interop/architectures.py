@@ -138,6 +138,8 @@ def _first(fields: dict[str, Any], layers: int | None) -> dict[str, Any]:
 
 
 def _round_up(number: int, multiple: int) -> int:
+    if type(number) is not int:
+        raise TypeError(f"expected an integer, got {number!r:.80}")
     return -(-number // multiple) * multiple
 
 

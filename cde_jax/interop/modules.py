@@ -42,10 +42,9 @@ def _modules(directory: Path) -> list[tuple[str, Path]]:
     if not path.is_file():
         return []
     modules = read_json(path)
-    try:
-        return [(str(m["type"]).rsplit(".", 1)[-1], path_inside(directory, m["path"], path)) for m in modules]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected a list of objects with type and path ({error!r})") from None
+    if not (isinstance(modules, list) and all(isinstance(m, dict) and {"type", "path"} <= m.keys() for m in modules)):
+        raise ValueError(f"{path}: expected a list of objects with type and path")
+    return [(str(m["type"]).rsplit(".", 1)[-1], path_inside(directory, m["path"], path)) for m in modules]
 
 
 def with_modules(model: BiencoderConfig, directory: Path, weights: Mapping[str, Tensor]) -> BiencoderConfig:
