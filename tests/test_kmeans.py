@@ -43,6 +43,7 @@ def test_many_centroids_are_gone_through_in_tiles(monkeypatch):
     whole = assign(pairs, centroids)
     monkeypatch.setattr(kmeans, "TILE", 7)
     np.testing.assert_array_equal(assign(pairs, centroids)[0], whole[0])
+    np.testing.assert_array_equal(assign(pairs, np.concatenate([centroids] * 2))[0], whole[0])  # the first of equals
 
 
 @settings(max_examples=30, derandomize=True, deadline=None)

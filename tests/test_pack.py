@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -195,6 +196,17 @@ def test_weight_of_a_domain_that_was_left_out():
     assert left_out
     with pytest.raises(ValueError, match="'tiny' has fewer pairs than a batch and is left out"):
         weights(["tiny=2"], groups, ["wiki", "tiny"])
+
+
+def test_small_domains_that_make_exactly_one_batch_are_a_group():
+    groups, left_out = domain_groups(np.repeat([0, 1], [2, 3]).astype(np.int32), ["a", "b"], 5)
+    assert [len(group.rows) for group in groups] == [5] and left_out is None
+
+
+def test_rows_of_a_cluster_are_shuffled_anew_in_each_arrangement():
+    rows, assignments = np.arange(8), np.zeros(8, np.int64)
+    orders = [arrange(rows, assignments, None, 4, np.random.default_rng(seed)).tolist() for seed in range(5)]
+    assert all(first != second for first, second in pairwise(orders))
 
 
 def test_the_remainder_is_left_out_at_any_batch_boundary():

@@ -133,7 +133,7 @@ def test_more_neighbours_leave_fewer_searches(monkeypatch):
         with graph_of(neighbours):
             greedy_tour(points, 0)
         made.append(len(searches))
-    assert made[0] > 2 * made[1] > 4 * made[2] > 0
+    assert 400 > made[0] > 2 * made[1] > 4 * made[2] > 0  # of 499 steps
 
 
 def test_only_many_centroids_are_toured_on_a_graph(monkeypatch):

@@ -64,7 +64,7 @@ def nearest_documents(
             read = functools.partial(_read_unit, documents, rows[first:end])
             index = build_index(read, end - first, width, (seed, first), cosine=True)
             for start, stop in _pieces(n, READ_BYTES, width):
-                scores, ids = index.search(_read_unit(queries, rows[start:stop]), min(count, end - first))
+                scores, ids = index.search(_read_unit(queries, rows[start:stop]), count)  # [block, count]
                 scores[ids < 0] = -np.inf
                 ids[ids >= 0] += first
                 ids = np.concatenate([best_ids[start:stop], ids], axis=1)
