@@ -91,6 +91,9 @@ def test_the_fingerprint_covers_texts_model_and_settings_and_nothing_else(tmp_pa
             writer.append("domain", np.full(len(queries), domain, np.int32))
             return vectors_fingerprint(writer.finish({}), name, dict(settings))
 
+    moved = [fingerprint(["a"], ["b"], name=f"x:{folder}", settings={"files": {"f": "1"}}) for folder in ("old", "new")]
+    other = fingerprint(["a"], ["b"], name="x:old", settings={"files": {"f": "2"}})
+    assert moved[0] == moved[1] != other
     same = fingerprint(["a", "bc"], ["d", "e"])
     assert same == fingerprint(["a", "bc"], ["d", "e"], domain=1, tokens=7)
     others = [

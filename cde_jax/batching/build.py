@@ -32,7 +32,7 @@ EPOCH_STREAM, NEGATIVES_STREAM, STATISTICS_STREAM = 21, 22, 23
 BAR_AFTER = 3.0  # seconds of work before a progress bar shows
 BLOCK = 8192  # pairs whose hard negatives are checked at a time
 MOST_SCORES = 2**32  # of queries and documents in a batch: 32 GiB of float64
-MUCH_MASKED = 0.5  # share of masked negatives from which on there is a warning
+MUCH_MASKED = 0.25  # share of masked negatives from which on there is a warning
 RANDOM_PAIRS = 4096  # drawn to estimate the similarity of a query and any document
 
 

@@ -20,11 +20,9 @@ from cde_jax.data.vectors import unit_rows
 
 # Sizes of one step of `assign`: centroids, scores (three such arrays should fit a core's cache), pairs (least, most).
 TILE, BLOCK_SCORES, BLOCK_PAIRS = 2048, 2**18, (128, 1024)
-# k-means runs on growing samples of the pairs, each at most GROWTH times as large as the one before. Restarts are
-# compared on the first sample, where they cost little; on all pairs few iterations are then needed.
+# Samples of the pairs grow by at most GROWTH. Restarts are compared on the first, where they cost little.
 FIRST_PAIRS, PAIRS_PER_CLUSTER, GROWTH = 4096, 8, 4
-# Each restart begins with the best of several short runs, unless the clusters are too many for a sample of FIRST_PAIRS:
-# then all starts give similar results.
+# A restart begins with the best of several short runs, unless there are so many clusters that all give similar results.
 STARTS, START_ITERATIONS = 4, 10
 START_PAIRS = 1024  # that k-means++ chooses from, or PAIRS_PER_CLUSTER · k if those are more
 SEQUENTIAL = 512  # initial centroids chosen one after another; the time for all would grow with their square
@@ -47,8 +45,7 @@ def in_parallel(work: Callable[[Iterator[slice]], None], rows: int, size: int) -
     if threads <= 1:
         return work(shared)
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, shared) for _ in range(threads)]:
-            done.result()
+        list(pool.map(lambda _: work(shared), range(threads)))
 
 
 def assign(

@@ -207,9 +207,11 @@ def texts_fingerprint(pairs: Store) -> str:
 def vectors_fingerprint(pairs: Store, name: str, settings: dict[str, Any]) -> str:
     """The fingerprint that `write_vectors` gives its store: a function of texts, model and settings.
 
-    Known before anything is encoded: vectors can be kept and shared by it.
+    Known before anything is encoded: vectors can be kept and shared by it. A model in a folder is known by its files
+    (`identity`, as settings["files"]), wherever the folder is.
     """
-    return fingerprint({"kind": "vectors", "texts": texts_fingerprint(pairs), "surrogate": name, "settings": settings})
+    model = name.partition(":")[0] if settings.get("files") else name
+    return fingerprint({"kind": "vectors", "texts": texts_fingerprint(pairs), "surrogate": model, "settings": settings})
 
 
 def write_vectors(
