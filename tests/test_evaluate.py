@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -164,13 +165,18 @@ def test_kinds_of_context_that_cannot_be_had_are_left_out(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["biencoder", "isolated"])
-def test_the_whitened_kind_is_what_users_get_from_a_corpus_alone(kind, tokenizer):
-    one, corpus = embedder(kind, tokenizer), list(ANIMALS.corpus.values())
+def test_the_whitened_kind_is_what_users_get_from_a_corpus_alone(kind, tokenizer, monkeypatch):
+    one, seeds = embedder(kind, tokenizer), []
+    dataset = dataclasses.replace(ANIMALS, corpus={name: f"1 x_1 {text}" for name, text in ANIMALS.corpus.items()})
+    corpus = list(dataset.corpus.values())
     context = one.embed_context(corpus, 3, queries=pseudo_queries(corpus, 3))
-    scores = one.encode_queries(ANIMALS.queries.values(), context) @ one.encode_documents(corpus, context).T
-    run = rank(one, [ANIMALS], [], seed=3)["animals"]["same corpus, whitened"]
-    for query, row in zip(ANIMALS.queries, scores, strict=True):
-        assert run[query] == pytest.approx(dict(zip(ANIMALS.corpus, row.tolist(), strict=True)), abs=1e-5)
+    assert np.abs(context.whitening.query_mean - context.whitening.document_mean).max() > 2e-3
+    scores = one.encode_queries(dataset.queries.values(), context) @ one.encode_documents(corpus, context).T
+    monkeypatch.setattr(evaluation, "pseudo_queries", lambda *args: seeds.append(args[1]) or pseudo_queries(*args))
+    run = rank(one, [dataset], [], seed=3)["animals"]["same corpus, whitened"]
+    assert seeds == [3]
+    for query, row in zip(dataset.queries, scores, strict=True):
+        assert run[query] == pytest.approx(dict(zip(dataset.corpus, row.tolist(), strict=True)), abs=1e-5)
 
 
 def test_two_sets_of_one_name_are_an_error():
