@@ -12,24 +12,16 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
-AUTO = -1  # a chunk size that is chosen by the device's memory
 SURROGATES = '"lsa", "sentence-transformers:NAME" or "checkpoint:DIR"'
+AUTO = -1  # a chunk size that is chosen by the device's memory
 
 # What a setting changes. A work directory refuses to go on with another value, except for "nothing" and "evaluation".
 Affects = Literal["pairs", "vectors", "plan", "training", "evaluation", "nothing"]
 
 
-def setting(
-    default: Any,
-    meaning: str,
-    low: int | float | None = None,
-    high: int | float | None = None,
-    *,
-    choices: tuple[str, ...] = (),
-    affects: Affects | None = None,
-) -> Any:
+def setting(default: Any, low: Any = None, high: Any = None, *, choices=(), affects: Affects | None = None) -> Any:
     """A dataclass field with its range (both ends included) or choices; `affects` None: as the section says."""
-    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "affects": affects}
+    metadata = {"low": low, "high": high, "choices": choices, "affects": affects}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -66,32 +58,25 @@ class Data(_Section):
     name: ClassVar[str] = "data"
     affects: ClassVar[Affects] = "pairs"
 
-    source: str = setting(
-        "docstrings",
-        '"docstrings" of installed packages; "jsonl" files of pairs; "tfds": published collections in their own '
-        'formats; "huggingface": data sets or Parquet files by name or path',
-        choices=("docstrings", "jsonl", "tfds", "huggingface"),
-    )
-    paths: tuple[str, ...] = setting(
-        (),
-        'jsonl: files or folders of {"query", "document", "domain"?, "negatives"?} lines, plain or .gz; huggingface: '
-        "data sets or Parquet files; tfds: the one folder of the collections' files. Only their content counts",
-        affects="nothing",
-    )
-    collections: tuple[str, ...] = setting((), "tfds: names from the table in data/sources/collections.py")
-    columns: tuple[str, ...] = setting((), 'huggingface: columns under other names, ("query=question", …)')
-    packages: str = setting(
-        "core", "docstrings: of our requirements, or of all packages", choices=("core", "installed")
-    )
-    standard_library: bool = setting(False, "docstrings: read Python's own too (they differ between Python versions)")
-    held_out: tuple[str, ...] = setting((), "docstrings: packages kept out of training as evaluation sets")
-    evaluation: tuple[str, ...] = setting((), "folders of evaluation sets in BEIR form", affects="evaluation")
-    tokenizer: str = setting("wordpiece", '"wordpiece" trained on the pairs, or a pretrained one by name or path')
-    vocab_size: int = setting(8192, "tokens of a trained WordPiece", 64, 2**24)
-    query_prefix: str = setting("search_query: ", "put before every query")
-    document_prefix: str = setting("search_document: ", "put before every document, context documents too")
-    query_length: int = setting(512, "tokens kept of a query, [CLS] and [SEP] included", 3, 2**16)
-    document_length: int = setting(512, "tokens kept of a document", 3, 2**16)
+    # "docstrings" of installed packages; "jsonl" files of pairs; "tfds": published collections in their own formats;
+    # "huggingface": data sets or Parquet files by name or path
+    source: str = setting("docstrings", choices=("docstrings", "jsonl", "tfds", "huggingface"))
+    # jsonl: files or folders of {"query", "document", "domain"?, "negatives"?} lines, plain or .gz; huggingface: data
+    # sets or Parquet files; tfds: the one folder of the collections' files. Only their content counts
+    paths: tuple[str, ...] = setting((), affects="nothing")
+    collections: tuple[str, ...] = ()  # tfds: names from the table in data/sources/collections.py
+    columns: tuple[str, ...] = ()  # huggingface: columns under other names, ("query=question", …)
+    # docstrings: of our requirements, or of all packages
+    packages: str = setting("core", choices=("core", "installed"))
+    standard_library: bool = False  # docstrings: read Python's own too (they differ between Python versions)
+    held_out: tuple[str, ...] = ()  # docstrings: packages kept out of training as evaluation sets
+    evaluation: tuple[str, ...] = setting((), affects="evaluation")  # folders of evaluation sets in BEIR form
+    tokenizer: str = "wordpiece"  # "wordpiece" trained on the pairs, or a pretrained one by name or path
+    vocab_size: int = setting(8192, 64, 2**24)  # tokens of a trained WordPiece
+    query_prefix: str = "search_query: "  # put before every query
+    document_prefix: str = "search_document: "  # put before every document, context documents too
+    query_length: int = setting(512, 3, 2**16)  # tokens kept of a query, [CLS] and [SEP] included
+    document_length: int = setting(512, 3, 2**16)  # tokens kept of a document
 
     @property
     def evaluation_names(self) -> tuple[str, ...]:
@@ -124,52 +109,39 @@ class Batching(_Section):
     name: ClassVar[str] = "batching"
     affects: ClassVar[Affects] = "plan"
 
-    surrogate: str = setting("lsa", f"model whose vectors are clustered: {SURROGATES}", affects="vectors")
-    surrogate_prompts: tuple[str, ...] = setting(
-        (), "its prompts (of queries, of documents); (): those saved with the model", affects="vectors"
-    )
-    filter_surrogate: str = setting("", 'scores false and hard negatives; "": the surrogate', affects="vectors")
-    filter_prompts: tuple[str, ...] = setting((), "its prompts (of queries, of documents)", affects="vectors")
-    surrogate_width: int = setting(128, "dimensions of the LSA vectors", 2, 2**16, affects="vectors")
-    vectors_cache: str = setting("", "folder by which work directories share surrogate vectors", affects="nothing")
-    method: str = setting(
-        "clustered", 'batches of "clustered" pairs, or "random" in a domain', choices=("clustered", "random")
-    )
-    batch_size: int = setting(512, "B, queries of a plan batch: the unit of contrast", 2, 2**24)
-    cluster_size: int = setting(
-        512, "pairs by centroid; some win swapped rows d⊕q only, so clusters are larger (median: report)", 1, 2**40
-    )
-    cluster_dimensions: int = setting(0, "of the vectors that are clustered, reduced by SVD; 0: all", 0, 2**16)
-    cluster_rows: int = setting(2**20, "pairs of a domain that centroids are fitted to; others are assigned", 1, 2**40)
-    iterations: int = setting(100, "of k-means, at most", 1, 10**6)
-    tries: int = setting(3, "k-means runs from different seeds; the best is kept", 1, 10**4)
-    packing: str = setting(
-        "tsp", 'order of the clusters: "random", or a greedy travelling-salesman tour', choices=("random", "tsp")
-    )
-    epochs: int = setting(3, "arrangements of all pairs in the plan, each different", 1, 10**6)
-    domain_weights: tuple[str, ...] = setting((), '("NAME=0.5",): half of its batches in an epoch; 2: each row twice')
-    hard_negatives: int = setting(
-        0, "K per query: the data's own negatives, then mined ones, then random ones of the group", 0, 2**16
-    )
-    mine_first: int = setting(0, "mined negatives: from this rank of the domain's nearest documents, 1 …", 0, 2**20)
-    mine_last: int = setting(0, "… to this rank; 0: none are mined", 0, 2**20)
-    mine_margin: float = setting(0.05, "… and only where f(q, d′) ≤ f(q, d) − margin", -2.0, 2.0)
-    filter_margin: float | None = setting(
-        0.0,
-        "ε of the false-negative filter (paper eq. 4) on the surrogate's cosine: documents at least this much closer "
-        "to the query than its own document are no negatives. None: only equal texts are masked",
-        -2.0,
-        2.0,
-    )
-    context_source: str = setting(
-        "batch",
-        'context is drawn from the "batch" (paper) or its "domain"',
-        choices=("batch", "domain"),
-        affects="training",
-    )
-    threads: int = setting(4, "threads that read batches", 1, 1024, affects="nothing")
-    workers: int = setting(0, "processes that read batches", 0, 1024, affects="nothing")
-    prefetch: int = setting(8, "batches ready ahead", 1, 2**16, affects="nothing")
+    surrogate: str = setting("lsa", affects="vectors")  # model whose vectors are clustered: one of SURROGATES
+    # its prompts (of queries, of documents); (): those saved with the model
+    surrogate_prompts: tuple[str, ...] = setting((), affects="vectors")
+    filter_surrogate: str = setting("", affects="vectors")  # scores false and hard negatives; "": the surrogate
+    filter_prompts: tuple[str, ...] = setting((), affects="vectors")  # its prompts (of queries, of documents)
+    surrogate_width: int = setting(128, 2, 2**16, affects="vectors")  # dimensions of the LSA vectors
+    vectors_cache: str = setting("", affects="nothing")  # folder by which work directories share surrogate vectors
+    # batches of "clustered" pairs, or "random" in a domain
+    method: str = setting("clustered", choices=("clustered", "random"))
+    batch_size: int = setting(512, 2, 2**24)  # B, queries of a plan batch: the unit of contrast
+    # pairs by centroid; some win swapped rows d⊕q only, so clusters are larger (the report has the median)
+    cluster_size: int = setting(512, 1, 2**40)
+    cluster_dimensions: int = setting(0, 0, 2**16)  # of the vectors that are clustered, reduced by SVD; 0: all
+    cluster_rows: int = setting(2**20, 1, 2**40)  # pairs of a domain that centroids are fitted to; others are assigned
+    iterations: int = setting(100, 1, 10**6)  # of k-means, at most
+    tries: int = setting(3, 1, 10**4)  # k-means runs from different seeds; the best is kept
+    # order of the clusters: "random", or a greedy travelling-salesman tour
+    packing: str = setting("tsp", choices=("random", "tsp"))
+    epochs: int = setting(3, 1, 10**6)  # arrangements of all pairs in the plan, each different
+    domain_weights: tuple[str, ...] = ()  # ("NAME=0.5",): half of its batches in an epoch; 2: each row twice
+    # K per query: the data's own negatives, then mined ones, then random ones of the group
+    hard_negatives: int = setting(0, 0, 2**16)
+    mine_first: int = setting(0, 0, 2**20)  # mined negatives: from this rank of the domain's nearest documents, 1 …
+    mine_last: int = setting(0, 0, 2**20)  # … to this rank; 0: none are mined
+    mine_margin: float = setting(0.05, -2.0, 2.0)  # … and only where f(q, d′) ≤ f(q, d) − margin
+    # ε of the false-negative filter (paper eq. 4) on the surrogate's cosine: documents at least this much closer to the
+    # query than its own document are no negatives. None: only equal texts are masked
+    filter_margin: float | None = setting(0.0, -2.0, 2.0)
+    # context is drawn from the "batch" (paper) or its "domain"
+    context_source: str = setting("batch", choices=("batch", "domain"), affects="training")
+    threads: int = setting(4, 1, 1024, affects="nothing")  # threads that read batches
+    workers: int = setting(0, 0, 1024, affects="nothing")  # processes that read batches
+    prefetch: int = setting(8, 1, 2**16, affects="nothing")  # batches ready ahead
 
     @property
     def filter_is_surrogate(self) -> bool:
@@ -180,12 +152,7 @@ class Batching(_Section):
         return same_model and (unset or not takes_prompts or self.filter_prompts == self.surrogate_prompts)
 
     def conflicts(self) -> Iterator[str]:
-        """Surrogates and weights have a form, prompts come in pairs, ranks in order."""
-        for name in ("surrogate", "filter_surrogate"):
-            kind, _, model = (spec := getattr(self, name)).partition(":")
-            known = spec == "lsa" or (kind in ("sentence-transformers", "checkpoint") and model)
-            if not known and (spec or name == "surrogate"):
-                yield f"`batching.{name}` must be {SURROGATES}, got {spec!r}"
+        """Prompts come in pairs, weights have a form, ranks are in order."""
         for name in ("surrogate_prompts", "filter_prompts"):
             if len(prompts := getattr(self, name)) not in (0, 2):
                 yield f"`batching.{name}` must be empty or (of queries, of documents), got {prompts!r}"
@@ -210,9 +177,9 @@ class Init(_Section):
     name: ClassVar[str] = "model.init"
     affects: ClassVar[Affects] = "training"
 
-    first_stage: str = setting("", 'pretrained encoder (name or path) the first stage starts from; "": random')
-    second_stage: str = setting("", "… the second stage, or the biencoder")
-    layers: int = setting(0, "only its first layers; 0: all", 0, 4096)
+    first_stage: str = ""  # pretrained encoder (name or path) the first stage starts from; "": random
+    second_stage: str = ""  # … the second stage, or the biencoder
+    layers: int = setting(0, 0, 4096)  # only its first layers; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,45 +189,32 @@ class Model(_Section):
     name: ClassVar[str] = "model"
     affects: ClassVar[Affects] = "training"
 
-    kind: str = setting("contextual", "two stages, or a plain biencoder", choices=("contextual", "biencoder"))
-    context_attention: str = setting(
-        "isolated", '"isolated": slots computed once per context; "joint": the paper', choices=("isolated", "joint")
-    )
-    context_size: int = setting(512, "J context documents", 0, 2**20)
-    backbone: str = setting("nomic", '"nomic": rotary positions, SwiGLU, no biases; "bert"', choices=("nomic", "bert"))
-    vocab_size: int = setting(0, "rows of the token embeddings; 0: as many as the tokenizer has", 0, 2**24)
-    width: int = setting(768, "D", 1, 2**16)
-    layers: int = setting(12, "of the second stage (and of a biencoder)", 1, 4096)
-    first_stage_layers: int = setting(0, "of the first stage; 0: as many as the second", 0, 4096)
-    heads: int = setting(12, "attention heads", 1, 2**12)
-    mlp_width: int = setting(3072, "hidden width of the MLP", 1, 2**20)
-    max_positions: int = setting(2048, "longest text, in tokens", 1, 2**20)
-    head: bool = setting(
-        False,
-        "of a biencoder: an MLP with a residual on its vector, as a contextual model's second stage always has; "
-        "without it the export is a plain encoder that needs no code of ours",
-    )
-    soft_prompt: int = setting(8, "learned tokens between slots and text; 0: none", 0, 2**16)
-    slot_bias: float | None = setting(
-        -5.0, "first value of a learned bias per layer and head from text to slots; None: no bias (the paper)"
-    )
-    dtype: str = setting(
-        "auto",
-        'of the computation; "auto": bfloat16 on accelerators and float32 on CPU',
-        choices=("float32", "bfloat16", "auto"),
-    )
-    attention: str = setting(
-        "auto",
-        'attention kernel: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16; not '
-        'yet run on one); "auto": "blocks" on CPU, else "xla"',
-        choices=("auto", "xla", "blocks", "cudnn"),
-    )
-    remat: str = setting(
-        "auto",
-        'what each layer computes again in the backward pass: "none"; "full", everything: less memory, about a third '
-        'more time; "dots", all but products with weights and attention; "auto", by the platform',
-        choices=("auto", "none", "dots", "full"),
-    )
+    kind: str = setting("contextual", choices=("contextual", "biencoder"))  # two stages, or a plain biencoder
+    # "isolated": slots computed once per context; "joint": the paper
+    context_attention: str = setting("isolated", choices=("isolated", "joint"))
+    context_size: int = setting(512, 0, 2**20)  # J context documents
+    backbone: str = setting("nomic", choices=("nomic", "bert"))  # "nomic": rotary positions, SwiGLU, no biases; "bert"
+    vocab_size: int = setting(0, 0, 2**24)  # rows of the token embeddings; 0: as many as the tokenizer has
+    width: int = setting(768, 1, 2**16)  # D
+    layers: int = setting(12, 1, 4096)  # of the second stage (and of a biencoder)
+    first_stage_layers: int = setting(0, 0, 4096)  # of the first stage; 0: as many as the second
+    heads: int = setting(12, 1, 2**12)  # attention heads
+    mlp_width: int = setting(3072, 1, 2**20)  # hidden width of the MLP
+    max_positions: int = setting(2048, 1, 2**20)  # longest text, in tokens
+    # of a biencoder: an MLP with a residual on its vector, as a contextual model's second stage always has; without it
+    # the export is a plain encoder that needs no code of ours
+    head: bool = False
+    soft_prompt: int = setting(8, 0, 2**16)  # learned tokens between slots and text; 0: none
+    # first value of a learned bias per layer and head from text to slots; None: no bias (the paper)
+    slot_bias: float | None = setting(-5.0)
+    # of the computation; "auto": bfloat16 on accelerators and float32 on CPU
+    dtype: str = setting("auto", choices=("float32", "bfloat16", "auto"))
+    # attention kernel: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16; not yet
+    # run on one); "auto": "blocks" on CPU, else "xla"
+    attention: str = setting("auto", choices=("auto", "xla", "blocks", "cudnn"))
+    # what each layer computes again in the backward pass: "none"; "full", everything: less memory, about a third more
+    # time; "dots", all but products with weights and attention; "auto", by the platform
+    remat: str = setting("auto", choices=("auto", "none", "dots", "full"))
     init: Init = dataclasses.field(default_factory=Init)
 
     def conflicts(self) -> Iterator[str]:
@@ -280,45 +234,34 @@ class Train(_Section):
     name: ClassVar[str] = "train"
     affects: ClassVar[Affects] = "training"
 
-    steps: int = setting(0, "0: once through the plan", 0, 2**31 - 1)
-    devices: int = setting(0, "how many share a step; 0: all there are", 0, 2**20)
-    batches_per_step: int = setting(1, "G plan batches per step, shared by the devices", 1, 2**20)
-    learning_rate: float = setting(2e-5, "peak, of AdamW", 0.0, 1.0)
-    first_stage_rate: float = setting(1.0, "the first stage's, as a factor; 0: the first stage is frozen", 0.0, 1000.0)
-    warmup_steps: int = setting(1000, "linear, then linear decay to zero", 0, 2**31 - 1)
-    weight_decay: float = setting(0.01, "of matrices", 0.0, 1.0)
-    clip_norm: float = setting(1.0, "largest global norm of the gradient", 1e-9, 1e9)
-    temperature: float = setting(0.02, "τ", 1e-4, 10.0)
-    sequence_dropout: float = setting(0.005, "p that the null embedding replaces a context document", 0.0, 1.0)
-    share_negatives: bool = setting(False, "contrast across all plan batches of a step instead of within each")
-    text_lengths: int = setting(
-        12,
-        "padded lengths that texts run at, chosen to fit the plan; each takes time to compile. Texts are sorted by "
-        "length into chunks that are recomputed in the backward pass",
-        1,
-        256,
-    )
-    query_chunk: int = setting(0, "texts of a chunk of queries, where text_lengths is 1", AUTO, 2**24)
-    document_chunk: int = setting(
-        0,
-        "texts of the longest length whose tokens one chunk of queries and documents holds; 0: a fitting number (8192 "
-        "tokens on accelerators); -1: as many as the device's memory holds",
-        AUTO,
-        2**24,
-    )
-    context_chunk: int = setting(0, "the same for context documents", AUTO, 2**24)
-    memory_gib: float = setting(0.0, "GiB of a step, for chunks of -1; 0: 0.9 of what the device has", 0.0, 1e6)
-    peak_tflops: float = setting(
-        0.0, "of a device, for utilisation in metrics.jsonl; 0: the maker's, if known", 0.0, 1e9, affects="nothing"
-    )
-    profile_steps: int = setting(
-        0, "steps traced by jax.profiler into profile/, from the 4th of a run on", 0, 10**6, affects="nothing"
-    )
-    log_every: int = setting(10, "steps between lines of metrics.jsonl", 1, 2**31 - 1, affects="nothing")
-    checkpoint_every: int = setting(500, "steps; 0: only at the end", 0, 2**31 - 1, affects="nothing")
-    evaluate_every: int = setting(
-        0, "steps between scores on the development set; 0: only at the end", 0, 2**31 - 1, affects="nothing"
-    )
+    steps: int = setting(0, 0, 2**31 - 1)  # 0: once through the plan
+    devices: int = setting(0, 0, 2**20)  # how many share a step; 0: all there are
+    batches_per_step: int = setting(1, 1, 2**20)  # G plan batches per step, shared by the devices
+    learning_rate: float = setting(2e-5, 0.0, 1.0)  # peak, of AdamW
+    first_stage_rate: float = setting(1.0, 0.0, 1000.0)  # the first stage's, as a factor; 0: the first stage is frozen
+    warmup_steps: int = setting(1000, 0, 2**31 - 1)  # linear, then linear decay to zero
+    weight_decay: float = setting(0.01, 0.0, 1.0)  # of matrices
+    clip_norm: float = setting(1.0, 1e-9, 1e9)  # largest global norm of the gradient
+    temperature: float = setting(0.02, 1e-4, 10.0)  # τ
+    sequence_dropout: float = setting(0.005, 0.0, 1.0)  # p that the null embedding replaces a context document
+    share_negatives: bool = False  # contrast across all plan batches of a step instead of within each
+    # padded lengths that texts run at, chosen to fit the plan; each takes time to compile. Texts are sorted by length
+    # into chunks that are recomputed in the backward pass
+    text_lengths: int = setting(12, 1, 256)
+    query_chunk: int = setting(0, AUTO, 2**24)  # texts of a chunk of queries, where text_lengths is 1
+    # texts of the longest length whose tokens one chunk of queries and documents holds; 0: a fitting number (8192
+    # tokens on accelerators); -1: as many as the device's memory holds
+    document_chunk: int = setting(0, AUTO, 2**24)
+    context_chunk: int = setting(0, AUTO, 2**24)  # the same for context documents
+    memory_gib: float = setting(0.0, 0.0, 1e6)  # GiB of a step, for chunks of -1; 0: 0.9 of what the device has
+    # of a device, for utilisation in metrics.jsonl; 0: the maker's, if known
+    peak_tflops: float = setting(0.0, 0.0, 1e9, affects="nothing")
+    # steps traced by jax.profiler into profile/, from the 4th of a run on
+    profile_steps: int = setting(0, 0, 10**6, affects="nothing")
+    log_every: int = setting(10, 1, 2**31 - 1, affects="nothing")  # steps between lines of metrics.jsonl
+    checkpoint_every: int = setting(500, 0, 2**31 - 1, affects="nothing")  # steps; 0: only at the end
+    # steps between scores on the development set; 0: only at the end
+    evaluate_every: int = setting(0, 0, 2**31 - 1, affects="nothing")
 
     def conflicts(self) -> Iterator[str]:
         """Warm-up ends before the last step."""
@@ -333,12 +276,11 @@ class Evaluate(_Section):
     name: ClassVar[str] = "evaluate"
     affects: ClassVar[Affects] = "evaluation"
 
-    development: str = setting(
-        "", 'evaluation set whose score picks the best checkpoint and which is not reported; "": the newest is the best'
-    )
-    checkpoint: str = setting("best", "which checkpoint is evaluated and exported", choices=("best", "newest"))
-    cutoff: int = setting(10, "k of NDCG@k", 1, 10**6)
-    baselines: bool = setting(True, "BM25 and the LSA surrogate beside the model")
+    # evaluation set whose score picks the best checkpoint and which is not reported; "": the newest is the best
+    development: str = ""
+    checkpoint: str = setting("best", choices=("best", "newest"))  # which checkpoint is evaluated and exported
+    cutoff: int = setting(10, 1, 10**6)  # k of NDCG@k
+    baselines: bool = True  # BM25 and the LSA surrogate beside the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,7 +289,7 @@ class Config(_Section):
 
     affects: ClassVar[Affects] = "training"
 
-    seed: int = setting(0, "of data order, clusters, parameters, context draws and dropout", 0, 2**32 - 1)
+    seed: int = setting(0, 0, 2**32 - 1)  # of data order, clusters, parameters, context draws and dropout
     data: Data = dataclasses.field(default_factory=Data)
     batching: Batching = dataclasses.field(default_factory=Batching)
     model: Model = dataclasses.field(default_factory=Model)
@@ -372,17 +314,13 @@ class Config(_Section):
     def unused(self) -> list[str]:
         """Settings that were changed and have no effect beside the others, as "section.key"."""
         d, b = self.data, self.batching
-        surrogates = (b.surrogate, b.filter_surrogate or b.surrogate)
-        takes_prompts = [name.startswith("sentence-transformers:") for name in surrogates]
         used = {
             "data.packages data.standard_library data.held_out": d.source == "docstrings",
             "data.paths": d.source != "docstrings",
             "data.collections": d.source == "tfds",
             "data.columns": d.source == "huggingface",
             "data.vocab_size": d.tokenizer == "wordpiece",
-            "batching.surrogate_width": "lsa" in surrogates,
-            "batching.surrogate_prompts": takes_prompts[0],
-            "batching.filter_prompts": takes_prompts[1],
+            "batching.surrogate_width": "lsa" in (b.surrogate, b.filter_surrogate),
             "batching.mine_first batching.mine_last batching.mine_margin": b.hard_negatives > 0,
         }
         now, default = flatten(self.as_dict()), flatten(Config().as_dict())
@@ -412,7 +350,7 @@ def affected(section: type[_Section] = Config, prefix: str = "") -> dict[str, Af
         if dataclasses.is_dataclass(field.type):
             table |= affected(field.type, f"{prefix}{field.name}.")
         else:
-            table[prefix + field.name] = field.metadata["affects"] or section.affects
+            table[prefix + field.name] = field.metadata.get("affects") or section.affects
     return table
 
 
@@ -421,12 +359,21 @@ def names_affecting(section: type[_Section], *what: Affects) -> tuple[str, ...]:
     return tuple(name for name, effect in affected(section).items() if effect in what and "." not in name)
 
 
+def is_setting(name: str) -> bool:
+    """Whether "section.key" is a setting, or "section" a section."""
+    return any(f"{key}.".startswith(f"{name}.") for key in affected())
+
+
 def unknown_setting(name: str, known: Iterable[str] = ()) -> str:
     """What to say of a setting "section.key" that is none; `known` are the keys of its section."""
-    section, _, key = name.rpartition(".")
-    known = list(known) or [k.rpartition(".")[2] for k in affected() if k.rpartition(".")[0] == section]
+    section, dot, key = name.rpartition(".")
+    prefix = section + dot
+    known = list(known) or [k.removeprefix(prefix).partition(".")[0] for k in affected() if k.startswith(prefix)]
+    if not known:  # no such section
+        prefix, key, known = "", name, list(affected())
+    known = list(dict.fromkeys(known))
     if near := difflib.get_close_matches(key, known, n=1):
-        return f"unknown key `{name}`: did you mean `{f'{section}.{near[0]}'.lstrip('.')}`?"
+        return f"unknown key `{name}`: did you mean `{prefix}{near[0]}`?"
     return f"unknown key `{name}`: known keys here: {', '.join(known)}"
 
 

@@ -4,36 +4,66 @@ python -m cde_jax.main --config=configs/NAME.py[:variant] --workdir=DIR [--stage
 """
 
 import logging
+import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from cde_jax.config import is_setting, unknown_setting
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py:isolated,clustered")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where every artefact goes, and is looked for")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where every artefact is written to and read from")
 _STAGE = flags.DEFINE_string("stage", "all", "all, prepare, train, evaluate or export")
-_REBUILD = flags.DEFINE_bool("rebuild", False, "Make store and plan again; checkpoints are moved aside")
+_REBUILD = flags.DEFINE_bool(
+    "rebuild", False, "Make again what does not fit the configuration; checkpoints of another plan are moved aside"
+)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Read the flags. User errors on the command line and in the config file exit with a message, no traceback."""
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and name.startswith("config.") and not is_setting(name.removeprefix("config.")):
+            sys.exit(f"error: {unknown_setting(name.removeprefix('config.'))}")
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:  # a config file may raise anything
+        sys.exit(f"error: {_message(error)}")
 
 
 def main(argv: list[str]) -> None:
-    """Run the stages; a mistake of the user is told in words, without a traceback."""
-    from cde_jax.stages import run as stages
-
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}: every setting is a flag, --config.SECTION.KEY=VALUE")
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells each of its steps, and warns of saves without a score
+    """Run the stages. User errors exit with a message, no traceback."""
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs each of its steps, and warns of saves without a score
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("cde_jax").setLevel(logging.INFO)
+    if len(argv) > 1:
+        sys.exit(f"error: unknown arguments {argv[1:]}: every setting is a flag, --config.SECTION.KEY=VALUE")
     try:
-        for text in stages.run(_CONFIG.value, Path(_WORKDIR.value), _STAGE.value, rebuild=_REBUILD.value):
+        from cde_jax.stages import run
+
+        for text in run.run(_CONFIG.value, Path(_WORKDIR.value), _STAGE.value, rebuild=_REBUILD.value):
             print(text, flush=True)
     except (ValueError, OSError, FloatingPointError) as error:
         logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
         sys.exit(f"error: {error}")
 
 
+def _message(error: Exception) -> str:
+    """What was raised and where; of a traceback that ml_collections put into a message, the last line."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = next(line.strip() for line in reversed(text.splitlines()) if line.strip() and line[0] != " ")
+    if isinstance(error, flags.Error | OSError):
+        return text
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not re.search(r"^<|site-packages", f.filename)]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}: " if frames[1:] else ""  # the first frame is `parse`
+    return f"--config: {where}{type(error).__name__}: {text}"
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

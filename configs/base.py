@@ -6,23 +6,31 @@ from ml_collections import ConfigDict
 
 from cde_jax.config import Config
 
+VARIANTS = {
+    "biencoder": {"model.kind": "biencoder"},
+    "contextual": {"model.kind": "contextual", "model.context_attention": "joint"},  # as the paper
+    "joint": {"model.kind": "contextual", "model.context_attention": "joint"},
+    "isolated": {"model.kind": "contextual", "model.context_attention": "isolated"},
+    "random": {"batching.method": "random"},
+    "clustered": {"batching.method": "clustered"},
+    # No download: latent semantic analysis places pairs and finds false negatives.
+    "lsa": {
+        **{"batching.surrogate": "lsa", "batching.surrogate_prompts": ()},
+        **{"batching.filter_surrogate": "", "batching.filter_prompts": ()},
+    },
+}
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The defaults. `variant` is a comma-separated choice, e.g. `joint,random`; see `apply_variant`."""
+    """The defaults, with a variant: names of `VARIANTS`, joined by commas, e.g. "joint,random"."""
     return apply_variant(ConfigDict(dataclasses.asdict(Config())), variant)
 
 
 def apply_variant(c: ConfigDict, variant: str) -> ConfigDict:
-    """Choose the model (biencoder, contextual = the paper's joint attention, isolated) and the batches."""
+    """Change `c` as the named variants say, the last one last. Raises ValueError for an unknown one."""
     for name in filter(None, variant.split(",")):
-        if name == "biencoder":
-            c.model.kind = "biencoder"
-        elif name in ("contextual", "joint", "isolated"):
-            c.model.kind = "contextual"
-            c.model.context_attention = "isolated" if name == "isolated" else "joint"
-        elif name in ("random", "clustered"):
-            c.batching.method = name
-        else:
-            known = "biencoder, contextual (also: joint), isolated; random, clustered"
+        if name not in VARIANTS:
+            known = "biencoder, contextual (also: joint), isolated; random, clustered; lsa"
             raise ValueError(f"unknown variant {name!r}: known are {known}, joined by commas, e.g. :isolated,clustered")
+        c.update_from_flattened_dict(VARIANTS[name])
     return c

@@ -10,9 +10,9 @@ from tiny_run import write_data
 
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json, write_json
-from cde_jax.stages import assemble
-from cde_jax.stages import run as stages
-from cde_jax.stages.prepare import load_prepared
+from cde_jax.stages import assemble, train
+from cde_jax.stages.evaluate import run_identity
+from cde_jax.stages.workdir import load_prepared
 from cde_jax.training import sharding
 from cde_jax.training.memory import program_bytes
 from cde_jax.training.step import stream
@@ -81,13 +81,12 @@ def test_a_run_says_what_it_chose_and_keeps_it(data, tmp_path, caplog):
     assert "chunks of 32 texts: the step needs" in caplog.text and "remat dots" in caplog.text
     # What was found before is used again, whatever would be found now.
     write_json(tmp_path / "training.json", chosen | {"chunks": dict.fromkeys(assemble.CHUNKS, 4)})
-    config, run = stages._run(from_config_dict(config_of(data, **changes)), tmp_path, choose_chunks=True)
-    run.checkpoints.close()
-    assert config.train.document_chunk == 4
-    write_json(tmp_path / "training.json", chosen | {"belongs": {}, "chunks": dict.fromkeys(assemble.CHUNKS, 4)})
-    config, run = stages._run(from_config_dict(config_of(data, **changes)), tmp_path, choose_chunks=True)
-    run.checkpoints.close()
-    assert config.train.document_chunk == 32
+    config = from_config_dict(config_of(data, **changes))
+    prepared = load_prepared(config, tmp_path)
+    wanted = config, tmp_path, run_identity(config, prepared.plan), train.initial_model(config, 150), prepared
+    assert train.with_chunks(*wanted).train.document_chunk == 4
+    write_json(tmp_path / "training.json", chosen | {"identity": {}, "chunks": dict.fromkeys(assemble.CHUNKS, 4)})
+    assert train.with_chunks(*wanted).train.document_chunk == 32
 
 
 def test_a_step_that_cannot_fit_is_an_error_before_training(data, tmp_path):

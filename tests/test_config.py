@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from cde_jax.config import check_same_run, flatten, from_config_dict
+from cde_jax.config import Batching, check_same_run, flatten, from_config_dict, with_changes
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualEncoder
 from cde_jax.stages.assemble import model_config
 
@@ -106,6 +106,8 @@ def test_whole_numbers_lists_and_none_are_taken_where_they_fit():
     ("key", "value"),
     [
         ("seed", -1),
+        ("seed", 2**32),
+        ("data__vocab_size", 10**12),
         ("data__vocab_size", 10),
         ("data__query_length", 2),
         ("batching__batch_size", 1),
@@ -158,10 +160,80 @@ def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(key):
         ({"model__heads": 7}, "`model.width` 768 is not a multiple of `model.heads` 7"),
         ({"train__steps": 10}, "`train.warmup_steps` 1000 must be fewer than `train.steps` 10"),
         ({"evaluate__development": "x"}, "`evaluate.development` 'x' is none of the evaluation sets"),
+        ({"data__evaluation": ("a/set", "b/set/")}, "these come twice: set"),
+        ({"data__held_out": ("scipy",), "data__evaluation": ("a/scipy",)}, "these come twice: scipy"),
+        ({"data__source": "jsonl", "data__paths": (" ",)}, "an empty path is in `data.paths`"),
+        ({"model__vocab_size": 100}, "`model.vocab_size` 100 has no room for the `data.vocab_size` 8192 tokens"),
+        ({"model__width": 60, "model__heads": 4}, "`model.width` / `model.heads` is 15: rotary positions need"),
+        ({"batching__domain_weights": ("sea",)}, "`batching.domain_weights` must have the form"),
+        ({"batching__domain_weights": ("sea=-1",)}, "`batching.domain_weights` must have the form"),
+        ({"batching__domain_weights": ("sea=nan",)}, "`batching.domain_weights` must have the form"),
+        ({"batching__domain_weights": ("sea=1", "sea=2")}, "names a domain twice"),
+        ({"batching__surrogate_prompts": ("one",)}, "`batching.surrogate_prompts` must be empty or"),
     ],
 )
 def test_keys_that_do_not_go_together_are_named(changes, words):
     assert words in refused(changed(**changes))
+
+
+def test_held_out_packages_are_evaluation_sets_of_docstrings_only():
+    changes = {"data__held_out": ("scipy",), "evaluate__development": "scipy"}
+    assert from_config_dict(changed(**changes)).data.evaluation_names == ("scipy",)
+    assert "is none of the evaluation sets ()" in refused(changed(data__source="jsonl", data__paths=("a",), **changes))
+
+
+def test_settings_without_effect_are_named():
+    assert from_config_dict(changed()).unused() == []
+    other_source = changed(
+        data__paths=("a",), data__columns=("query=q",), batching__mine_last=3, batching__mine_first=1
+    )
+    unused = ["data.paths", "data.columns", "batching.mine_first", "batching.mine_last"]
+    assert from_config_dict(other_source).unused() == unused
+    jsonl = changed(data__source="jsonl", data__paths=("a",), data__packages="installed", data__collections=("bge",))
+    assert from_config_dict(jsonl).unused() == ["data.packages", "data.collections"]
+    pretrained = changed(data__tokenizer="x", data__vocab_size=99, batching__surrogate="checkpoint:x")
+    pretrained["batching"]["surrogate_width"] = 9
+    assert from_config_dict(pretrained).unused() == ["data.vocab_size", "batching.surrogate_width"]
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "prompts", "other", "other_prompts", "same"),
+    [
+        ("lsa", (), "", (), True),
+        ("lsa", (), "lsa", (), True),
+        ("lsa", (), "checkpoint:x", (), False),
+        ("sentence-transformers:x", ("a", "b"), "", (), True),
+        ("sentence-transformers:x", ("a", "b"), "", ("c", "d"), False),
+        ("sentence-transformers:x", ("a", "b"), "sentence-transformers:x", ("a", "b"), True),
+        ("sentence-transformers:x", ("a", "b"), "sentence-transformers:x", (), False),
+    ],
+)
+def test_a_filter_of_its_own_is_another_model_or_other_prompts(surrogate, prompts, other, other_prompts, same):
+    b = Batching(surrogate=surrogate, surrogate_prompts=prompts, filter_surrogate=other, filter_prompts=other_prompts)
+    assert b.filter_is_surrogate == same
+
+
+def test_changes_by_dotted_names_leave_the_original_alone():
+    config = load()
+    made = with_changes(config, {"train.steps": 3, "train.warmup_steps": 1, "model.init.layers": 2, "seed": 9})
+    assert (made["train"]["steps"], made["model"]["init"]["layers"], made["seed"]) == (3, 2, 9)
+    assert (config.train.steps, config.seed) == (0, 0)
+    checked = from_config_dict(made)
+    assert with_changes(checked, {}) == checked.as_dict() and checked.train.steps == 3
+    for name, hint in {
+        "train.stpes": "did you mean `train.steps`",
+        "trian.steps": "did you mean `train.steps`",
+        "train": "",
+        "train.steps.x": "",
+        "xyz": "known keys here: seed, data",
+    }.items():
+        with pytest.raises(ValueError, match=f"unknown key `{name}`.*{hint}"):
+            with_changes(config, {name: 1})
+
+
+def test_what_is_no_configuration_is_refused():
+    assert "expected a ConfigDict (of get_config) or a nested dict, got int" in refused(3)
+    assert "`train.clip_norm` must be float" in refused(changed(train__clip_norm=10**400))
 
 
 def test_the_development_set_may_be_a_folder_of_the_evaluation_sets():
@@ -260,6 +332,15 @@ def test_large_has_as_many_parameters_as_the_published_model(variant, millions):
     parameters = count(shapes(checked("large", variant)))
     print(f"large, {variant}: {parameters:,} parameters")
     assert abs(parameters / 1e6 / millions - 1) < 0.005
+
+
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_the_paper_s_settings_have_its_surrogates_and_lsa_as_a_variant(name):
+    b = checked(name, "clustered").batching
+    assert b.surrogate.endswith("gtr-t5-base") and b.filter_surrogate.endswith("nomic-embed-text-v1")
+    assert not b.filter_is_surrogate
+    b = checked(name, "lsa").batching
+    assert (b.surrogate, b.filter_surrogate, b.filter_prompts) == ("lsa", "", ()) and b.filter_is_surrogate
 
 
 def test_small_is_the_paper_s_small_setting():

@@ -166,5 +166,5 @@ def test_importing_the_package_data_and_batching_loads_no_device_library():
 
 
 def test_importing_the_stages_loads_no_torch():
-    loaded = loaded_by(["cde_jax.stages.run"])
+    loaded = loaded_by(modules("stages"))
     assert "jax" in loaded and not loaded & {"torch", "sentence_transformers", "transformers"}

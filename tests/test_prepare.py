@@ -17,7 +17,7 @@ from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.stages.prepare import load_prepared
+from cde_jax.stages.workdir import load_prepared
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,18 @@ from tiny_run import SIZES, get_config, texts, write_data, write_lines
 
 from cde_jax import Embedder
 from cde_jax.batching.plan import BatchPlan
+from cde_jax.batching.surrogate import texts_fingerprint
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import fingerprint, read_json, write_json
+from cde_jax.data.store import Store
 from cde_jax.evaluation import beir
 from cde_jax.evaluation.metrics import Scores
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.stages import run as stages
 from cde_jax.stages.assemble import build_model
 from cde_jax.stages.evaluate import trained as restore
-from cde_jax.stages.prepare import load_prepared
 from cde_jax.stages.train import initial_model
+from cde_jax.stages.workdir import load_prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +71,8 @@ def test_every_artefact_is_there_and_readable(done):
     assert config["config"]["model"]["width"] == 16 and {"jax", "flax", "python"} <= config["versions"].keys()
     pairs = read_json(workdir / "store/pairs/manifest.json")
     assert {d["name"]: d["pairs"] for d in pairs["domains"]} == SIZES
-    assert read_json(workdir / "store/vectors/manifest.json")["pairs"] == pairs["fingerprint"]
+    texts = texts_fingerprint(Store.open(workdir / "store/pairs"))
+    assert read_json(workdir / "store/vectors/manifest.json")["texts"] == texts
     plan = read_json(workdir / "plan/manifest.json")
     assert plan["pairs"] == pairs["fingerprint"] and plan["settings"]["batch_size"] == 16
     assert plan["difficulty"]["positive_similarity"] > plan["difficulty"]["random_pair_similarity"]
@@ -150,13 +153,14 @@ def test_a_second_run_keeps_everything_and_says_so(data, done, workdir, caplog):
 
 def test_an_evaluation_is_made_again_for_another_cutoff_and_kept_for_the_same(data, workdir, monkeypatch):
     calls = []
-    scores = Scores(3, {"held": {"none": {"q0": 0.5}}})
-    monkeypatch.setattr(beir, "evaluate_embedder", lambda *args: calls.append(args[3:]) or scores)
+    rankings = {"held": {"none": {"q0": {"d0": 1.0}}}}
+    monkeypatch.setattr(beir, "rank", lambda *args: calls.append(args[3:]) or rankings)
     for _ in range(2):
         go(data, workdir, "evaluate", evaluate__cutoff=3, evaluate__baselines=False)
     assert calls == [(0, 3)]
     assert read_json(workdir / "evaluation.json")["metric"] == "ndcg@3"
-    assert Scores.from_json(read_json(workdir / "per_query.json")) == scores
+    found = Scores.from_json(read_json(workdir / "per_query.json"))
+    assert found.k == 3 and found.per_query["held"]["none"] == {f"q{i}": float(i == 0) for i in range(12)}
 
 
 def test_stages_can_be_run_one_by_one(data, done, tmp_path):
@@ -240,7 +244,7 @@ def test_a_plan_of_other_settings_is_refused(data, workdir):
     shutil.rmtree(workdir / "checkpoints")
     for stage in ("prepare", "train"):
         with pytest.raises(
-            ValueError, match=r"batch plan belongs to other settings.*batch_size: expected 8, got 16.*--rebuild"
+            ValueError, match=r"batch plan was made from other settings.*batch_size: expected 8, got 16.*--rebuild"
         ):
             go(data, workdir, stage, batching__batch_size=8)
 
@@ -251,7 +255,7 @@ def test_a_plan_of_other_pairs_is_refused(data, workdir):
     write_json(workdir / "plan" / "manifest.json", manifest | {"manifest_sha256": fingerprint(manifest)})
     for stage in ("prepare", "train"):
         with pytest.raises(
-            ValueError, match=r"batch plan belongs to other pairs: expected fingerprint .*else.*--rebuild"
+            ValueError, match=r"batch plan was made from other pairs: expected fingerprint .*else.*--rebuild"
         ):
             go(data, workdir, stage)
 

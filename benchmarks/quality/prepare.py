@@ -28,7 +28,7 @@ from cde_jax.config import Config, from_config_dict  # noqa: E402
 from cde_jax.data.files import fingerprint, write_file, write_json  # noqa: E402
 from cde_jax.data.store import Store, StoreWriter  # noqa: E402
 from cde_jax.data.tokens import Tokenizer  # noqa: E402
-from cde_jax.stages.prepare import PAIRS, PLAN, TOKENIZER, prepare  # noqa: E402
+from cde_jax.stages.prepare import PAIRS, PLAN, TOKENIZER, open_source, prepare  # noqa: E402
 from quality import arrays, evaluation  # noqa: E402
 from quality import variants as grid  # noqa: E402
 from quality.settings import override, parse  # noqa: E402
@@ -129,7 +129,7 @@ def _plan(config: Config, work: Path, name: str) -> None:
         BatchPlan.load(place).verify(pairs.fingerprint, config.batching.plan_settings(config.seed))
         return
     log.info("plan %s", name)
-    prepare(config, work)
+    prepare(config, work, open_source(config, work))
     place.parent.mkdir(parents=True, exist_ok=True)
     (work / PLAN).rename(place)
 

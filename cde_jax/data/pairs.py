@@ -164,6 +164,7 @@ def write_pairs(
                 "fingerprint": fingerprint({"pairs": stream.hexdigest()} | settings),
                 "pairs": queries.count,
                 "documents": documents.count,
+                "vocab_size": tokenizer.vocab_size,
                 "domains": [{"name": name, "pairs": size} for name, size in sizes.items()],
                 "counts": dict(counts or {}),
                 "inputs": asdict(inputs or InputLog()),

@@ -1,12 +1,14 @@
 """Evaluation sets as token ids, to be ranked on a machine without texts and tokenizer."""
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer
 
 from cde_jax.adapters.whitening import pseudo_queries
+from cde_jax.data.files import fingerprint
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.store import Store, StoreWriter
 from cde_jax.data.tokens import Tokenizer
@@ -27,7 +29,14 @@ class TokenSet(EvaluationSet):
 def write_tokens(
     dataset: EvaluationSet, directory: str | Path, tokenizer: Tokenizer, settings: TextSettings, seed: int
 ) -> Store:
-    """Write the store that `read_tokens` reads: token ids, query and document ids, qrels. An older one is replaced."""
+    """Write the store that `read_tokens` reads: token ids, query and document ids, qrels.
+
+    One of the same set, tokenizer, settings and seed is kept, any other is replaced.
+    """
+    identity = fingerprint([asdict(dataset), asdict(settings), tokenizer.fingerprint, seed])
+    with suppress(ValueError):  # no store there, or a damaged one
+        if (store := Store.open(directory, kind=KIND)).fingerprint == identity:
+            return store
     s, corpus = settings, list(dataset.corpus.values())
     texts = {
         "query": (dataset.queries.values(), s.query_prefix, s.query_length),
@@ -46,7 +55,8 @@ def write_tokens(
         for name, ids in (("query", dataset.queries), ("document", dataset.corpus)):
             writer.append_ragged(f"{name}_ids", [np.frombuffer(i.encode(), np.uint8) for i in ids])
         writer.append("qrels", np.array(qrels, np.int64))  # [n, 3]: row of the query, row of the document, relevance
-        return writer.finish({"name": dataset.name, "seed": seed, "tokenizer": tokenizer.fingerprint})
+        described = {"name": dataset.name, "seed": seed, "tokenizer": tokenizer.fingerprint}
+        return writer.finish({"fingerprint": identity} | described)
 
 
 def read_tokens(directory: str | Path) -> TokenSet:

@@ -86,14 +86,10 @@ def _load(directory: Path, numerics: str | None) -> tuple[ContextualEncoder | Bi
     return model, settings
 
 
-def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder:
-    """The plain encoder of a directory or hub name, to start training from: its first `layers`, or all.
-
-    Of a contextual model that is the second stage. The numerics of the reference's programs are left out.
-    """
+def load_encoder_config(name_or_path: str | Path, layers: int | None = None) -> EncoderConfig:
+    """The shape of the encoder that `load_encoder` loads; weights are not read."""
     directory = resolve(name_or_path)
-    config, mapping, weights, _ = open_checkpoint(directory)
-    config = _encoder_config(config)
+    config = _encoder_config(open_checkpoint(directory).config)
     if layers is not None and not 1 <= layers <= config.layers:
         raise ValueError(f"{directory}: expected 1 to {config.layers} layers to start from, got {layers}")
     changes = {"numerics": None} if isinstance(config, ReferenceEncoderConfig) else {}
@@ -103,6 +99,17 @@ def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder
             f"{directory}: training starts from NomicBERT or BERT; pre-norm layers, geglu and glu, and partial or "
             f"interleaved rotary embeddings can be loaded for encoding only"
         )
+    return config
+
+
+def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder:
+    """The plain encoder of a directory or hub name, to start training from: its first `layers`, or all.
+
+    Of a contextual model that is the second stage. The numerics of the reference's programs are left out.
+    """
+    directory = resolve(name_or_path)
+    config = load_encoder_config(directory, layers)
+    _, mapping, weights, _ = open_checkpoint(directory)
     return load_parameters(config, [e._replace(path=e.path.removeprefix("encoder.")) for e in mapping], weights)
 
 

@@ -1,19 +1,20 @@
-"""The export stage: the trained model as export/, with a card that says how it was made and what was measured."""
+"""The export stage: the trained model as export/, with a card that says how it was made and what was measured.
+
+And the export command: a finished run's export copied for others, alone or with the context of one corpus built in.
+"""
 
 import json
 import logging
 from pathlib import Path
 
 from cde_jax.config import Config
-from cde_jax.data.files import read_json
+from cde_jax.data.sources.jsonl import json_lines, text_field, text_lines
 from cde_jax.evaluation import metrics
 from cde_jax.retrieval.embedder import Embedder
-from cde_jax.stages.evaluate import EVALUATION
-from cde_jax.stages.prepare import Prepared
+from cde_jax.stages.evaluate import read_scores
+from cde_jax.stages.workdir import EXPORT, Prepared
 
 log = logging.getLogger(__name__)
-
-EXPORT = "export"
 
 
 def export(config: Config, embedder: Embedder, workdir: Path, prepared: Prepared) -> Path:
@@ -28,13 +29,53 @@ def export(config: Config, embedder: Embedder, workdir: Path, prepared: Prepared
     return folder
 
 
+def export_run(workdir: Path, out: Path, corpus: Path | None = None, seed: int = 0, onnx: bool = True) -> str:
+    """Write `out` from `workdir`/export, with `corpus` as a one-input model for its context; returns what was written.
+
+    Raises ValueError for a run without an export, a seed below 0, and a corpus that cannot be read.
+    """
+    source = workdir / EXPORT
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{workdir} has no export/ yet: run `python -m cde_jax.main … --stage=export` first")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be ≥ 0 and < {2**32}, got {seed}")
+    if out.resolve() == source.resolve():
+        raise ValueError(f"--out={out} is the export that is read: give another directory")
+    texts = None if corpus is None else read_corpus(corpus)
+    embedder, readme = Embedder.from_pretrained(source), source / "README.md"
+    card = readme.read_text(encoding="utf-8") if readme.is_file() else None
+    if texts is None:
+        embedder.save_pretrained(out, card=card)
+        return f"{out}: the model"
+    embedder.export_corpus(embedder.embed_context(texts, seed=seed), out, card=card, onnx=onnx)
+    formats = "PyTorch and ONNX" if onnx else "PyTorch"
+    return f"{out}: the model with the context of {len(texts)} texts built in, for {formats}"
+
+
+def read_corpus(path: Path) -> list[str]:
+    """The texts of a corpus file: JSON lines (.jsonl, .jsonl.gz) with `text` and perhaps `title`, or a text a line.
+
+    Raises ValueError with file and line for what cannot be read, and for a corpus without texts.
+    """
+    if not path.is_file():
+        raise ValueError(f"--corpus={path}: there is no such file")
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        texts = []
+        for place, entry in json_lines(path):
+            title = "" if entry.get("title") is None else text_field(entry, "title", place, empty=True)
+            texts.append(f"{title} {text_field(entry, 'text', place)}".strip())
+        return texts
+    texts = [line.rstrip("\r\n") for _, line in text_lines(path)]
+    if not texts:
+        raise ValueError(f"--corpus={path}: expected a text a line, found none")
+    return texts
+
+
 def model_card(config: Config, workdir: Path, prepared: Prepared) -> str:
     """README.md of an export."""
     pairs, plan = prepared.pairs, prepared.plan
-    file = workdir / EVALUATION
-    results = "Not evaluated."
-    if file.exists():
-        results = metrics.table(read_json(file)["sets"], f"NDCG@{config.evaluate.cutoff}")
+    scores = read_scores(workdir)
+    results = metrics.table(scores["sets"], f"NDCG@{config.evaluate.cutoff}") if scores else "Not evaluated."
     kind = config.model.kind if config.model.kind == "biencoder" else f"contextual, {config.model.context_attention}"
     return f"""# A cde_jax model ({kind})
 

@@ -1,174 +1,136 @@
 """The stage before training: source → pairs → tokens → surrogate vectors → batch plan.
 
-Each part is a folder that appears whole or not at all. One that is there and belongs to the same settings is kept;
-one that belongs to others is an error, unless it is to be rebuilt.
+Each part is a folder that appears whole or not at all. One that is there and fits the configuration is kept; one that
+does not fit is an error, or with `rebuild` made again, and so is what depends on it.
 """
 
-import dataclasses
 import logging
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.config import Config, evaluation_name, flatten
-from cde_jax.data.files import fingerprint
+from cde_jax.config import Config
+from cde_jax.data.files import NewFolder
 from cde_jax.data.pairs import InputLog, Pair, clean, write_pairs
 from cde_jax.data.sources import beir, docstrings, huggingface, jsonl
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
+from cde_jax.stages.check import check_pairs
+from cde_jax.stages.workdir import (
+    COLLECTIONS,
+    FILTER_VECTORS,
+    LSA,
+    PAIRS,
+    PLAN,
+    SETS,
+    STORE,
+    TOKENIZER,
+    VECTORS,
+    Prepared,
+    check_identity,
+    load_tokenizer,
+    pairs_settings,
+)
 
 log = logging.getLogger(__name__)
 
-STORE = "store"
-PAIRS, VECTORS, FILTER_VECTORS, LSA, TOKENIZER, COLLECTIONS, SETS = (
-    f"{STORE}/{name}"
-    for name in ("pairs", "vectors", "filter_vectors", "lsa", "tokenizer", "collections", "evaluation")
-)
-PLAN = "plan"
-Encoders = tuple[surrogate.Encode, surrogate.Encode]  # of queries, of documents
+
+class Source(NamedTuple):
+    """Where pairs come from: `read(log=…)` yields them anew at each call."""
+
+    read: Callable[..., Iterator[Pair]]
+    inputs: dict[str, Any]  # what is read, by content: a changed file or package makes other pairs
+    prefixes: Mapping[str, tuple[str, str]]  # of queries and documents, of the domains that have their own
+    counts: Counter[str]  # of what reading and cleaning leave out
 
 
-class Prepared(NamedTuple):
-    """What the stages after `prepare` read; opened and verified once in a run."""
+class _Role(NamedTuple):
+    """A surrogate, and where its vectors are: the first role's arrange pairs, the last one's find negatives."""
 
-    pairs: Store
-    plan: BatchPlan
-    tokenizer: Tokenizer
-
-
-def prepare(
-    config: Config, workdir: Path, *, rebuild: bool = False, checkpoint: Callable[[str], Encoders] | None = None
-) -> Prepared:
-    """Make or keep `store/` and `plan/`.
-
-    `checkpoint` gives the encoders of one of our own models by its directory, for a surrogate "checkpoint:DIR".
-    """
-    b = config.batching
-    pairs = _pairs(config, workdir, rebuild)
-    vectors = _vectors(config, workdir / VECTORS, pairs, b.surrogate, b.surrogate_prompts, rebuild, checkpoint)
-    filter_vectors = vectors
-    if _has_filter(config):
-        name, prompts = b.filter_surrogate or b.surrogate, b.filter_prompts
-        filter_vectors = _vectors(config, workdir / FILTER_VECTORS, pairs, name, prompts, rebuild, checkpoint)
-    plan = _plan(config, workdir, pairs, vectors, filter_vectors, rebuild)
-    return Prepared(pairs, plan, _tokenizer(workdir, pairs))
+    folder: str
+    name: str
+    prompts: tuple[str, ...]  # of queries and documents, or none
 
 
-def load_prepared(config: Config, workdir: Path) -> Prepared:
-    """What `prepare` left in a work directory, checked against each other and the config."""
-    pairs = Store.open(workdir / PAIRS, kind="pairs")
-    tokenizer = _tokenizer(workdir, pairs)
-    plan = BatchPlan.load(workdir / PLAN)
-    plan.verify(pairs.fingerprint, config.batching.plan_settings(config.seed))
+def open_source(config: Config, workdir: Path) -> Source:
+    """The source that the config names. Raises ValueError for inputs that are not there; writes nothing."""
+    d, prefixes = config.data, {}
+    counts: Counter[str] = Counter()
+    if d.source == "jsonl":
+        read, inputs = partial(jsonl.read_pairs, d.paths), jsonl.identity(d.paths)
+    elif d.source == "huggingface":
+        read, inputs = partial(huggingface.read_pairs, d.paths, d.columns), huggingface.identity(d.paths)
+    elif d.source == "tfds":
+        from cde_jax.data.sources import tfds_pairs  # takes seconds to import
+
+        read = partial(tfds_pairs.read_pairs, d.collections, d.paths[0], workdir / COLLECTIONS)
+        inputs, prefixes = tfds_pairs.identity(d.collections, d.paths[0]), tfds_pairs.prefixes(d.collections)
+    else:
+        packages = docstrings.core_packages() if d.packages == "core" else docstrings.installed_packages()
+        if missing := sorted(set(d.held_out) - set(packages)):
+            raise ValueError(f"data.held_out names {missing}, which are not among the {d.packages} packages {packages}")
+        read = partial(docstrings.read_pairs, packages, standard_library=d.standard_library, counts=counts)
+        inputs = docstrings.identity(packages, d.standard_library)
+    return Source(read, inputs, prefixes, counts)
+
+
+def prepare(config: Config, workdir: Path, source: Source, *, rebuild: bool = False) -> Prepared:
+    """Keep or make `store/` and `plan/`. Raises ValueError for a part that does not fit, unless it is to be rebuilt."""
+    b, roles = config.batching, _roles(config)
+    pairs = _keep_pairs(config, workdir, source, rebuild) or _make_pairs(config, workdir, source)
+    tokenizer = load_tokenizer(workdir, pairs)
+    check_pairs(config, pairs)
+    wanted = [_vectors_identity(config, pairs, role) for role in roles]
+    kept = [_keep_vectors(workdir, role, each, rebuild) for role, each in zip(roles, wanted, strict=True)]
+    plan = _keep_plan(config, workdir, pairs, wanted, rebuild)  # refused before vectors are made, which may take hours
+    vectors = [
+        store or _make_vectors(config, workdir, pairs, role, identity)
+        for store, role, identity in zip(kept, roles, wanted, strict=True)
+    ]
+    if plan is None:
+        log.info("building the batch plan")
+        plan = build_plan(workdir / PLAN, pairs, vectors[0], b, config.seed, filter_vectors=vectors[-1])
     return Prepared(pairs, plan, tokenizer)
 
 
-def _tokenizer(workdir: Path, pairs: Store) -> Tokenizer:
-    tokenizer = Tokenizer.load(workdir / TOKENIZER)
-    if tokenizer.fingerprint != pairs.manifest["tokenizer"]:
-        raise ValueError(
-            f"{workdir / PAIRS} was made with another tokenizer: expected fingerprint {tokenizer.fingerprint}, that of "
-            f"{workdir / TOKENIZER}, it has {pairs.manifest['tokenizer']}; run --stage=prepare --rebuild"
-        )
-    return tokenizer
-
-
-def evaluation_sets(config: Config, workdir: Path, names: Sequence[str] | None = None) -> list[beir.EvaluationSet]:
-    """The held-out packages that `prepare` wrote, and the folders that the config names; all, or those of `names`."""
+def _keep_pairs(config: Config, workdir: Path, source: Source, rebuild: bool) -> Store | None:
+    identity = {"source": {"settings": pairs_settings(config), "inputs": source.inputs}}
     held_out = config.data.held_out if config.data.source == "docstrings" else ()
-    folders = {name: workdir / SETS / name for name in held_out}
-    folders |= {evaluation_name(path): Path(path) for path in config.data.evaluation}
-    return [beir.read(folder) for name, folder in folders.items() if names is None or name in names]
+    return _keep(workdir, PAIRS, "pairs", identity, rebuild, [TOKENIZER, *(f"{SETS}/{name}" for name in held_out)])
 
 
-class _Source(NamedTuple):
-    """Where pairs come from: `read` yields them anew at each call; `prefixes` by domain, where they have their own."""
-
-    read: Callable[[], Iterator[Pair]]
-    identity: Callable[[], dict[str, Any]]  # what the inputs are: a changed file or package makes other pairs
-    prefixes: Mapping[str, tuple[str, str]] = MappingProxyType({})
-
-
-def _source(config: Config, workdir: Path, counts: Counter[str], inputs: InputLog) -> _Source:
-    d = config.data
-    if d.source == "jsonl":
-        return _Source(lambda: jsonl.read_pairs(d.paths, inputs), lambda: jsonl.identity(d.paths))
-    if d.source == "huggingface":
-        return _Source(
-            lambda: huggingface.read_pairs(d.paths, d.columns, inputs), lambda: huggingface.identity(d.paths)
-        )
-    if d.source == "tfds":
-        from cde_jax.data.sources import tfds_pairs  # takes seconds to import
-
-        names, folder, cache = d.collections, Path(d.paths[0]), workdir / COLLECTIONS
-        return _Source(
-            lambda: tfds_pairs.read_pairs(names, folder, cache, inputs),
-            lambda: tfds_pairs.identity(names, folder),
-            tfds_pairs.prefixes(names),
-        )
-    packages = _packages(config)
-    return _Source(
-        lambda: _docstrings(config, packages, workdir, counts, inputs),
-        lambda: docstrings.identity(packages, d.standard_library),
-    )
-
-
-def _packages(config: Config) -> tuple[str, ...]:
-    d = config.data
-    packages = docstrings.core_packages() if d.packages == "core" else docstrings.installed_packages()
-    missing = sorted(set(d.held_out) - set(packages))
-    if missing:
-        raise ValueError(f"data.held_out names {missing}, which are not among the {d.packages} packages {packages}")
-    return packages
-
-
-def _docstrings(
-    config: Config, packages: tuple[str, ...], workdir: Path, counts: Counter[str], inputs: InputLog
-) -> Iterator[Pair]:
-    """The training pairs; the held-out packages become evaluation sets."""
-    d = config.data
-    log.info("reading docstrings")
-    everything = list(docstrings.read_pairs(packages, standard_library=d.standard_library, counts=counts, log=inputs))
-    for name in d.held_out:
-        beir.write(docstrings.evaluation_set(name, everything), workdir / SETS / name)
-    return iter([pair for pair in everything if pair.domain not in d.held_out])
-
-
-def _pairs(config: Config, workdir: Path, rebuild: bool) -> Store:
-    d = config.data
-    counts: Counter[str] = Counter()
-    inputs = InputLog()
-    source = _source(config, workdir, counts, inputs)
-    about = {
-        "settings": {k: v for k, v in dataclasses.asdict(d).items() if k != "evaluation"},
-        "inputs": source.identity(),
-    }
-    if _keep(workdir / PAIRS, "pairs", about, lambda manifest: manifest["source"], rebuild):
-        return Store.open(workdir / PAIRS, kind="pairs")
+def _make_pairs(config: Config, workdir: Path, source: Source) -> Store:
+    d, inputs = config.data, InputLog()
+    log.info("reading pairs: %s", d.source)
+    read = partial(source.read, log=inputs)
     if d.source == "docstrings":  # a few thousand, read from hundreds of files: once is enough
-        training = list(source.read())
-        source = source._replace(read=lambda: iter(training))
+        everything = list(read())
+        for name in d.held_out:
+            beir.write(docstrings.evaluation_set(name, everything), workdir / SETS / name)
+        read = partial(iter, [pair for pair in everything if pair.domain not in d.held_out])
     if d.tokenizer == "wordpiece":
-        tokenizer = Tokenizer.train(_Texts(source.read), d.vocab_size)
+        tokenizer = Tokenizer.train(_Texts(read), d.vocab_size)
     else:
         tokenizer = Tokenizer.load(d.tokenizer)
     tokenizer.save(workdir / TOKENIZER)
     return write_pairs(
         workdir / PAIRS,
-        clean(source.read, counts, folder=workdir / STORE),
+        clean(read, source.counts, folder=workdir / STORE),
         tokenizer,
         query_prefix=d.query_prefix,
         document_prefix=d.document_prefix,
         prefixes=source.prefixes,
         query_length=d.query_length,
         document_length=d.document_length,
-        source=about,
-        counts=counts,
+        source={"settings": pairs_settings(config), "inputs": source.inputs},
+        counts=source.counts,
         inputs=inputs,
     )
 
@@ -183,74 +145,112 @@ class _Texts:
         return (text for pair in self.read() for text in (pair.query, pair.document))
 
 
-def _has_filter(config: Config) -> bool:
-    """Whether another surrogate than that of the clusters decides what is a false negative."""
+def _roles(config: Config) -> list[_Role]:
     b = config.batching
-    return bool(b.filter_surrogate or b.filter_prompts) and (
-        (b.filter_surrogate or b.surrogate, b.filter_prompts) != (b.surrogate, b.surrogate_prompts)
-    )
+    roles = [_Role(VECTORS, b.surrogate, b.surrogate_prompts)]
+    if not b.filter_is_surrogate:
+        roles.append(_Role(FILTER_VECTORS, b.filter_surrogate or b.surrogate, b.filter_prompts))
+    return [r if r.name.startswith("sentence-transformers:") else r._replace(prompts=()) for r in roles]
 
 
-def _vectors(
-    config: Config,
-    folder: Path,
-    pairs: Store,
-    name: str,
-    prompts: tuple[str, ...],
-    rebuild: bool,
-    checkpoint: Callable[[str], Encoders] | None,
-) -> Store:
-    """The vectors of all pairs by the surrogate `name`, made or kept."""
-    if name == "lsa":
+def _vectors_identity(config: Config, pairs: Store, role: _Role) -> dict[str, Any]:
+    if role.name == "lsa":
         settings = {"width": config.batching.surrogate_width, "seed": config.seed}
     else:
-        settings = {"files": surrogate.identity(name), "prompts": prompts}
-    about = {"texts": surrogate.texts_fingerprint(pairs), "surrogate": name, "settings": settings}
-    if _keep(folder, "vectors", about, lambda manifest: {key: manifest[key] for key in about}, rebuild):
-        return Store.open(folder, kind="vectors")
-    log.info("surrogate vectors: %s", name)
-    if name == "lsa":
+        settings = {"files": surrogate.identity(role.name), "prompts": role.prompts}
+    name = {} if settings.get("files") else {"surrogate": role.name}  # a folder may move: its files are compared
+    texts, digest = surrogate.texts_fingerprint(pairs), surrogate.vectors_fingerprint(pairs, role.name, settings)
+    return name | {"texts": texts, "settings": settings, "fingerprint": digest}
+
+
+def _keep_vectors(workdir: Path, role: _Role, identity: dict[str, Any], rebuild: bool) -> Store | None:
+    return _keep(workdir, role.folder, "vectors", identity, rebuild, [LSA] if role.name == "lsa" else [])
+
+
+def _make_vectors(config: Config, workdir: Path, pairs: Store, role: _Role, identity: dict[str, Any]) -> Store:
+    """The vectors of all pairs: from the cache where they are there, else by the surrogate."""
+    cache = config.batching.vectors_cache
+    cached = Path(cache).expanduser() / identity["fingerprint"]
+    copies = {workdir / role.folder: cached}
+    if role.name == "lsa":
+        copies[workdir / LSA] = cached.with_name(f"{cached.name}-lsa")
+    if cache and all(folder.exists() for folder in copies.values()):
+        log.info("surrogate vectors: %s, from %s", role.name, cached)
+        for folder, source in copies.items():
+            _copy_store(source, folder)
+        return Store.open(workdir / role.folder, kind="vectors")
+    log.info("surrogate vectors: %s", role.name)
+    settings = identity["settings"]
+    encode = _encoders(workdir, pairs, role, settings)
+    store = surrogate.write_vectors(workdir / role.folder, pairs, encode, name=role.name, settings=settings)
+    for folder, target in copies.items() if cache else ():
+        _copy_store(folder, target)
+    return store
+
+
+def _encoders(workdir: Path, pairs: Store, role: _Role, settings: dict[str, Any]) -> Any:
+    """The function texts → vectors of a surrogate, or one for queries and one for documents."""
+    if role.name == "lsa":
         texts = (surrogate.Texts(pairs.ragged(side)) for side in ("query_text", "document_text"))
         lsa = surrogate.lsa(*texts, **settings)
-        lsa.save(folder.parent / Path(LSA).name)
-        encode = lsa.encode
-    elif name.startswith("checkpoint:"):
-        encode = checkpoint(name.removeprefix("checkpoint:"))
-    else:
-        encode = surrogate.sentence_transformer(name, prompts)
-    return surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings)
+        lsa.save(workdir / LSA)
+        return lsa.encode
+    if role.name.startswith("checkpoint:"):
+        from cde_jax.retrieval.embedder import Embedder
+
+        embedder = Embedder.from_pretrained(role.name.removeprefix("checkpoint:"), progress=False)
+        return embedder.encode_queries, embedder.encode_documents
+    return surrogate.sentence_transformer(role.name, role.prompts)
 
 
-def _plan(
-    config: Config, workdir: Path, pairs: Store, vectors: Store, filter_vectors: Store, rebuild: bool
-) -> BatchPlan:
-    if (workdir / PLAN).exists() and not rebuild:
+def _copy_store(source: Path, target: Path) -> None:
+    """A finished store in another place: hard links, or copies on another file system; whole or not at all."""
+    with NewFolder(target, marker="manifest.json") as new:
+        for file in source.iterdir():
+            try:
+                os.link(file, new.path / file.name)
+            except OSError:
+                shutil.copyfile(file, new.path / file.name)
+        new.put_in_place()
+
+
+def _keep_plan(
+    config: Config, workdir: Path, pairs: Store, vectors: list[dict[str, Any]], rebuild: bool
+) -> BatchPlan | None:
+    if not (workdir / PLAN).exists():
+        return None
+    try:
         plan = BatchPlan.load(workdir / PLAN)
-        plan.verify(
-            pairs.fingerprint,
-            config.batching.plan_settings(config.seed),
-            vectors.fingerprint,
-            filter_vectors.fingerprint,
-        )
-        log.info("the plan is there and fits: kept")
-        return plan
-    log.info("building the batch plan")
-    return build_plan(workdir / PLAN, pairs, vectors, config.batching, config.seed, filter_vectors=filter_vectors)
+        used = (vectors[place]["fingerprint"] for place in (0, -1))
+        plan.verify(pairs.fingerprint, config.batching.plan_settings(config.seed), *used)
+    except ValueError as error:
+        if not rebuild:
+            raise
+        log.warning("the plan is made again: %s", error)
+        return None
+    log.info("the plan is there and fits: kept")
+    return plan
 
 
-def _keep(folder: Path, kind: str, about: dict, found: Callable[[dict], dict], rebuild: bool) -> bool:
-    """Whether the artefact is there and fits; one that does not fit is an error, or goes if it is to be rebuilt."""
-    if rebuild or not folder.exists():  # a new one takes an old one's place when it is whole, not before
-        return False
-    ours, theirs = about, found(Store.open(folder, kind=kind, verify=False).manifest)
-    expected, got = fingerprint(ours), fingerprint(theirs)
-    if got != expected:
-        ours, theirs = flatten(ours), flatten(theirs)
-        keys = [key for key in {**ours, **theirs} if fingerprint(ours.get(key, "")) != fingerprint(theirs.get(key, ""))]
-        different = ", ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys[:5])
-        raise ValueError(
-            f"{folder} was made from other inputs or settings: expected fingerprint {expected}, it has {got} "
-            f"({different}). Choose another --workdir, or --rebuild to make it again"
-        )
+def _keep(
+    workdir: Path, name: str, kind: str, identity: dict[str, Any], rebuild: bool, beside: Sequence[str]
+) -> Store | None:
+    """The store `name`, verified, if it and the folders `beside` it are there and fit; None: to be made."""
+    folder = workdir / name
+    if not folder.exists():
+        return None
+    try:
+        if missing := [other for other in beside if not (workdir / other).exists()]:
+            raise ValueError(f"{folder} is there without {', '.join(missing)}; --rebuild makes it again")
+        recorded = Store.open(folder, kind=kind, verify=False).manifest
+        check_identity(folder, identity, recorded)
+        store = Store.open(folder, kind=kind)
+        if kind == "pairs":
+            load_tokenizer(workdir, store)
+    except ValueError as error:
+        if not rebuild:
+            raise
+        log.warning("%s are made again: %s", kind, error)
+        return None
     log.info("%s are there and fit: kept", kind)
-    return True
+    return store

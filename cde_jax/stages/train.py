@@ -12,22 +12,22 @@ from flax import nnx
 
 from cde_jax.batching.loader import Loader
 from cde_jax.config import Config
-from cde_jax.data.files import read_json, write_json
+from cde_jax.data.files import write_json
 from cde_jax.evaluation import beir
+from cde_jax.evaluation.tokens import read_tokens
 from cde_jax.interop.read import load_encoder
 from cde_jax.models.attention import select_kernel
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
-from cde_jax.models.encoder import Encoder, select_remat
+from cde_jax.models.encoder import select_remat
 from cde_jax.stages.assemble import CHUNKS, Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
-from cde_jax.stages.evaluate import CHECKPOINTS, make_embedder, run_identity
-from cde_jax.stages.prepare import Prepared, evaluation_sets
+from cde_jax.stages.check import check_initial_encoders, check_steps
+from cde_jax.stages.evaluate import make_embedder, run_identity
+from cde_jax.stages.workdir import CHECKPOINTS, TOKENS, TRAINING, Prepared, read_record
 from cde_jax.training import loop, sharding
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import TrainState, stream
 
 log = logging.getLogger(__name__)
-
-TRAINING = "training.json"
 
 
 def train(config: Config, workdir: Path, prepared: Prepared) -> bool:
@@ -35,13 +35,13 @@ def train(config: Config, workdir: Path, prepared: Prepared) -> bool:
     identity = run_identity(config, prepared.plan)
     checkpoints = Checkpoints(workdir / CHECKPOINTS, identity)
     try:
-        steps, newest = config.train.steps or len(prepared.plan) // config.train.batches_per_step, checkpoints.newest()
+        steps, newest = check_steps(config.train, len(prepared.plan)), checkpoints.newest()
         if newest is not None and newest >= steps:
             log.info("all %d steps are done: training is skipped", steps)
             return True
         # Parameters that a checkpoint is about to replace need no pretrained weights.
-        model = (initial_model if newest is None else _random_model)(config, prepared.tokenizer.vocab_size)
-        config = _with_chunks(config, workdir, identity, model, prepared)
+        model = (initial_model if newest is None else _random_model)(config, prepared.vocab_size)
+        config = with_chunks(config, workdir, identity, model, prepared)
         training = make_training(config, model, prepared.plan)
         if newest is not None:
             training = training._replace(state=checkpoints.restore(newest, training.state))
@@ -53,10 +53,14 @@ def train(config: Config, workdir: Path, prepared: Prepared) -> bool:
 
 def initial_model(config: Config, vocab_size: int) -> Biencoder | ContextualEncoder:
     """Random parameters, then the pretrained encoders that `model.init` names."""
+    check_initial_encoders(config, vocab_size)
     model, init = _random_model(config, vocab_size), config.model.init
-    _start_from(model.encoder, init.second_stage, init.layers, "second_stage")
+    encoders = {model.encoder: init.second_stage}
     if isinstance(model, ContextualEncoder):
-        _start_from(model.first_stage.encoder, init.first_stage, init.layers, "first_stage")
+        encoders[model.first_stage.encoder] = init.first_stage
+    for encoder, name in encoders.items():
+        if name:
+            nnx.update(encoder, nnx.state(load_encoder(name, init.layers or None), nnx.Param))
     return model
 
 
@@ -64,27 +68,10 @@ def _random_model(config: Config, vocab_size: int) -> Biencoder | ContextualEnco
     return build_model(config, vocab_size, compute_dtype(config))
 
 
-def _start_from(encoder: Encoder, name: str, layers: int, stage: str) -> None:
-    if not name:
-        return
-    pretrained = load_encoder(name, layers or None)
-    different = [
-        f"{field}: the config says {value!r}, the checkpoint {other!r}"
-        for field, value in vars(encoder.config).items()
-        if field not in ("dtype", "remat", "attention") and value != (other := getattr(pretrained.config, field))
-    ]
-    if different:
-        raise ValueError(
-            f"model.init.{stage} {name!r} is of another shape than the config's model: " + "; ".join(different) + ". "
-            "Set model.* to the checkpoint's shape"
-        )
-    nnx.update(encoder, nnx.state(pretrained, nnx.Param))
-
-
-def _with_chunks(config: Config, workdir: Path, identity: dict[str, str], model, prepared: Prepared) -> Config:
+def with_chunks(config: Config, workdir: Path, identity: dict[str, str], model, prepared: Prepared) -> Config:
     """`config` with numbers for chunk sizes of −1: those of training.json, so that a resumed run computes the same."""
-    file = workdir / TRAINING
-    if file.exists() and (before := read_json(file))["belongs"] == identity:
+    before = read_record(workdir / TRAINING, identity=dict, chunks=dict)
+    if before and before["identity"] == identity and before["chunks"].keys() == set(CHUNKS):
         return dataclasses.replace(config, train=dataclasses.replace(config.train, **before["chunks"]))
     return fit_chunks(config, model, prepared.plan, prepared.pairs)
 
@@ -96,7 +83,7 @@ def _run(config: Config, workdir: Path, prepared: Prepared, training: Training, 
     loader = make_loader(config, prepared.plan, prepared.pairs)
     chosen = _description(config, training, checkpoints.belongs, loader)
     write_json(workdir / TRAINING, chosen)
-    log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "belongs"))
+    log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "identity"))
 
     def batches(start: int, stop: int) -> Iterator[dict[str, Any]]:
         loaded = loader.iterate(start, stop, threads=b.threads, workers=b.workers, prefetch=b.prefetch)
@@ -104,7 +91,7 @@ def _run(config: Config, workdir: Path, prepared: Prepared, training: Training, 
             yield from sharding.shard_ahead(mesh, loaded)
 
     name = config.evaluate.development
-    development = evaluation_sets(config, workdir, [name])[0] if name else None
+    development = read_tokens(workdir / TOKENS / name) if name else None
 
     def score(state: TrainState) -> float:
         embedder = make_embedder(config, workdir, nnx.merge(graph, state.params), prepared.tokenizer)
@@ -129,7 +116,7 @@ def _description(config: Config, training: Training, identity: dict[str, str], l
     """The content of training.json: what was chosen where the config leaves it open."""
     encoder, device = nnx.merge(training.graph, training.state.params).encoder.config, jax.devices()[0]
     return {
-        "belongs": identity,
+        "identity": identity,
         "steps": training.steps,
         "devices": f"{training.mesh.size} x {device.platform} {device.device_kind}",
         "dtype": encoder.dtype,
