@@ -129,8 +129,8 @@ def test_an_epoch_has_each_row_as_often_as_its_weight_says(n, batch_size, weight
     assignments = np.unique(random.integers(5, size=n), return_inverse=True)[1]
     rows = np.sort(random.choice(1000, n, replace=False))
     centroids = document_centroids(random.normal(size=(n, 3)), assignments, np.arange(n)) if tsp else None
-    group = Group("all", (0,), rows, weight)
-    batches = epoch_batches(group, assignments, centroids, batch_size, random)
+    group = Group("all", (0,), rows, weight, assignments)
+    batches = epoch_batches(group, centroids, batch_size, random)
     assert batches.shape == (epoch_size(group, batch_size), batch_size)
     assert (len(batches) > 0) == (weight > 0)
     assert abs(len(batches) - weight * (n // batch_size)) <= (0.5 if len(batches) > 1 else 1)
@@ -148,16 +148,16 @@ def test_weight_one_is_a_single_arrangement():
         random = np.random.default_rng(5)
         expected = arrange(rows, assignments, points, 5, random)
         again = np.random.default_rng(5)
-        np.testing.assert_array_equal(epoch_batches(Group("all", (0,), rows), assignments, points, 5, again), expected)
+        group = Group("all", (0,), rows, assignments=assignments)
+        np.testing.assert_array_equal(epoch_batches(group, points, 5, again), expected)
         assert random.random() == again.random()  # and the same random numbers are left for what follows
 
 
 def test_half_of_a_domain_is_not_always_the_same_half():
     rows, assignments = np.arange(40), np.arange(40) // 10
-    group = Group("all", (0,), rows, 0.5)
+    group = Group("all", (0,), rows, 0.5, assignments)
     halves = {
-        tuple(sorted(epoch_batches(group, assignments, None, 4, np.random.default_rng(e)).ravel().tolist()))
-        for e in range(20)
+        tuple(sorted(epoch_batches(group, None, 4, np.random.default_rng(e)).ravel().tolist())) for e in range(20)
     }
     assert len(halves) == 20 and all(len(half) == 20 for half in halves)
     assert set().union(*halves) == set(range(40))

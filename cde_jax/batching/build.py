@@ -36,21 +36,6 @@ MUCH_MASKED = 0.25  # share of masked negatives from which on there is a warning
 RANDOM_PAIRS = 4096  # drawn to estimate the similarity of a query and any document
 
 
-class Part(NamedTuple):
-    """A group of the plan with its clusters. One of weight 0 has no batches and no clusters."""
-
-    group: pack.Group
-    batches: int  # in an epoch
-    assignments: Int64[np.ndarray, " rows"]  # the cluster of each row, numbered without the empty ones
-    empty: int = 0  # clusters without pairs
-    objective: float | None = None  # of the k-means
-
-    @property
-    def sizes(self) -> Int64[np.ndarray, " clusters"]:
-        """Pairs in each cluster."""
-        return np.bincount(self.assignments)
-
-
 class Inputs(NamedTuple):
     """What a plan is made from. n pairs, m ≥ n documents."""
 
@@ -131,8 +116,8 @@ def build_plan(
     }
     difficulty, content = Difficulty(len(groups)), hashlib.sha256()
     with StoreWriter(directory, "plan") as writer:  # opened first: a folder that cannot be written to is an error now
-        parts = cluster_groups(groups, inputs)
-        for name, array in plan_arrays(parts, inputs, difficulty):
+        groups = cluster_groups(groups, inputs)
+        for name, array in plan_arrays(groups, inputs, difficulty):
             writer.append(name, array)
             content.update(np.ascontiguousarray(array))
         summary = {
@@ -140,59 +125,56 @@ def build_plan(
             "surrogate": vectors.manifest.get("surrogate"),
             "filter_surrogate": filter_vectors.manifest.get("surrogate"),
         }
-        writer.finish(summary | identity | _summary(parts, names, left_out, inputs, difficulty))
+        writer.finish(summary | identity | _summary(groups, names, left_out, inputs, difficulty))
     if (masked := difficulty.means()["masked_share"] or 0) >= MUCH_MASKED:
         log.warning("%.1f %% of the negatives are masked: equal texts, or too small a filter_margin", 100 * masked)
     return BatchPlan.load(directory)
 
 
-def cluster_groups(groups: Sequence[pack.Group], inputs: Inputs) -> list[Part]:
-    """The groups with their clusters; with method "random" a group is one cluster."""
-    settings, parts, results = inputs.settings, [], iter(())
-    if settings.method == "clustered":
-        rows = [group.rows for group in groups if group.weight]
-        results = iter(cluster_domains(inputs.queries, inputs.documents, rows, settings, inputs.seed))
-    for group in groups:
-        batches = pack.epoch_size(group, settings.batch_size)
-        if group.weight and settings.method == "clustered":
-            clusters = next(results)
-            used, assignments = np.unique(clusters.assignments, return_inverse=True)
-            empty = len(clusters.centroids) - len(used)
-            parts.append(Part(group, batches, assignments.astype(np.int64), empty, clusters.objective))
-        else:
-            parts.append(Part(group, batches, np.zeros(len(group.rows) if group.weight else 0, np.int64)))
-    return parts
+def cluster_groups(groups: Sequence[pack.Group], inputs: Inputs) -> list[pack.Group]:
+    """The groups with their clusters, one of weight 0 without; with method "random" a group is one cluster."""
+    used = [group for group in groups if group.weight]
+    if inputs.settings.method == "random":
+        clustered = [group._replace(assignments=np.zeros(len(group.rows), np.int64)) for group in used]
+    else:
+        rows = [group.rows for group in used]
+        results = cluster_domains(inputs.queries, inputs.documents, rows, inputs.settings, inputs.seed)
+        clustered = []
+        for group, clusters in zip(used, results, strict=True):
+            numbers, assignments = np.unique(clusters.assignments, return_inverse=True)
+            empty, objective = len(clusters.centroids) - len(numbers), clusters.objective
+            clustered.append(group._replace(assignments=assignments, empty=empty, objective=objective))
+    remaining = iter(clustered)
+    return [next(remaining) if group.weight else group for group in groups]
 
 
 def plan_arrays(
-    parts: Sequence[Part], inputs: Inputs, difficulty: Difficulty
+    groups: Sequence[pack.Group], inputs: Inputs, difficulty: Difficulty
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
     """The arrays of `BatchPlan` in pieces with their names; each batch is added to `difficulty` as it is made."""
     settings, keys = inputs.settings, inputs.keys
     clusters, first = np.full(len(inputs.queries), -1, np.int32), 0
-    for part in parts:
-        if part.batches:
-            clusters[part.group.rows] = first + part.assignments
-            first += len(part.sizes)
+    for group in groups:
+        if group.weight:
+            clusters[group.rows] = first + group.assignments
+            first += len(group.cluster_sizes)
     yield "clusters", clusters
     tsp = settings.packing == "tsp"
     centroids = [
-        pack.document_centroids(inputs.documents, part.assignments, part.group.rows) if tsp and part.batches else None
-        for part in parts
+        pack.document_centroids(inputs.documents, group.assignments, group.rows) if tsp and group.weight else None
+        for group in groups
     ]
-    mined = [_mine(part, inputs) for part in parts]
-    per_epoch = sum(part.batches for part in parts)
+    mined = [_mine(group, inputs) for group in groups]
+    per_epoch = sum(pack.epoch_size(group, settings.batch_size) for group in groups)
     with tqdm(total=settings.epochs * per_epoch, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
         for epoch in range(settings.epochs):
-            rows, numbers = _arrange_epoch(parts, centroids, epoch, inputs)
+            rows, numbers = _arrange_epoch(groups, centroids, epoch, inputs)
             yield "rows", rows
             yield "groups", numbers
-            with threads().limit(
-                limits=1
-            ):  # more gain little on matrices of this size, and cost much when all are busy
+            with threads().limit(limits=1):  # more gain little on small matrices, and cost much on a busy machine
                 for step, batch, number in zip(count(epoch * per_epoch), rows, numbers.tolist(), strict=False):
                     random = np.random.default_rng([inputs.seed, NEGATIVES_STREAM, step])
-                    pool = parts[number].group.rows
+                    pool = groups[number].rows
                     candidates = mined[number][np.searchsorted(pool, batch)]  # [B, window]
                     hard, given = negatives.choose_hard_negatives(
                         batch, settings.hard_negatives, candidates, pool, keys, random
@@ -206,68 +188,74 @@ def plan_arrays(
                     bar.update()
 
 
-def _mine(part: Part, inputs: Inputs) -> Int32[np.ndarray, "rows window"]:
+def _mine(group: pack.Group, inputs: Inputs) -> Int32[np.ndarray, "rows window"]:
     """Mined candidates of each row of the group, −1 for none; no columns where nothing is to be mined."""
-    settings, rows = inputs.settings, part.group.rows
+    settings, rows = inputs.settings, group.rows
     first, last = settings.mine_first, min(settings.mine_last, len(rows))
-    if not (settings.hard_negatives and part.batches and 0 < first <= last):
+    if not (settings.hard_negatives and group.weight and 0 < first <= last):
         return np.empty((len(rows), 0), np.int32)
     vectors, margin = (inputs.filter_queries, inputs.filter_documents), settings.mine_margin
     return negatives.mine_hard_negatives(*vectors, rows, inputs.keys, first, last, margin, inputs.seed)
 
 
 def _arrange_epoch(
-    parts: Sequence[Part], centroids: Sequence[Float[np.ndarray, "_ D"] | None], epoch: int, inputs: Inputs
+    groups: Sequence[pack.Group], centroids: Sequence[Float[np.ndarray, "_ D"] | None], epoch: int, inputs: Inputs
 ) -> tuple[Int64[np.ndarray, "S B"], Int32[np.ndarray, " S"]]:
     """The rows of an epoch's batches and the numbers of their groups, shuffled: the same clusters arranged anew."""
     random = np.random.default_rng([inputs.seed, EPOCH_STREAM, epoch])
     batches = [
-        pack.epoch_batches(part.group, part.assignments, points, inputs.settings.batch_size, random)
-        for part, points in zip(parts, centroids, strict=True)
-        if part.batches
+        pack.epoch_batches(group, points, inputs.settings.batch_size, random)
+        for group, points in zip(groups, centroids, strict=True)
+        if group.weight
     ]
-    numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [part.batches for part in parts])
+    used = [number for number, group in enumerate(groups) if group.weight]
+    numbers = np.repeat(np.array(used, np.int32), [len(part) for part in batches])
     order = random.permutation(len(numbers))
     return np.concatenate(batches)[order], numbers[order]
 
 
 def _summary(
-    parts: Sequence[Part], names: Sequence[str], left_out: pack.Group | None, inputs: Inputs, difficulty: Difficulty
+    groups: Sequence[pack.Group],
+    names: Sequence[str],
+    left_out: pack.Group | None,
+    inputs: Inputs,
+    difficulty: Difficulty,
 ) -> dict[str, Any]:
     """For a reader of the manifest: what an epoch is made of, what it leaves out, and how hard the batches are.
 
     "median_cluster_size": half of the pairs are in a cluster of at most that size. It exceeds `cluster_size` where
     clusters are empty: their centroids are the nearest of rows d⊕q only.
     """
-    groups = [
-        {
-            "name": part.group.name,
-            "domains": [names[i] for i in part.group.domains],
-            "rows": len(part.group.rows),
-            "clusters": len(part.sizes),
-            "empty_clusters": part.empty,
-            "median_cluster_size": _median_size(part.sizes),
-            "weight": part.group.weight,
-            "batches": part.batches,
-            "left_out": max(0, len(part.group.rows) - part.batches * inputs.settings.batch_size),
-            "objective": None if part.objective is None else round(part.objective, 6),
-            "difficulty": (means := difficulty.means(number)),
-            "masked_share": means.pop("masked_share"),
-        }
-        for number, part in enumerate(parts)
-    ]
-    per_epoch, sizes = sum(part.batches for part in parts), np.concatenate([part.sizes for part in parts])
+    batch_size = inputs.settings.batch_size
+    batches = [pack.epoch_size(group, batch_size) for group in groups]
+    sizes = np.concatenate([group.cluster_sizes for group in groups])
     powers = np.bincount(np.log2(sizes).astype(np.int64))  # clusters of 2^p … 2^(p+1) − 1 pairs
     return {
-        "batches": per_epoch * inputs.settings.epochs,
-        "batches_per_epoch": per_epoch,
-        "groups": groups,
+        "batches": sum(batches) * inputs.settings.epochs,
+        "batches_per_epoch": sum(batches),
+        "groups": [
+            {
+                "name": group.name,
+                "domains": [names[i] for i in group.domains],
+                "rows": len(group.rows),
+                "clusters": len(group.cluster_sizes),
+                "empty_clusters": group.empty,
+                "median_cluster_size": _median_size(group.cluster_sizes),
+                "weight": group.weight,
+                "batches": batches[number],
+                "left_out": max(0, len(group.rows) - batches[number] * batch_size),
+                "objective": None if group.objective is None else round(group.objective, 6),
+                "difficulty": (means := difficulty.means(number)),
+                "masked_share": means.pop("masked_share"),
+            }
+            for number, group in enumerate(groups)
+        ],
         "dropped": {
             "domains": [names[i] for i in left_out.domains] if left_out else [],
             "rows": len(left_out.rows) if left_out else 0,
         },
         "cluster_sizes": {f"{2**p}-{2 ** (p + 1) - 1}": int(n) for p, n in enumerate(powers) if n},
-        "empty_clusters": sum(part.empty for part in parts),
+        "empty_clusters": sum(group.empty for group in groups),
         "median_cluster_size": _median_size(sizes),
         "difficulty": difficulty.means() | {"random_pair_similarity": _random_similarity(inputs)},
     }

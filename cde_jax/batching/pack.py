@@ -36,6 +36,14 @@ class Group(NamedTuple):
     domains: tuple[int, ...]  # indices of the domains it is made of
     rows: Int64[np.ndarray, " rows"]  # ascending
     weight: float = 1.0
+    assignments: Int64[np.ndarray, " rows"] | None = None  # the cluster of each row, numbered without empty ones
+    empty: int = 0  # clusters without pairs
+    objective: float | None = None  # of the k-means
+
+    @property
+    def cluster_sizes(self) -> Int64[np.ndarray, " clusters"]:
+        """Pairs in each cluster."""
+        return np.zeros(0, np.int64) if self.assignments is None else np.bincount(self.assignments)
 
 
 def domain_groups(
@@ -90,21 +98,16 @@ def epoch_size(group: Group, batch_size: int) -> int:
 
 
 def epoch_batches(
-    group: Group,
-    assignments: Int[np.ndarray, " n"],
-    centroids: Float[np.ndarray, "k D"] | None,
-    batch_size: int,
-    random: np.random.Generator,
+    group: Group, centroids: Float[np.ndarray, "k D"] | None, batch_size: int, random: np.random.Generator
 ) -> Int64[np.ndarray, "batches B"]:
-    """One epoch's batches of one group: `epoch_size` of them, from as many arrangements as its weight needs.
+    """One epoch's batches of a clustered group: `epoch_size` of them, from as many arrangements as its weight needs.
 
-    assignments: the cluster 0…k−1 of each of the group's rows; centroids: of the tour, or None for a random order.
-    A row occurs at most ⌈weight⌉ times, and never twice in a batch.
+    centroids: of the tour, or None for a random order. A row occurs at most ⌈weight⌉ times, never twice in a batch.
     """
     missing = epoch_size(group, batch_size)
     parts = [np.empty((0, batch_size), np.int64)]
     while missing:
-        batches = arrange(group.rows, assignments, centroids, batch_size, random)
+        batches = arrange(group.rows, group.assignments, centroids, batch_size, random)
         if len(batches) > missing:
             batches = batches[np.sort(random.choice(len(batches), missing, replace=False))]
         parts.append(batches)

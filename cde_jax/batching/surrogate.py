@@ -269,9 +269,9 @@ def _is_whole(block: Path, digest: str) -> bool:
     if not block.exists():
         return False
     try:
-        if (found := Store.open(block, kind="block").fingerprint) == digest:
+        if (actual := Store.open(block, kind="block").fingerprint) == digest:
             return True
-        reason = f"of other inputs or settings, fingerprint {found}"
+        reason = f"of other inputs or settings, fingerprint {actual}"
     except ValueError as error:
         reason = str(error)
     log.warning("a block of vectors is discarded: %s", reason)
