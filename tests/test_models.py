@@ -1,5 +1,7 @@
 """The encoder and both attention patterns against a plain float64 reading of them, and what must not matter."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,9 @@ from tiny_models import (
     tokens,
 )
 
+from cde_jax.models.biencoder import mean_pool
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder, map_chunks
-from cde_jax.models.encoder import Encoder, select_remat
+from cde_jax.models.encoder import Encoder, EncoderConfig, linear, norm, select_remat
 
 PATTERNS = ("joint", "isolated")
 EXACT = 1e-5  # float32, vectors of size about 1
@@ -270,6 +273,79 @@ def test_bfloat16_compute_is_close_and_keeps_float32_parameters(pattern, texts):
     a, b = (embed(m, *texts, embed_context(m, *documents)) for m in (low, high))
     assert a.dtype == b.dtype == jnp.float32
     assert 1e-5 < difference(unit(a), unit(b)) <= 2e-2
+
+
+# Means of 300 and deviations of 0.1: in bfloat16, or with the variance as a difference of squares, nothing is left.
+FAR = 300 + 0.1 * np.random.default_rng(5).normal(0, 1, (3, 40, 16))
+
+
+def test_norms_are_in_float32_of_two_passes_whatever_the_compute_type():
+    x = jnp.asarray(FAR, jnp.float32)
+    for dtype in ("float32", "bfloat16"):
+        layer = norm(encoder_config(dtype=dtype, norm_epsilon=1e-3), nnx.Rngs(0))
+        expected = np.asarray(x, np.float64)
+        variance = expected.var(-1, keepdims=True)
+        expected = (expected - expected.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-3)
+        assert layer(x).dtype == jnp.float32
+        np.testing.assert_allclose(layer(x), expected, atol=2e-3)
+
+
+def test_pooling_and_the_head_s_output_are_float32():
+    hidden, mask = jnp.asarray(FAR / 100, jnp.bfloat16), jnp.arange(40) < jnp.asarray([[40], [7], [0]])
+    pooled = mean_pool(hidden, mask)
+    exact = np.asarray(hidden, np.float64)
+    assert pooled.dtype == jnp.float32 and (pooled[2] == 0).all()  # a text without a token
+    np.testing.assert_allclose(pooled[0], exact[0].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(pooled[1], exact[1, :7].mean(0), rtol=1e-6)
+    first = fill(lambda: Biencoder(BiencoderConfig(encoder_config(dtype="bfloat16"), pooling="cls"), rngs=nnx.Rngs(0)))
+    assert first.pool(hidden, mask).dtype == jnp.float32
+    np.testing.assert_array_equal(first.pool(hidden, mask), hidden[:, 0])
+    headed = BiencoderConfig(encoder_config(dtype="bfloat16"), head=True, output_width=6)
+    vectors = fill(lambda: Biencoder(headed, rngs=nnx.Rngs(0))).embed(*tokens(2, 3))
+    assert vectors.dtype == jnp.float32 and vectors.shape == (2, 6)
+
+
+def test_a_residual_head_adds_its_input():
+    config = BiencoderConfig(encoder_config(), head=True, residual=True)
+    with_residual = fill(lambda: Biencoder(config, rngs=nnx.Rngs(0)))
+    without = fill(lambda: Biencoder(BiencoderConfig(encoder_config(), head=True), rngs=nnx.Rngs(0)))
+    plain = fill(lambda: Biencoder(BiencoderConfig(encoder_config()), rngs=nnx.Rngs(0)))
+    nnx.update(plain.encoder, nnx.state(with_residual.encoder))
+    texts = tokens(2, 3)
+    assert difference(with_residual.embed(*texts) - without.embed(*texts), plain.embed(*texts)) <= EXACT
+
+
+def test_compute_is_in_the_configs_type_from_the_embeddings_on():
+    config = encoder_config(dtype="bfloat16")
+    encoder = fill(lambda: Encoder(config, rngs=nnx.Rngs(0)))
+    ids, mask = tokens(2, 3)
+    x = encoder.embed_tokens(ids, mask)
+    hidden, prefix = encoder.run(x, mask, encoder.angles(encoder.positions(mask)), return_keys_values=True)
+    assert {y.dtype for y in (x, hidden, *prefix)} == {jnp.dtype("bfloat16")}
+    assert {y.dtype for y in encoder.angles(encoder.positions(mask))} == {jnp.dtype("float32")}
+    assert linear(4, 4, config, nnx.Rngs(0))(jnp.ones((2, 4))).dtype == jnp.bfloat16
+    joint = contextual("joint", encoder={"dtype": "bfloat16"})
+    cache = joint.prepare_context(jnp.ones((J, 16), jnp.bfloat16))
+    assert cache.slots.dtype == jnp.float32  # the embedding norm is the first to see them
+    assert joint.joint_sequence(x, mask, cache.slots)[0].dtype == jnp.bfloat16
+    assert joint.output(jnp.ones((2, 16))).dtype == joint.slot_bias[...].dtype == jnp.float32
+
+
+def test_defaults_are_those_of_the_paper_and_new_parameters_are_drawn_as_berts():
+    encoder = EncoderConfig(vocab_size=2000, width=64, layers=1, heads=2, mlp_width=96)
+    assert dataclasses.astuple(encoder)[5:] == (
+        "swiglu", "rotary", 2048, 1000.0, 2, False, (False, False), 1e-12, "float32", "auto", "none",
+    )  # fmt: skip
+    config = ContextualConfig(BiencoderConfig(encoder, head=True), encoder, 512)
+    assert (config.context_attention, config.soft_prompt, config.slot_bias, config.null_embedding) == (
+        "isolated", 8, -5.0, True,
+    )  # fmt: skip
+    made = config.build(rngs=nnx.Rngs(0))
+    assert isinstance(made, ContextualEncoder) and config.slots == 512
+    for kernel in (made.encoder.word.embedding, made.encoder.blocks.qkv.kernel, made.prompt_out.kernel):
+        assert 0.017 < float(kernel[...].std()) < 0.018 and float(jnp.abs(kernel[...]).max()) <= 0.04
+    assert 0.007 < float(made.null[...].std()) < 0.013
+    assert made.prompt_out.kernel.shape == (64, 8 * 64) and made.slot_bias[...].dtype == jnp.float32
 
 
 def residual_bytes(remat: str) -> int:
