@@ -37,9 +37,8 @@ def jax_only(model: BiencoderConfig | ContextualConfig) -> list[str]:
     """Settings that the PyTorch module and the ONNX graph do not know."""
     contextual = isinstance(model, ContextualConfig)
     first = model.first_stage if contextual else model
-    encoders = [first.encoder, model.second_stage] if contextual else [first.encoder]
     used = {
-        "prenorm": any(getattr(encoder, "prenorm", False) for encoder in encoders),
+        "prenorm": any(getattr(encoder, "prenorm", False) for encoder in (first.encoder, model.encoder)),
         "tokens_per_document": first.vectors_per_text > 1,
         "soft_prompt": contextual and not model.soft_prompt,
         "pool_slots": getattr(model, "pool_slots", False),
@@ -57,7 +56,7 @@ def reference_keys(model: BiencoderConfig | ContextualConfig) -> dict[str, Any]:
         "embedder": "cde_jax",
         "pooling_strategy": first.pooling,
         "transductive_tokens_per_document": first.vectors_per_text,
-        "backbone_config": backbone_keys(model.second_stage if contextual else model.encoder),
+        "backbone_config": backbone_keys(model.encoder),
     }
     if not contextual:
         return keys | {"embedding_output_dim": model.output_width}

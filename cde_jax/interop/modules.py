@@ -100,8 +100,7 @@ def text_settings(
         return TextSettings(**config["cde_jax"]["text"])
     path = directory / "config_sentence_transformers.json"
     prompts = (read_object(path).get("prompts") or {}) if path.is_file() else {}
-    encoder = model.second_stage if isinstance(model, ContextualConfig) else model.encoder
-    length = config.get("max_seq_length") or min(512, encoder.max_positions)
+    length = config.get("max_seq_length") or min(512, model.encoder.max_positions)
     if (directory / "sentence_bert_config.json").is_file():
         length = read_object(directory / "sentence_bert_config.json").get("max_seq_length") or length
     reference = is_reference(config) and not prompts

@@ -5,6 +5,7 @@ Weights come from safetensors only and without torch; what a directory holds is 
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,15 +50,6 @@ class Pretrained(NamedTuple):
     settings: TextSettings
 
 
-class Checkpoint(NamedTuple):
-    """What a directory holds, weights not loaded yet."""
-
-    config: BiencoderConfig | ContextualConfig
-    mapping: tuple[Entry, ...]
-    weights: dict[str, Tensor]
-    settings: TextSettings
-
-
 def load_model(name_or_path: str | Path, numerics: str | None = None) -> ContextualEncoder | Biencoder:
     """The float32 model of a directory or hub name.
 
@@ -69,37 +61,14 @@ def load_model(name_or_path: str | Path, numerics: str | None = None) -> Context
     Raises:
       ValueError: for pickles, unknown architectures, broken or ill-fitting files; the message says what to change.
     """
-    return _load(resolve(name_or_path), numerics)[0]
+    return load_parameters(*open_checkpoint(resolve(name_or_path), numerics)[:3])
 
 
 def load_pretrained(name_or_path: str | Path, numerics: str | None = None) -> Pretrained:
     """As `load_model`, with the directory of its tokenizer and the text settings."""
     directory = resolve(name_or_path)
-    model, settings = _load(directory, numerics)
-    return Pretrained(model, _tokenizer_directory(directory), settings)
-
-
-def _load(directory: Path, numerics: str | None) -> tuple[ContextualEncoder | Biencoder, TextSettings]:
-    config, mapping, weights, settings = open_checkpoint(directory, numerics)
-    model = load_parameters(config, mapping, weights)
-    check_tokenizer(directory, _encoder_config(config).vocab_size)
-    return model, settings
-
-
-def load_encoder_config(name_or_path: str | Path, layers: int | None = None) -> EncoderConfig:
-    """The shape of the encoder that `load_encoder` loads; weights are not read."""
-    directory = resolve(name_or_path)
-    config = _encoder_config(open_checkpoint(directory).config)
-    if layers is not None and not 1 <= layers <= config.layers:
-        raise ValueError(f"{directory}: expected 1 to {config.layers} layers to start from, got {layers}")
-    changes = {"numerics": None} if isinstance(config, ReferenceEncoderConfig) else {}
-    config = simplified(dataclasses.replace(config, layers=layers or config.layers, **changes))
-    if type(config) is not EncoderConfig:
-        raise ValueError(
-            f"{directory}: training starts from NomicBERT or BERT; pre-norm layers, geglu and glu, and partial or "
-            f"interleaved rotary embeddings can be loaded for encoding only"
-        )
-    return config
+    *checkpoint, settings = open_checkpoint(directory, numerics)
+    return Pretrained(load_parameters(*checkpoint), _tokenizer_directory(directory), settings)
 
 
 def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder:
@@ -107,10 +76,27 @@ def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder
 
     Of a contextual model that is the second stage. The numerics of the reference's programs are left out.
     """
-    directory = resolve(name_or_path)
-    config = load_encoder_config(directory, layers)
-    _, mapping, weights, _ = open_checkpoint(directory)
-    return load_parameters(config, [e._replace(path=e.path.removeprefix("encoder.")) for e in mapping], weights)
+    return load_parameters(*_open_encoder(name_or_path, layers))
+
+
+def load_encoder_config(name_or_path: str | Path, layers: int | None = None) -> EncoderConfig:
+    """The shape of the encoder that `load_encoder` loads; weights are not read."""
+    return _open_encoder(name_or_path, layers)[0]
+
+
+def _open_encoder(name_or_path: str | Path, layers: int | None) -> tuple[EncoderConfig, list[Entry], dict[str, Tensor]]:
+    config, mapping, weights, _ = open_checkpoint(resolve(name_or_path))
+    config = config.encoder
+    if layers is not None and not 1 <= layers <= config.layers:
+        raise ValueError(f"{name_or_path}: expected 1 to {config.layers} layers to start from, got {layers}")
+    changes = {"numerics": None} if isinstance(config, ReferenceEncoderConfig) else {}
+    config = simplified(dataclasses.replace(config, layers=layers or config.layers, **changes))
+    if type(config) is not EncoderConfig:
+        raise ValueError(
+            f"{name_or_path}: training starts from NomicBERT or BERT; pre-norm layers, geglu and glu, and partial or "
+            f"interleaved rotary embeddings can be loaded for encoding only"
+        )
+    return config, [e._replace(path=e.path.removeprefix("encoder.")) for e in mapping], weights
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -137,8 +123,10 @@ def _download(name: str, files: Sequence[str]) -> Path:
         ) from None
 
 
-def open_checkpoint(directory: Path, numerics: str | None = None) -> Checkpoint:
-    """Which model a directory holds, and where its tensors are, all of them with the shapes of its config."""
+def open_checkpoint(
+    directory: Path, numerics: str | None = None
+) -> tuple[BiencoderConfig | ContextualConfig, tuple[Entry, ...], dict[str, Tensor], TextSettings]:
+    """Config, weight mapping, stored tensors and text settings of a directory; the tensors fit the config."""
     if numerics not in (None, *NUMERICS):
         raise ValueError(f"numerics: expected one of {', '.join(NUMERICS)}, or None, got {numerics!r}")
     folder = transformer_folder(directory)
@@ -166,7 +154,8 @@ def open_checkpoint(directory: Path, numerics: str | None = None) -> Checkpoint:
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
     stored = {name: tensor.shape for name, tensor in weights.items()}
     check_bijection(torch_shapes(mapping, shapes), stored, str(directory))
-    return Checkpoint(config, mapping, weights, settings)
+    check_tokenizer(directory, config.encoder.vocab_size)
+    return config, mapping, weights, settings
 
 
 def _model_config(
@@ -188,10 +177,6 @@ def _model_config(
         return BiencoderConfig(plain_encoder(config, numerics))
     null = "second_stage_model.sequence_dropout_null_embedding" in weights
     return reference_config(config, numerics or "shipped", null=null, colon=partial(_colon, directory, config))
-
-
-def _encoder_config(config: BiencoderConfig | ContextualConfig) -> EncoderConfig:
-    return config.second_stage if isinstance(config, ContextualConfig) else config.encoder
 
 
 def _mapping(config: BiencoderConfig | ContextualConfig, names: Iterable[str], prefix: str) -> tuple[Entry, ...]:
@@ -247,14 +232,9 @@ def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = next((name.removesuffix(anchor) for name in weights if name.endswith(anchor)), "")
     if prefix.startswith(("first_stage_model", "second_stage_model", "embedder")):
         prefix = ""
-    rename = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    plain = {}
-    for name, tensor in weights.items():
-        name = name.removeprefix(prefix)
-        for old, new in rename.items():
-            name = name.replace(old, new) if name.endswith(old) else name
-        plain[name] = tensor
-    return plain
+    norms = re.compile(r"LayerNorm\.(gamma|beta)$")  # of old BERT files
+    modern = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}
+    return {norms.sub(lambda m: modern[m[1]], name.removeprefix(prefix)): x for name, x in weights.items()}
 
 
 def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -276,8 +256,7 @@ def _colon(directory: Path, config: Mapping[str, Any]) -> int:
         return known
     if not (directory / "tokenizer.json").is_file():
         raise ValueError(
-            f"{directory}: pool_ignore_instruction_tokens needs to know the colon's id; put tokenizer.json there, or "
-            f"pool_instruction_end_id into config.json"
+            "pool_ignore_instruction_tokens needs tokenizer.json, or pool_instruction_end_id in config.json"
         )
     tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     return tokenizer.encode(": ", add_special_tokens=False).ids[0]

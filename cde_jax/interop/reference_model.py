@@ -41,10 +41,7 @@ class ReferenceEncoderConfig(EncoderConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.positions == "rotary" and self.rotary_dim % 2:
-            raise ValueError(
-                f"rotary positions turn pairs of features, but {self.head_dim} × fraction {self.rotary_fraction} is "
-                f"an odd number of them: choose another rotary_emb_fraction"
-            )
+            raise ValueError(f"rotary_emb_fraction {self.rotary_fraction} of {self.head_dim} features is an odd number")
 
     @property
     def rotary_dim(self) -> int:

@@ -94,10 +94,11 @@ class Encoder(nn.Module):
     def positions(self, mask):
         return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape[0], -1)
 
-    def embed(self, ids, mask, times_token_type=1):
-        tables, x = self.embeddings, self.embeddings["word_embeddings"](ids)
-        if "token_type_embeddings" in tables:
-            x = x + times_token_type * tables["token_type_embeddings"].weight[0]
+    def token_type(self):
+        return self.embeddings["token_type_embeddings"].weight[0] if "token_type_embeddings" in self.embeddings else 0
+
+    def embed(self, ids, mask):
+        tables, x = self.embeddings, self.embeddings["word_embeddings"](ids) + self.token_type()
         return x + tables["position_embeddings"](self.positions(mask)) if "position_embeddings" in tables else x
 
     def run(self, x, mask, positions, prefix=None, bias=None):
@@ -173,7 +174,7 @@ class SecondStage(nn.Module):
         context = context if context.ndim == 3 else context[None]
         prompt = self.prompt_projection(context.new_ones(context.shape[-1])).view(1, c["soft_prompt"], -1)
         slots = torch.cat([context, prompt.expand(context.shape[0], -1, -1)], dim=1)
-        return slots + self.backbone.embeddings["token_type_embeddings"].weight[0] if self.shipped else slots
+        return slots + self.backbone.token_type() if self.shipped else slots
 
     def prepare(self, context):
         """Slots [1|B, P, D], and for isolated attention their keys and values, layer by layer."""
@@ -191,7 +192,8 @@ class SecondStage(nn.Module):
         c, mask = self.c, attention_mask.bool()
         slots, prefix = self.prepare(None if null_dataset_embedding else dataset_embeddings)
         (batch, length), count = mask.shape, prefix[0][0].shape[-2] if slots is None else slots.shape[1]
-        x, positions = self.backbone.embed(input_ids, mask, 2 if self.shipped else 1), self.backbone.positions(mask)
+        x, positions = self.backbone.embed(input_ids, mask), self.backbone.positions(mask)
+        x = x + self.backbone.token_type() if self.shipped else x  # once more
         seen, bias = torch.cat([mask.new_ones(batch, count), mask], dim=1), None
         if c["slot_bias"] is not None:  # from text to slots
             bias = F.pad(self.slot_bias[..., None, None].expand(-1, -1, length, count), (0, length))

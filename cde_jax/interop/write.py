@@ -78,7 +78,7 @@ def write_texts(
     contextual = isinstance(config, ContextualConfig)
     if not (tokenizer / "tokenizer.json").is_file():
         raise ValueError(f"{tokenizer}: expected a directory with tokenizer.json, to be copied beside the weights")
-    check_tokenizer(tokenizer, (config.second_stage if contextual else config.encoder).vocab_size)
+    check_tokenizer(tokenizer, config.encoder.vocab_size)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)

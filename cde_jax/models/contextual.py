@@ -61,6 +61,11 @@ class ContextualConfig:
             )
 
     @property
+    def encoder(self) -> EncoderConfig:
+        """The encoder of texts, as in a `BiencoderConfig`."""
+        return self.second_stage
+
+    @property
     def slots(self) -> int:
         """How many context slots a whole context fills."""
         return self.context_size * self.first_stage.vectors_per_text
