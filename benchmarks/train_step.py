@@ -15,11 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 from harness import emit, speed_ratio, take_turns
-from shapes import KINDS, PACKAGES, SHAPES, Shape, arguments, build, config_of, random_batch
+from shapes import KINDS, PACKAGES, SHAPES, Shape, Texts, arguments, build, config_of, random_batch
 
+from cde_jax.config import Train
 from cde_jax.training import sharding
 from cde_jax.training.accounting import step_flops, utilisation
-from cde_jax.training.step import StepConfig, init_state, make_optimizer, make_train_step, stream
+from cde_jax.training.step import init_state, make_optimizer, make_train_step, stream
 
 
 def main() -> None:
@@ -82,22 +83,19 @@ def torch_steps(args: Any, shape: Shape) -> dict[str, Callable[[], float]]:
     return steps
 
 
-def make_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) -> tuple[Any, Any, Callable]:
+def make_step(kind: str, shape: Shape, dtype: str, **encoder: Any) -> tuple[Any, Any, Callable]:
     """A mesh of one device, the state of a model on it, and its training step."""
-    optimizer, schedule = make_optimizer(
-        learning_rate=1e-4, warmup_steps=10, steps=1000, weight_decay=0.01, clip_norm=1.0
-    )
+    train, mesh = Train(learning_rate=1e-4, warmup_steps=10, sequence_dropout=0.0), sharding.make_mesh(1)
+    optimizer, schedule = make_optimizer(train, steps=1000)
     graph, state = init_state(build(config_of(kind, shape, dtype, **encoder)), optimizer)
-    mesh = sharding.make_mesh(1)
-    config = StepConfig(sequence_dropout=0.0, query_chunk=chunk, document_chunk=chunk, context_chunk=chunk)
-    return mesh, sharding.replicate(mesh, state), make_train_step(graph, optimizer, schedule, config, mesh)
+    return mesh, sharding.replicate(mesh, state), make_train_step(graph, optimizer, schedule, train, mesh)
 
 
 def jax_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) -> Callable[[], float]:
     """A training step on random tokens that returns the loss; compiled at its first call."""
-    mesh, state, train_step = make_step(kind, shape, dtype, chunk, **encoder)
+    mesh, state, train_step = make_step(kind, shape, dtype, **encoder)
     key = sharding.replicate(mesh, stream(0, "dropout"))
-    batch = sharding.shard_batch(mesh, step_batch(shape))
+    batch = sharding.shard_batch(mesh, step_batch(shape, chunk))
 
     def run() -> float:
         nonlocal state
@@ -109,16 +107,33 @@ def jax_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) ->
 
 def lower_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) -> jax.stages.Lowered:
     """The same step, traced but not run."""
-    _, state, train_step = make_step(kind, shape, dtype, chunk, **encoder)
-    return train_step.lower(state, step_batch(shape), stream(0, "dropout"))
+    _, state, train_step = make_step(kind, shape, dtype, **encoder)
+    return train_step.lower(state, step_batch(shape, chunk), stream(0, "dropout"))
 
 
-def step_batch(shape: Shape) -> dict[str, Any]:
-    """One plan batch as the loader gives it, G = 1."""
-    batch: dict[str, Any] = {"keep": np.ones((1, shape.queries, shape.queries), bool)}
-    for name, (ids, mask) in random_batch(shape).items():
-        batch |= {f"{name}_ids": ids[None], f"{name}_mask": mask[None]}
-    return batch
+def step_batch(shape: Shape, chunk: int) -> dict[str, Any]:
+    """One plan batch as the loader gives it, G = 1; `chunk` texts at a time, 0: all of one length."""
+    texts = random_batch(shape)
+    return {
+        "texts": in_chunks([texts["query"], texts["document"]], chunk),
+        "context": in_chunks([texts["context"]], chunk),
+        "keep": np.ones((1, shape.queries, shape.queries), bool),
+    }
+
+
+def in_chunks(texts: list[Texts], chunk: int) -> dict[str, Any]:
+    """Texts of several lengths as chunks, [G, chunks, texts, L] of each length."""
+    chunks: dict[str, list] = {"ids": [], "mask": [], "place": []}
+    first = 0
+    for ids, mask in texts:
+        size = min(chunk or len(ids), len(ids))
+        chunks["place"].append(first + np.arange(len(ids), dtype=np.int32))
+        for name, x in (("ids", ids), ("mask", mask)):
+            padded = np.pad(x, ((0, -len(x) % size), (0, 0)))
+            chunks[name].append(padded.reshape(1, -1, size, x.shape[1]))
+        first += len(padded)
+    place = np.concatenate(chunks["place"])[None]  # [G, B + N]
+    return {"ids": tuple(chunks["ids"]), "mask": tuple(chunks["mask"]), "place": place}
 
 
 def flops_of(kind: str, shape: Shape) -> float:

@@ -140,7 +140,6 @@ class Batching(_Section):
     # context is drawn from the "batch" (paper) or its "domain"
     context_source: str = setting("batch", choices=("batch", "domain"), affects="training")
     threads: int = setting(4, 1, 1024, affects="nothing")  # threads that read batches
-    workers: int = setting(0, 0, 1024, affects="nothing")  # processes that read batches
     prefetch: int = setting(8, 1, 2**16, affects="nothing")  # batches ready ahead
 
     @property
@@ -248,7 +247,6 @@ class Train(_Section):
     # padded lengths that texts run at, chosen to fit the plan; each takes time to compile. Texts are sorted by length
     # into chunks that are recomputed in the backward pass
     text_lengths: int = setting(12, 1, 256)
-    query_chunk: int = setting(0, AUTO, 2**24)  # texts of a chunk of queries, where text_lengths is 1
     # texts of the longest length whose tokens one chunk of queries and documents holds; 0: a fitting number (8192
     # tokens on accelerators); -1: as many as the device's memory holds
     document_chunk: int = setting(0, AUTO, 2**24)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from cde_jax.config import Train
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
+from cde_jax.training import step
 from cde_jax.training.accounting import context_flops, encoding_flops, step_flops, utilisation
 from cde_jax.training.losses import info_nce
-from cde_jax.training.step import StepConfig, embed_plan_batch
 
 B, N, J, LENGTH = 4, 8, 6, 32
 KINDS = ("biencoder", "isolated", "joint")
@@ -51,14 +52,16 @@ def unrolled(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_training_step_needs_the_flops_that_xla_counts(kind, unrolled):
+def test_a_training_step_needs_the_flops_that_xla_counts(kind, unrolled, monkeypatch):
     shape = config(kind)
     graph, params = abstract(shape)
-    texts = {"query": tokens(B), "document": tokens(N), "context": tokens(J)}
-    batch = {f"{name}_{part}": x for name, pair in texts.items() for part, x in zip(("ids", "mask"), pair, strict=True)}
+    monkeypatch.setattr(step, "encode_chunks", lambda encode, ids, mask: (encode(ids, mask), mask.any(axis=1)))
+    texts = {"texts": tokens(B + N), "context": tokens(J)}
+    batch = {name: dict(zip(("ids", "mask"), pair, strict=True)) for name, pair in texts.items()}
+    batch["keep"] = jax.ShapeDtypeStruct((B, N), jnp.bool_)
 
     def loss(params, batch):
-        queries, documents = embed_plan_batch(nnx.merge(graph, params), batch, jax.random.key(0), StepConfig())
+        queries, documents = step.embed_plan_batch(nnx.merge(graph, params), batch, jax.random.key(0), Train())
         return info_nce(queries, documents, None, 0.1)[0]
 
     expected = counted(jax.value_and_grad(loss), params, batch)

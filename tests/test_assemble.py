@@ -1,19 +1,26 @@
-"""A run's parts from its config, and chunk sizes that are found by the memory that there is."""
+"""A run's parts from its config: settings reach the step, chunk sizes fit the memory, weights are read alone."""
 
 import dataclasses
 import logging
 from pathlib import Path
 
+import jax
+import numpy as np
+import optax
 import pytest
+from flax import nnx
 from test_stages import config_of, go
+from tiny_batches import step_batch
 from tiny_run import write_data
 
-from cde_jax.config import from_config_dict
+from cde_jax.config import Config, Data, Evaluate, Model, Train, from_config_dict
 from cde_jax.data.files import read_json, write_json
-from cde_jax.stages import assemble, train
+from cde_jax.stages import assemble
 from cde_jax.stages.evaluate import run_identity
+from cde_jax.stages.train import with_chunks as chosen_chunks
 from cde_jax.stages.workdir import load_prepared
 from cde_jax.training import sharding
+from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.memory import program_bytes
 from cde_jax.training.step import stream
 
@@ -36,7 +43,7 @@ def prepared(data, tmp_path_factory) -> Path:
 def step_bytes(config, prepared) -> int:
     """What the compiler says of the step with the config's chunks."""
     pairs, plan, _ = load_prepared(config, prepared)
-    training = assemble.make_training(config, assemble.build_model(config, 150, "float32"), plan)
+    training = assemble.make_training(config, assemble.build_model(config, 150, "float32"), steps=1)
     batch = assemble.make_loader(config, plan, pairs).batch(0)
     batch = sharding.shard_batch(training.mesh, {k: v for k, v in batch.items() if k != "plan_batch"})
     return program_bytes(training.step.lower(training.state, batch, stream(0, "dropout")).compile())
@@ -51,9 +58,9 @@ def with_chunks(config, texts: int):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **dict.fromkeys(assemble.CHUNKS, texts)))
 
 
-@pytest.mark.parametrize(("lengths", "texts"), [(1, 16), (3, 32)])  # queries apart from documents, and together
-def test_a_chunk_of_auto_is_the_largest_that_fits(data, prepared, lengths, texts):
-    config = from_config_dict(config_of(data, train__text_lengths=lengths, train__memory_gib=1.0, **AUTO))
+@pytest.mark.parametrize("lengths", [1, 3])
+def test_a_chunk_of_auto_is_the_largest_that_fits(data, prepared, lengths):
+    config, texts = from_config_dict(config_of(data, train__text_lengths=lengths, train__memory_gib=1.0, **AUTO)), 32
     everything = fitted(config, prepared)
     assert {getattr(everything.train, name) for name in assemble.CHUNKS} == {texts}
     less = step_bytes(with_chunks(config, texts // 2), prepared)
@@ -65,7 +72,7 @@ def test_a_chunk_of_auto_is_the_largest_that_fits(data, prepared, lengths, texts
 def test_only_what_is_auto_is_found(data, prepared):
     config = from_config_dict(config_of(data, train__memory_gib=1.0, train__document_chunk=-1, train__context_chunk=3))
     train = fitted(config, prepared).train
-    assert (train.query_chunk, train.document_chunk, train.context_chunk) == (0, 32, 3)
+    assert (train.document_chunk, train.context_chunk) == (32, 3)
     assert fitted(from_config_dict(config_of(data)), prepared) == from_config_dict(config_of(data))
 
 
@@ -79,14 +86,14 @@ def test_a_run_says_what_it_chose_and_keeps_it(data, tmp_path, caplog):
     assert (chosen["attention"], chosen["remat"], chosen["dtype"]) == ("blocks", "dots", "float32")
     assert chosen["devices"].startswith("1 x cpu") and chosen["layouts"]["texts"]["lengths"][-1] == 16
     assert "chunks of 32 texts: the step needs" in caplog.text and "remat dots" in caplog.text
-    # What was found before is used again, whatever would be found now.
-    write_json(tmp_path / "training.json", chosen | {"chunks": dict.fromkeys(assemble.CHUNKS, 4)})
+    # What was chosen before is used again by the same run, whatever would be chosen now.
     config = from_config_dict(config_of(data, **changes))
     prepared = load_prepared(config, tmp_path)
-    wanted = config, tmp_path, run_identity(config, prepared.plan), train.initial_model(config, 150), prepared
-    assert train.with_chunks(*wanted).train.document_chunk == 4
-    write_json(tmp_path / "training.json", chosen | {"identity": {}, "chunks": dict.fromkeys(assemble.CHUNKS, 4)})
-    assert train.with_chunks(*wanted).train.document_chunk == 32
+    identity, model = run_identity(config, prepared.plan), assemble.build_model(config, 150, "float32")
+    for recorded, expected in ((chosen["identity"], 4), ({}, 32)):
+        chunks = dict.fromkeys(assemble.CHUNKS, 4)
+        write_json(tmp_path / "training.json", chosen | {"identity": recorded, "chunks": chunks})
+        assert chosen_chunks(config, tmp_path, identity, model, prepared).train.document_chunk == expected
 
 
 def test_a_step_that_cannot_fit_is_an_error_before_training(data, tmp_path):
@@ -98,3 +105,189 @@ def test_a_step_that_cannot_fit_is_an_error_before_training(data, tmp_path):
 def test_auto_on_a_device_that_does_not_say_its_memory_names_the_key(data, tmp_path):
     with pytest.raises(ValueError, match=r"train\.memory_gib"):
         go(data, tmp_path, "all", **AUTO)
+
+
+# --- settings reach the step
+
+TINY = {"layers": 1, "width": 8, "heads": 2, "mlp_width": 8, "context_size": 3, "soft_prompt": 2, "max_positions": 512}
+BASE = {"learning_rate": 0.1, "warmup_steps": 0, "temperature": 0.5, "sequence_dropout": 0.0, "weight_decay": 0.0}
+BASE |= {"clip_norm": 1e9, "devices": 1, "batches_per_step": 2}
+STEPS = 10
+BATCH = step_batch(0, 2, lengths=1)
+
+
+def config_with(
+    kind: str = "biencoder", evaluate: Evaluate | None = None, model: dict | None = None, **train
+) -> Config:
+    shape = Model(**(TINY | {"kind": kind} | (model or {})))
+    return Config(
+        model=shape, data=Data(evaluation=("sets/sea",)), train=Train(**(BASE | train)), evaluate=evaluate or Evaluate()
+    )
+
+
+def trained_step(kind: str = "biencoder", **train):
+    """Parameters before and after the first step, its metrics, and Adam's first moment."""
+    config = config_with(kind, **train)
+    model = assemble.build_model(config, 50, "float32")
+    training = assemble.make_training(config, model, STEPS)
+    before = jax.device_get(training.state.params)
+    batch = {name: part for name, part in BATCH.items() if name != "context" or kind != "biencoder"}
+    batch = sharding.shard_batch(training.mesh, batch)
+    state, metrics = training.step(training.state, batch, sharding.replicate(training.mesh, stream(0, "dropout")))
+    moment = jax.device_get(optax.tree.get(state.optimizer, "mu"))
+    return *(flat(tree) for tree in (before, jax.device_get(state.params), moment)), jax.device_get(metrics)
+
+
+def flat(params) -> dict[tuple, np.ndarray]:
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)}
+
+
+def norm(moment) -> float:
+    return float(np.sqrt(sum((x**2).sum() for x in moment.values())))
+
+
+@pytest.fixture(scope="module")
+def base():
+    return trained_step()
+
+
+@pytest.fixture(scope="module")
+def contextual_base():
+    return trained_step("contextual")
+
+
+def test_the_temperature_reaches_the_loss(base):
+    *_, metrics = trained_step(temperature=10.0)
+    counted = (BATCH["keep"] | np.eye(*BATCH["keep"].shape[1:], dtype=bool)).sum(axis=2)
+    assert abs(float(metrics["loss"]) - np.log(counted).mean()) < 0.1  # τ → ∞: all columns are alike
+    assert abs(float(metrics["loss"]) - float(base[3]["loss"])) > 1e-3
+    assert metrics["positive"] == base[3]["positive"]
+
+
+def test_weight_decay_reaches_the_matrices(base):
+    before, plain, _, _ = base
+    _, decayed, _, _ = trained_step(weight_decay=0.5)
+    for path, value in before.items():
+        expected = -0.1 * 0.5 * value if path[-1] in ("kernel", "embedding") else np.zeros_like(value)
+        np.testing.assert_allclose(decayed[path] - plain[path], expected, atol=1e-6, err_msg=str(path))
+
+
+def test_the_clipping_norm_reaches_the_gradient(base):
+    size = norm(base[2]) / 0.1  # Adam's first moment is a tenth of the clipped gradient
+    np.testing.assert_allclose(size, base[3]["gradient_norm"], rtol=1e-4)
+    _, _, moment, metrics = trained_step(clip_norm=float(size) / 4)
+    np.testing.assert_allclose(norm(moment) / 0.1, size / 4, rtol=1e-4)
+    np.testing.assert_allclose(metrics["gradient_norm"], size, rtol=1e-4)
+
+
+def test_warm_up_and_learning_rate_reach_the_update(base):
+    before, after, _, metrics = trained_step(warmup_steps=4)
+    assert float(metrics["learning_rate"]) == pytest.approx(0.1 / 4) and float(
+        base[3]["learning_rate"]
+    ) == pytest.approx(0.1)
+    for path, value in before.items():
+        np.testing.assert_allclose(4 * (after[path] - value), base[1][path] - value, atol=1e-5, err_msg=str(path))
+
+
+def test_shared_negatives_reach_the_loss(base):
+    _, _, _, metrics = trained_step(share_negatives=True)
+    assert float(metrics["loss"]) > float(base[3]["loss"]) + 0.3  # twice as many columns
+    assert float(metrics["masked"]) < float(base[3]["masked"]) and float(metrics["flops"]) > float(base[3]["flops"])
+
+
+def test_sequence_dropout_reaches_the_context(contextual_base):
+    before, after, _, _ = trained_step("contextual", sequence_dropout=1.0)
+    for path, value in before.items():  # no document is left, so the first stage has no gradient
+        moved = np.abs(after[path] - value).max() > 0
+        assert moved == (path[0] != "first_stage"), path
+        assert np.abs(contextual_base[1][path] - value).max() > 0, path
+
+
+def test_the_first_stage_s_rate_reaches_the_update(contextual_base):
+    before, after, moment, metrics = trained_step("contextual", first_stage_rate=0.5)
+    for path, value in before.items():
+        rate = 0.5 if path[0] == "first_stage" else 1.0
+        np.testing.assert_allclose(after[path] - value, rate * (contextual_base[1][path] - value), atol=1e-6)
+    before, after, moment, metrics = trained_step("contextual", first_stage_rate=0.0)
+    for path, value in before.items():
+        frozen = path[0] == "first_stage"
+        assert (np.abs(after[path] - value).max() == 0) == frozen == (np.abs(moment[path]).max() == 0), path
+    assert float(metrics["flops"]) < float(contextual_base[3]["flops"])
+
+
+def test_batches_per_step_devices_and_lengths_reach_mesh_and_loader(data, prepared):
+    config = from_config_dict(
+        config_of(
+            data, train__devices=2, train__batches_per_step=4, train__text_lengths=1, batching__context_source="domain"
+        )
+    )
+    pairs, plan, _ = load_prepared(config, prepared)
+    loader = assemble.make_loader(config, plan, pairs)
+    batch = loader.batch(0)
+    assert batch["plan_batch"].tolist() == [0, 1, 2, 3] and len(batch["texts"]["ids"]) == 1
+    assert (loader.context_source, loader.context_size, loader.seed) == ("domain", 4, 0)
+    assert loader.chunk_tokens == 8 * 16 and loader.context_chunk_tokens == 0
+    assert assemble.make_loader(config, plan, pairs, platform="tpu").context_chunk_tokens == 8192
+    training = assemble.make_training(config, assemble.build_model(config, 150, "float32"), STEPS)
+    assert training.mesh.size == 2 and training.steps == STEPS
+    none = from_config_dict(config_of(data, model__kind="biencoder"))
+    assert "context" not in assemble.make_loader(none, plan, pairs).batch(0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "expected"),
+    [
+        ("auto", "cpu", "float32"),
+        ("auto", "cuda", "bfloat16"),
+        ("auto", "tpu", "bfloat16"),
+        ("float32", "tpu", "float32"),
+    ],
+)
+def test_compute_is_bfloat16_off_the_cpu(dtype, platform, expected):
+    assert assemble.compute_dtype(config_with(model={"dtype": dtype}), platform) == expected
+
+
+# --- before anything is written
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": 9, "batches_per_step": 9}, r"train\.devices asks for 9, there are 8"),
+        ({"devices": 8, "batches_per_step": 12}, r"batches_per_step is 12.*8 devices.*multiple of 8"),
+        ({"model": {"attention": "cudnn"}}, "'cudnn' needs an NVIDIA GPU"),
+        ({"model": {"width": 2**15, "mlp_width": 2**18, "layers": 100}}, r"[\d,]{13,} parameters.* GiB, and there are"),
+    ],
+)
+def test_what_this_machine_cannot_train_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        assemble.check_runtime(config_with("contextual", **changes))
+
+
+def test_scores_without_a_development_set_are_warned_of(caplog):
+    assemble.check_runtime(config_with())
+    assemble.check_runtime(config_with(evaluate_every=5, evaluate=Evaluate(development="sea")))
+    assert not caplog.text
+    assemble.check_runtime(config_with(evaluate_every=5))
+    assert "train.evaluate_every has no effect: evaluate.development names no evaluation set" in caplog.text
+
+
+# --- weights alone
+
+
+@pytest.mark.parametrize("kind", ["contextual", "biencoder"])
+def test_a_model_is_restored_without_optimiser_or_mesh(kind, tmp_path, monkeypatch):
+    config = config_with(kind, devices=8, batches_per_step=8)
+    training = assemble.make_training(config, assemble.build_model(config, 50, "float32"), STEPS)
+    checkpoints = Checkpoints(tmp_path, {"plan": "p"})
+    checkpoints.save(1, training.state)
+    checkpoints.close()
+    for name in ("make_optimizer", "make_train_step", "build_model", "stream"):
+        monkeypatch.delattr(assemble, name)
+    monkeypatch.delattr(sharding, "make_mesh")
+    model = assemble.restore_model(config, 50, Checkpoints(tmp_path, {"plan": "p"}), 1)
+    restored, saved = flat(nnx.state(model)), flat(training.state.params)
+    assert restored.keys() == saved.keys()
+    for path, value in saved.items():
+        np.testing.assert_array_equal(restored[path], value)
+    assert model.embed(np.ones((2, 4), int), np.ones((2, 4), bool)).shape == (2, 8)

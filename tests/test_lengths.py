@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cde_jax.batching.lengths import choose_layout, choose_lengths, chunked, cut
+from cde_jax.batching.lengths import choose_layout, choose_lengths, split_by_length, to_chunks
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=30).map(np.array)
 BATCHES = st.lists(SIZES, min_size=1, max_size=5)
@@ -31,20 +31,23 @@ def test_no_other_choice_of_lengths_pads_less(sizes, most):
 @given(BATCHES, st.integers(1, 5), st.integers(0, 100))
 def test_every_text_is_in_one_chunk_that_it_fits_and_only_the_last_has_room_left(batches, most, tokens):
     layout = choose_layout(lambda: batches, most, tokens)
-    most_of_any = np.zeros(len(layout.lengths), int)
+    most_of_any, fullest = np.zeros((2, len(layout.lengths)), int)
     for sizes in batches:
-        chunks = list(cut(sizes, layout.lengths, layout.texts))
+        chunks = list(split_by_length(sizes, layout.lengths, layout.texts))
         assert sorted(row for _, rows in chunks for row in rows.tolist()) == list(range(len(sizes)))
         for k, rows in chunks:
+            fullest[k] = max(fullest[k], len(rows))
             assert sizes[rows].max() <= layout.lengths[k]
             assert k == 0 or sizes[rows].max() > layout.lengths[k - 1]
         assert all(layout.chunks)
         assert all(len(rows) == layout.texts[k] for k, rows in chunks[:-1])
         most_of_any = np.maximum(most_of_any, np.bincount([k for k, _ in chunks], minlength=len(most_of_any)))
-    assert layout.chunks == tuple(most_of_any)
-    if tokens:
-        largest = max(map(len, batches))
-        assert layout.texts == tuple(min(max(1, tokens // length), largest) for length in layout.lengths)
+    assert layout.chunks == tuple(most_of_any) and layout.texts == tuple(fullest)
+    if tokens:  # a chunk has room for so many, or for the most that any batch puts in one
+        limits = [max(1, tokens // length) for length in layout.lengths]
+        assert all(texts <= limit for texts, limit in zip(layout.texts, limits, strict=True))
+        several = zip(layout.texts, limits, layout.chunks, strict=True)
+        assert all(texts == limit for texts, limit, chunks in several if chunks > 1)
 
 
 @given(BATCHES, st.integers(2, 5), st.integers(1, 100), st.integers(0, 9))
@@ -56,7 +59,12 @@ def test_texts_are_found_again_at_their_places(batches, most, tokens, wider):
     mask = np.arange(width) < sizes[..., None]
     ids = np.where(mask, random.integers(1, 99, mask.shape), 0).astype(np.int32)
     layout = choose_layout(lambda: sizes, most, tokens)
-    held = chunked(ids, mask, layout)
+    parts = [to_chunks(ids[g], mask[g], layout) for g in range(len(ids))]
+    held = {
+        "ids": [np.stack(x) for x in zip(*(part["ids"] for part in parts), strict=True)],
+        "mask": [np.stack(x) for x in zip(*(part["mask"] for part in parts), strict=True)],
+        "place": np.stack([part["place"] for part in parts]),
+    }
     lengths_of_rows = []
     for k, (length, rows, chunks) in enumerate(zip(*layout, strict=True)):
         assert held["ids"][k].shape == held["mask"][k].shape == (len(batches), chunks, rows, length)
@@ -83,7 +91,9 @@ def test_real_looking_lengths_are_padded_by_less_than_fifteen_percent():
     layout = choose_layout(batches, 8)
     tokens = sum(int(sizes.sum()) for sizes in batches())
     computed = sum(
-        layout.lengths[k] * layout.texts[k] for b in batches() for k, _ in cut(b, layout.lengths, layout.texts)
+        layout.lengths[k] * layout.texts[k]
+        for b in batches()
+        for k, _ in split_by_length(b, layout.lengths, layout.texts)
     )
     assert 1 - tokens / computed <= 0.15
     plain = 1 - tokens / (40 * 256 * 2 * 128)

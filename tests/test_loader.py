@@ -1,12 +1,7 @@
-"""The loader: `batch(step)` is a function, and Grain only computes it ahead of time."""
+"""The loader: `batch(step)` is a function, and threads only compute it ahead of time."""
 
-import json
-import os
-import pickle
-import signal
 import subprocess
 import sys
-import textwrap
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -44,39 +39,76 @@ def made(folder):
     return plan, pairs
 
 
+def leaves(batch) -> list[np.ndarray]:
+    """All arrays, in a fixed order."""
+    if isinstance(batch, dict):
+        return [leaf for name in sorted(batch) for leaf in leaves(batch[name])]
+    return [leaf for x in batch for leaf in leaves(x)] if isinstance(batch, tuple) else [batch]
+
+
 def assert_equal(a, b):
     assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name])
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def texts_of(chunks, g) -> list[list[int]]:
+    """Tokens of each of plan batch g's texts, in their order."""
+    rows = [
+        ids[mask].tolist()
+        for many_ids, many_masks in zip(chunks["ids"], chunks["mask"], strict=True)
+        for chunk in zip(many_ids[g], many_masks[g], strict=True)
+        for ids, mask in zip(*chunk, strict=True)
+    ]
+    return [rows[place] for place in chunks["place"][g]]
+
+
+LENGTHS = {"query_length": 8, "document_length": 10, "text_lengths": 3, "chunk_tokens": 20, "context_chunk_tokens": 10}
 
 
 def test_arrays_have_the_promised_shapes_and_types(made):
-    batch = Loader(*made, **OPTIONS).batch(0)
     n = B * (1 + K)
-    assert {name: (array.dtype.name, array.shape) for name, array in batch.items()} == {
-        "query_ids": ("int32", (2, B, LQ)),
-        "query_mask": ("bool", (2, B, LQ)),
-        "document_ids": ("int32", (2, n, LD)),
-        "document_mask": ("bool", (2, n, LD)),
-        "context_ids": ("int32", (2, 3, LD)),
-        "context_mask": ("bool", (2, 3, LD)),
-        "keep": ("bool", (2, B, n)),
-        "plan_batch": ("int32", (2,)),
-    }
+    batch = Loader(*made, **OPTIONS).batch(0)
+    assert batch.keys() == {"texts", "context", "keep", "plan_batch"}
+    assert (batch["keep"].dtype.name, batch["keep"].shape) == ("bool", (2, B, n))
+    assert (batch["plan_batch"].dtype.name, batch["plan_batch"].shape) == ("int32", (2,))
+    for options in ({}, LENGTHS):
+        loader = Loader(*made, **(OPTIONS | options))
+        batch = loader.batch(0)
+        for name, count in (("texts", B + n), ("context", 3)):
+            chunks, layout = batch[name], loader.layouts[name]
+            shapes = list(zip(layout.chunks, layout.texts, layout.lengths, strict=True))
+            for kind, dtype in (("ids", "int32"), ("mask", "bool")):
+                assert [(x.dtype.name, x.shape) for x in chunks[kind]] == [(dtype, (2, *shape)) for shape in shapes]
+            assert (chunks["place"].dtype.name, chunks["place"].shape) == ("int32", (2, count))
+    assert loader.layouts["texts"].lengths == (8, 10) and len(loader.layouts["context"].lengths) == 2
 
 
-def test_tokens_are_those_of_the_plan_s_rows(made):
+def test_one_length_is_that_of_the_longest_text(made):
+    layouts = Loader(*made, **(OPTIONS | {"text_lengths": 1})).layouts
+    assert layouts["texts"].lengths == layouts["context"].lengths == (LD,)
+
+
+def test_every_step_has_the_same_shapes(made):
+    loader = Loader(*made, **(OPTIONS | LENGTHS))
+    assert len({str([(x.shape, x.dtype) for x in leaves(loader.batch(step))]) for step in range(4)}) == 1
+
+
+@pytest.mark.parametrize("options", [{}, LENGTHS, LENGTHS | {"context_size": 40}])
+def test_tokens_are_those_of_the_plan_s_rows(made, options):
     plan, pairs = made
-    batch = Loader(*made, **OPTIONS).batch(1)
+    options = OPTIONS | options
+    loader = Loader(*made, **options)
+    batch = loader.batch(1)
     queries, documents = pairs.ragged("query_tokens"), pairs.ragged("document_tokens")
-    for g, place in enumerate(batch["plan_batch"]):
+    document = lambda row: documents.row(row)[: options["document_length"]].tolist()  # noqa: E731
+    for g, place in enumerate(batch["plan_batch"].tolist()):
         columns = plan.rows[place].tolist() + plan.hard_negatives[place].ravel().tolist()
-        for i, row in enumerate(plan.rows[place].tolist()):
-            assert batch["query_ids"][g, i][batch["query_mask"][g, i]].tolist() == queries.row(row)[:LQ].tolist()
-        for j, document in enumerate(columns):
-            kept = batch["document_ids"][g, j][batch["document_mask"][g, j]].tolist()
-            assert kept == documents.row(document)[:LD].tolist()
-        np.testing.assert_array_equal(batch["keep"][g], plan.keep(int(place)))
+        expected = [queries.row(row)[: options["query_length"]].tolist() for row in plan.rows[place].tolist()]
+        assert texts_of(batch["texts"], g) == expected + [document(row) for row in columns]
+        context = loader.context(place).tolist()
+        assert texts_of(batch["context"], g) == [document(row) if row >= 0 else [] for row in context]
+        np.testing.assert_array_equal(batch["keep"][g], plan.keep(place))
 
 
 def test_a_batch_is_a_function_of_the_step(made):
@@ -108,6 +140,18 @@ def test_context_is_drawn_from_its_source_without_replacement(made, source):
         assert set(drawn) <= allowed and len(set(drawn)) == len(drawn) == min(5, len(allowed))
 
 
+@pytest.mark.parametrize("source", ["batch", "domain"])
+def test_context_is_drawn_anew_for_every_plan_batch(made, source):
+    """Not the same documents of a domain, nor the same places of a batch."""
+    plan, _ = made
+    loader = Loader(*made, **(OPTIONS | {"context_source": source}))
+    drawn = set()
+    for place in range(len(plan)):
+        documents = np.unique(plan.documents(place)) if source == "batch" else loader._group_rows[plan.groups[place]]
+        drawn.add(tuple(np.searchsorted(documents, loader.context(place)).tolist()))
+    assert len(drawn) > len(plan) // 2
+
+
 def test_the_loader_is_imported_without_the_libraries_that_make_plans():
     code = "import sys, cde_jax.batching.loader; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -119,91 +163,30 @@ def test_the_loader_is_imported_without_the_libraries_that_make_plans():
 def test_context_depends_on_seed_and_place_alone(made):
     loader = Loader(*made, **OPTIONS)
     grouped = Loader(*made, **(OPTIONS | {"batches_per_step": 3}))
-    wanted = {int(p): c for s in range(3) for p, c in zip(*_places(loader.batch(s)), strict=True)}
+    wanted = {place: context for step in range(3) for place, context in contexts(loader.batch(step)).items()}
     for step in range(2):
-        for place, context in zip(*_places(grouped.batch(step)), strict=True):
-            np.testing.assert_array_equal(context, wanted[int(place)])
+        for place, context in contexts(grouped.batch(step)).items():
+            assert context == wanted[place]
     other = Loader(*made, **(OPTIONS | {"seed": 2}))
     assert any(not np.array_equal(loader.context(p), other.context(p)) for p in range(4))
 
 
-def _places(batch):
-    return batch["plan_batch"], batch["context_ids"]
+def contexts(batch) -> dict[int, list[list[int]]]:
+    return {place: texts_of(batch["context"], g) for g, place in enumerate(batch["plan_batch"].tolist())}
 
 
 @pytest.mark.parametrize("source", ["batch", "domain"])
 def test_missing_context_documents_are_all_false_rows(made, source):
     loader = Loader(*made, **(OPTIONS | {"context_size": 40, "context_source": source}))
-    batch = loader.batch(0)
-    for g, place in enumerate(batch["plan_batch"]):
-        present = int((loader.context(int(place)) >= 0).sum())
+    for place, texts in contexts(loader.batch(0)).items():
+        present = int((loader.context(place) >= 0).sum())
         assert 0 < present < 40
-        assert batch["context_mask"][g, :present].any(axis=-1).all()
-        assert not batch["context_mask"][g, present:].any()
+        assert all(texts[:present]) and not any(texts[present:])
 
 
 def test_no_context_at_all_is_allowed(made):
     batch = Loader(*made, **(OPTIONS | {"context_size": 0})).batch(0)
-    assert batch["context_ids"].shape == batch["context_mask"].shape == (2, 0, LD)
-
-
-# --- several lengths
-
-LENGTHS = OPTIONS | {"query_length": 8, "document_length": 10, "text_lengths": 3, "chunk_tokens": 20}
-
-
-def found_again(held, g):
-    """The texts in chunks of plan batch g, as lists of tokens in their order."""
-    rows = [
-        ids[mask].tolist()
-        for many_ids, many_masks in zip(held["ids"], held["mask"], strict=True)
-        for chunk in zip(many_ids[g], many_masks[g], strict=True)
-        for ids, mask in zip(*chunk, strict=True)
-    ]
-    return [rows[at] for at in held["place"][g]]
-
-
-@pytest.mark.parametrize("context_size", [3, 40, 0])
-def test_texts_in_chunks_are_those_of_the_plain_batch(made, context_size):
-    options = LENGTHS | {"context_size": context_size}
-    plain, loader = Loader(*made, **(options | {"text_lengths": 1})), Loader(*made, **options)
-    shapes = set()
-    for step in range(4):
-        expected, batch = plain.batch(step), loader.batch(step)
-        shapes.add(str([(x.shape, x.dtype) for x in leaves(batch)]))
-        assert batch.keys() == {"keep", "plan_batch", "texts"} | ({"context"} if context_size else set())
-        for name in ("keep", "plan_batch"):
-            np.testing.assert_array_equal(batch[name], expected[name])
-        for g in range(2):
-            tokens = {
-                name: [
-                    i[m].tolist() for i, m in zip(expected[f"{name}_ids"][g], expected[f"{name}_mask"][g], strict=True)
-                ]
-                for name in ("query", "document", "context")
-            }
-            assert found_again(batch["texts"], g) == tokens["query"] + tokens["document"]
-            if context_size:
-                assert found_again(batch["context"], g) == tokens["context"]
-    assert len(shapes) == 1
-    assert loader.layouts["texts"].lengths[0] == 8
-
-
-def leaves(batch):
-    for name in sorted(batch):
-        if isinstance(batch[name], dict):
-            yield from leaves(batch[name])
-        else:
-            yield from [batch[name]] if isinstance(batch[name], np.ndarray) else batch[name]
-
-
-@pytest.mark.parametrize("how", [{"threads": 2}, {"threads": 0, "workers": 1}])
-def test_batches_in_chunks_are_read_ahead_too(made, how):
-    loader = Loader(*made, **LENGTHS)
-    batches = list(loader.iterate(2, 5, **how, prefetch=2))
-    for step, batch in zip(range(2, 5), batches, strict=True):
-        expected = Loader(*made, **LENGTHS).batch(step)
-        for got, wanted in zip(leaves(batch), leaves(expected), strict=True):
-            np.testing.assert_array_equal(got, wanted)
+    assert batch.keys() == {"texts", "keep", "plan_batch"}
 
 
 # --- ahead of time
@@ -212,72 +195,21 @@ def test_batches_in_chunks_are_read_ahead_too(made, how):
 @pytest.mark.parametrize(("threads", "prefetch"), [(0, 0), (1, 1), (4, 6), (4, 2), (2, 0)])
 @pytest.mark.parametrize(("start", "stop"), [(0, 9), (5, 9), (3, 3)])
 def test_iteration_gives_the_batches_in_order_from_any_start(made, threads, prefetch, start, stop):
-    loader = Loader(*made, **OPTIONS)
+    loader = Loader(*made, **(OPTIONS | LENGTHS))
     batches = list(loader.iterate(start, stop, threads=threads, prefetch=prefetch))
     assert len(batches) == stop - start
     for step, batch in zip(range(start, stop), batches, strict=True):
         assert_equal(batch, loader.batch(step))
 
 
-@pytest.mark.parametrize(("workers", "source"), [(1, "batch"), (2, "domain")])
-def test_processes_give_the_same_batches_in_order(made, workers, source):
-    loader = Loader(*made, **(OPTIONS | {"context_source": source}))
-    batches = list(loader.iterate(5, 13, threads=0, workers=workers, prefetch=4))
-    assert len(batches) == 8
-    for step, batch in zip(range(5, 13), batches, strict=True):
-        assert_equal(batch, loader.batch(step))
-
-
-def test_a_process_is_given_the_names_of_files_and_not_their_content(made):
-    loader = Loader(*made, **OPTIONS)
-    pickled = pickle.dumps(loader)
-    assert len(pickled) < 5000 and b"document_tokens.values.bin" in pickled and b"rows.bin" in pickled
-    again = pickle.loads(pickled)
-    assert isinstance(again.plan.rows.base, np.memmap)
-    assert_equal(again.batch(3), loader.batch(3))
-
-
-def test_arrays_that_no_file_backs_are_given_whole(made):
-    plan, pairs = made
-    loader = Loader(replace(plan, rows=plan.rows[::-1].copy()), pairs, **OPTIONS)
-    again = pickle.loads(pickle.dumps(loader))
-    np.testing.assert_array_equal(again.plan.rows, plan.rows[::-1])
-    assert_equal(again.batch(3), loader.batch(3))
-
-
-def test_processes_leave_ctrl_c_to_their_parent_and_end_with_it(made, folder):
-    code = """
-        import json, multiprocessing, sys
-        from cde_jax.batching.loader import Loader
-        from cde_jax.batching.plan import BatchPlan
-        from cde_jax.data.store import Store
-
-        folder, options = sys.argv[1], json.loads(sys.argv[2])
-        loader = Loader(BatchPlan.load(f"{folder}/plan"), Store.open(f"{folder}/pairs"), **options)
-        batches = loader.iterate(0, 1000, threads=0, workers=2, prefetch=2)
-        next(batches), next(batches)
-        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-        sys.stdin.readline()
-        for _ in range(20):
-            next(batches)
-        print("read on", flush=True)
-        sys.stdin.readline()
-    """
-    parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), str(folder), json.dumps(OPTIONS)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).resolve().parents[1],
-    )
-    workers = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(workers) == 2
-    for pid in workers:
-        os.kill(pid, signal.SIGINT)
-    print("go on", file=parent.stdin, flush=True)
-    assert parent.stdout.readline() == "read on\n"
-    parent.kill()
-    parent.communicate(timeout=30)  # the workers hold its output open for as long as they live
+def test_batches_are_the_same_where_grain_is_not_installed(made, monkeypatch):
+    loader = Loader(*made, **(OPTIONS | LENGTHS))
+    expected = list(loader.iterate(2, 7, threads=2, prefetch=2))
+    monkeypatch.setitem(sys.modules, "grain", None)
+    batches = list(loader.iterate(2, 7, threads=2, prefetch=2))
+    assert len(batches) == 5
+    for batch, other in zip(batches, expected, strict=True):
+        assert_equal(batch, other)
 
 
 def test_a_caller_that_stops_early_leaves_no_threads(made):
@@ -294,7 +226,9 @@ def test_a_caller_that_stops_early_leaves_no_threads(made):
 
 def test_an_error_in_a_thread_reaches_the_caller(made):
     plan, pairs = made
-    loader = Loader(replace(plan, rows=plan.rows + 1000), pairs, **OPTIONS)
+    loader = Loader(plan, pairs, **OPTIONS)
+    assert loader.layouts  # chosen by the right plan
+    loader.plan = replace(plan, rows=plan.rows + 1000)
     with pytest.raises(IndexError, match="of 28 rows"):
         list(loader.iterate(0, 2, threads=2, prefetch=2))
 

@@ -1,4 +1,4 @@
-"""The loop and its checkpoints: what is written, what is kept, and what a bad number, file or disk leads to."""
+"""The loop: what is written, what is kept, and what a bad number, file or disk leads to."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiny_batches import whole
 from tiny_models import VOCABULARY, biencoder
 
-from cde_jax.training import loop, sharding
+from cde_jax.config import Train
+from cde_jax.training import loop, metrics, sharding
 from cde_jax.training.accounting import step_flops
 from cde_jax.training.checkpoint import Checkpoints
-from cde_jax.training.step import StepConfig, init_state, make_train_step, stream
+from cde_jax.training.step import init_state, make_train_step, stream
 
-BELONGS = {"plan": "p" * 8, "config": "c" * 8}
+IDENTITY = {"plan": "p" * 8, "config": "c" * 8}
 KEY = stream(0, "dropout")
 
 
@@ -29,7 +32,7 @@ def trainer():
     """A real step of a tiny biencoder, compiled once, and its first state."""
     optimizer = optax.adam(1e-3)
     graph, state = init_state(biencoder(layers=1), optimizer)
-    return make_train_step(graph, optimizer, lambda step: 1e-3, StepConfig(), sharding.make_mesh(1)), state
+    return make_train_step(graph, optimizer, lambda step: 1e-3, Train(), sharding.make_mesh(1)), state
 
 
 def copy(state):
@@ -38,19 +41,33 @@ def copy(state):
 
 def batches(start, stop):
     for step in range(start, stop):
-        random, batch = np.random.default_rng(step), {}
-        for name in ("query", "document", "context"):
-            batch[f"{name}_ids"] = jnp.asarray(random.integers(1, VOCABULARY, (1, 4, 3)), jnp.int32)
-            batch[f"{name}_mask"] = jnp.ones((1, 4, 3), bool)
-        yield batch | {"keep": jnp.ones((1, 4, 4), bool), "plan_batch": np.array([100 + step])}
+        ids = jnp.asarray(np.random.default_rng(step).integers(1, VOCABULARY, (1, 8, 3)), jnp.int32)
+        texts = whole(ids, jnp.ones((1, 8, 3), bool))
+        yield {"texts": texts, "keep": jnp.ones((1, 4, 4), bool), "plan_batch": np.array([100 + step])}
+
+
+def with_mask(batch, mask):
+    """The batch, its texts masked by `mask` [8, 3]."""
+    texts = batch["texts"] | {"mask": (jnp.broadcast_to(mask, (1, 1, 8, 3)),)}
+    return batch | {"texts": texts}
 
 
 def go(
-    trainer, workdir, steps=6, *, checkpoint=2, every=1, evaluate=None, source=batches, wrap=lambda step: step, **more
+    trainer,
+    workdir,
+    steps=6,
+    *,
+    checkpoint=2,
+    every=1,
+    evaluate=None,
+    source=batches,
+    wrap=lambda step: step,
+    **changes,
 ):
-    """Run or resume as `stages.train` does; returns the outcome."""
+    """Run or resume as `stages.train` does; returns the last state."""
     step, state = trainer
-    checkpoints = Checkpoints(workdir / "checkpoints", BELONGS)
+    often = {"log_every": every, "checkpoint_every": checkpoint, "evaluate_every": checkpoint if evaluate else 0}
+    checkpoints = Checkpoints(workdir / "checkpoints", IDENTITY)
     try:
         newest = checkpoints.newest()
         state = copy(state) if newest is None else checkpoints.restore(newest, state)
@@ -60,18 +77,17 @@ def go(
             source,
             KEY,
             steps=steps,
-            cadence=loop.Cadence(every, checkpoint, checkpoint if evaluate else 0),
+            train=Train(**(often | changes)),
             checkpoints=checkpoints,
             workdir=workdir,
             evaluate=evaluate,
-            **more,
         )
     finally:
         checkpoints.close()
 
 
-def opened(workdir, belongs=None):
-    checkpoints = Checkpoints(workdir / "checkpoints", belongs or BELONGS)
+def opened(workdir, identity=None):
+    checkpoints = Checkpoints(workdir / "checkpoints", identity or IDENTITY)
     checkpoints.wait()
     return checkpoints
 
@@ -92,8 +108,8 @@ def kept(workdir):
 
 
 def test_a_run_leaves_metrics_tensorboard_and_its_newest_checkpoints(trainer, tmp_path):
-    outcome = go(trainer, tmp_path)
-    assert outcome.finished and int(outcome.state.step) == 6
+    state = go(trainer, tmp_path)
+    assert int(state.step) == 6
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     names = {"step", "loss", "accuracy", "positive", "negative", "masked", "gradient_norm", "learning_rate"}
     assert set(lines(tmp_path)[0]) == names | {"pairs_per_second", "tflops", "padding", "compilations"}
@@ -101,13 +117,13 @@ def test_a_run_leaves_metrics_tensorboard_and_its_newest_checkpoints(trainer, tm
     (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     assert b"accuracy" in events.read_bytes()
     assert kept(tmp_path) == [4, 6]
-    assert same(opened(tmp_path).restore(6, outcome.state), outcome.state)
+    assert same(opened(tmp_path).restore(6, state), state)
 
 
 def test_lines_tell_model_flops_by_the_texts_own_lengths(trainer, tmp_path):
     def half_empty(start, stop):
         for step, batch in enumerate(batches(start, stop), start):
-            yield batch | {"query_mask": batch["query_mask"].at[:, 2:].set(step < 2)}
+            yield with_mask(batch, (np.arange(8) < (8 if step < 2 else 6))[:, None])
 
     go(trainer, tmp_path, steps=4, source=half_empty, peak_tflops=1e-3)
     rows = lines(tmp_path)
@@ -134,17 +150,19 @@ def test_steps_are_traced_where_it_is_asked_for(trainer, tmp_path, caplog):
 def test_lines_tell_the_padding_since_the_line_before_and_the_compilations(trainer, tmp_path):
     def wider_in_the_end(start, stop):
         for step, batch in enumerate(batches(start, stop), start):
-            texts = batch["query_mask"].at[:, :, -1].set(step % 2 == 0)  # 4 of the 36 tokens are missing at odd steps
-            batch["query_mask"] = texts
+            mask = np.ones((8, 3), bool)
+            mask[:4, -1] = step % 2 == 0  # 4 of the 24 tokens are missing at odd steps
+            batch = with_mask(batch, mask)
             if step == 4:
-                for name in ("query_ids", "query_mask"):
-                    batch[name] = jnp.concatenate([batch[name], jnp.zeros_like(batch[name])], axis=2)
+                for name in ("ids", "mask"):
+                    (x,) = batch["texts"][name]
+                    batch["texts"][name] = (jnp.concatenate([x, jnp.zeros_like(x)], axis=3),)
             yield batch
 
     go(trainer, tmp_path, 5, every=2, source=wider_in_the_end)
     found = [(line["step"], line["padding"], line["compilations"]) for line in lines(tmp_path)]
-    padding = float(f"{4 / 72:.6g}")
-    assert found == [(2, padding, 1), (4, padding, 1), (5, 0.25, 2)]
+    padding = float(f"{4 / 48:.6g}")
+    assert found == [(2, padding, 1), (4, padding, 1), (5, 0.5, 2)]
 
 
 def test_lines_are_written_every_few_steps_and_at_the_end(trainer, tmp_path):
@@ -157,14 +175,14 @@ def test_resuming_repeats_no_line_and_ends_in_the_same_state(trainer, tmp_path):
     go(trainer, tmp_path / "cut", 4)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:  # steps after the checkpoint, and a cut line
         file.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
-    outcome = go(trainer, tmp_path / "cut", 6)
+    state = go(trainer, tmp_path / "cut", 6)
     assert [line["step"] for line in lines(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
     speed = {"pairs_per_second", "tflops"}
     without_speed = [
         [{k: v for k, v in x.items() if k not in speed} for x in lines(tmp_path / d)] for d in ("whole", "cut")
     ]
     assert without_speed[0] == without_speed[1]
-    assert same(outcome.state, whole.state)
+    assert same(state, whole)
 
 
 def test_a_finished_run_is_not_run_again(trainer, tmp_path):
@@ -174,7 +192,7 @@ def test_a_finished_run_is_not_run_again(trainer, tmp_path):
 
     first = go(trainer, tmp_path, 4)
     again = go(trainer, tmp_path, 4, source=none_asked)
-    assert again.finished and same(first.state, again.state)
+    assert same(first, again)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -202,11 +220,10 @@ def test_a_signal_ends_the_run_after_the_current_step_with_a_checkpoint(trainer,
             yield batch
 
     before = signal.getsignal(number)
-    outcome = go(trainer, tmp_path, 6, checkpoint=0, source=asked_in_the_middle)
-    assert not outcome.finished and int(outcome.state.step) == 3
+    assert int(go(trainer, tmp_path, 6, checkpoint=0, source=asked_in_the_middle).step) == 3
     assert signal.getsignal(number) == before
     assert kept(tmp_path) == [3]
-    assert same(go(trainer, tmp_path, 6).state, go(trainer, tmp_path / "whole", 6).state)
+    assert same(go(trainer, tmp_path, 6), go(trainer, tmp_path / "whole", 6))
 
 
 def test_batches_are_put_on_the_devices_before_they_are_asked_for():
@@ -218,11 +235,129 @@ def test_batches_are_put_on_the_devices_before_they_are_asked_for():
             yield {"rows": np.full((2, 3), step)}
 
     seen = []
-    for batch in sharding.shard_ahead(mesh, source()):
+    for batch in sharding.prefetch_to_device(mesh, source()):
         assert len(batch["rows"].sharding.device_set) == 2
         seen.append((int(batch["rows"][0, 0]), len(read)))
     assert seen == [(0, 2), (1, 3), (2, 4), (3, 5), (4, 5)]
-    assert len(list(sharding.shard_ahead(mesh, [{"rows": np.zeros((2, 3))}]))) == 1
+    assert len(list(sharding.prefetch_to_device(mesh, [{"rows": np.zeros((2, 3))}]))) == 1
+
+
+def test_evaluation_and_checkpoints_are_not_counted_as_training(trainer, tmp_path, monkeypatch):
+    clock = iter(range(1, 1000))
+    save = Checkpoints.save
+
+    def slow_evaluation(state):
+        for _ in range(500):
+            next(clock)
+        return 0.0
+
+    def slow_save(self, *arguments):
+        for _ in range(100):
+            next(clock)
+        save(self, *arguments)
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(Checkpoints, "save", slow_save)
+    go(
+        trainer,
+        tmp_path,
+        3,
+        every=3,
+        checkpoint=1,
+        evaluate=lambda state: slow_evaluation(state) if state.step == 1 else 0,
+    )
+    (line,) = (line for line in lines(tmp_path) if "loss" in line)
+    assert 12 / line["pairs_per_second"] < 50  # seconds, each of them a look at the clock
+
+
+def test_utilisation_is_of_all_devices(trainer, tmp_path):
+    mesh = sharding.make_mesh(2)
+    optimizer = optax.sgd(1e-3)
+    graph, state = init_state(biencoder(layers=1), optimizer)
+    step = make_train_step(graph, optimizer, lambda step: 1e-3, Train(), mesh)
+
+    def two(start, stop):
+        for batch in batches(start, stop):
+            yield sharding.shard_batch(mesh, jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch))
+
+    state = sharding.replicate(mesh, state)
+    go(
+        (lambda state, batch, key: step(state, batch, sharding.replicate(mesh, key)), state),
+        tmp_path,
+        2,
+        source=two,
+        peak_tflops=1e-3,
+    )
+    for row in lines(tmp_path):
+        np.testing.assert_allclose(row["utilisation"], row["tflops"] * 1e3 / 2, rtol=1e-3)
+
+
+def test_without_optional_libraries_the_loop_logs_plain_lines(trainer, tmp_path, monkeypatch, caplog):
+    for name in ("orbax", "orbax.checkpoint", "tensorboardX", "tqdm", "rich"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with caplog.at_level("INFO"):
+        state = go(trainer, tmp_path, 4)
+    assert "step 4  loss" in caplog.text and [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert not (tmp_path / "tensorboard").exists()
+    assert same(state, go(trainer, tmp_path, 4))  # restored
+
+
+def test_tensorboard_hides_what_will_be_run_again(trainer, tmp_path):
+    go(trainer, tmp_path, 2)
+    before = set((tmp_path / "tensorboard").iterdir())
+    time.sleep(1.1)  # event files are named by the second
+    go(trainer, tmp_path, 4)
+    (new,) = set((tmp_path / "tensorboard").iterdir()) - before
+    assert b"\x10\x03" in new.read_bytes()[:120]  # a session that starts at step 3
+
+
+# --- bad files
+
+
+@pytest.mark.parametrize("content", ["hello\n", "[1, 2]\n{}\n", '{"loss": 1}\n{"step": 1}\n', "\udcff\n"])
+def test_metrics_that_training_did_not_write_are_left_alone(trainer, tmp_path, content):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: expected a line of metrics with its step, got .*move"):
+        go(trainer, tmp_path, 2)
+    assert file.read_bytes() == content.encode(errors="surrogateescape") and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_full_disk_leaves_whole_lines_and_the_last_checkpoint(tmp_path):
+    code = """
+        import resource, sys, json
+        from pathlib import Path
+        import jax, jax.numpy as jnp
+        sys.path.insert(0, "tests")
+        from cde_jax.config import Train
+        from cde_jax.training import metrics
+        limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+        workdir = Path(sys.argv[1])
+        value = jnp.float32(1)
+        values = dict.fromkeys(("loss", "accuracy", "gradient_norm", "tokens", "computed_tokens", "flops"), value)
+        batch = {"keep": jnp.ones((1, 4, 4), bool), "plan_batch": jnp.zeros(1, int)}
+        limit(2000)
+        try:
+            with metrics.Metrics(workdir, 0, 100, Train(log_every=1)) as written:
+                for step in range(1, 101):
+                    written.record(step, values | {"losses": value[None]}, batch)
+        except OSError as error:
+            print(error)
+    """
+    done = python(code, tmp_path)
+    assert "metrics of step" in done.stdout and "File too large" in done.stdout, done.stderr
+    assert "free some space, and the same command goes on" in done.stdout and not done.stderr
+    steps = [line["step"] for line in lines(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1)) and 3 < len(steps) < 100
+
+
+def python(code: str, *arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 # --- bad numbers
@@ -244,7 +379,7 @@ def poison(at):
 
 @pytest.mark.parametrize("at", [3, 4, 6])  # noticed while the next step runs, at a checkpoint, at the end
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(trainer, tmp_path, at):
-    good = go(trainer, tmp_path / "good", 2).state
+    good = go(trainer, tmp_path / "good", 2)
     with pytest.raises(
         FloatingPointError, match=rf"step {at}: the loss of plan batch \[{99 + at}\] is not finite"
     ) as error:
@@ -271,113 +406,3 @@ def test_a_gradient_that_is_not_finite_ends_the_run(trainer, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 1: the gradient of plan batches \[100\] is not finite.*inf"):
         go(trainer, tmp_path, 4, wrap=overflow)
     assert kept(tmp_path) == []
-
-
-# --- bad checkpoints
-
-
-@pytest.fixture(scope="module")
-def saved(trainer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    return folder, go(trainer, folder, 4).state
-
-
-def python(code: str, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(tmp_path):
-    # In a process of its own: a read that fails leaves TensorStore threads that complain at any later moment.
-    code = """
-        import json, shutil, sys
-        from pathlib import Path
-        import jax.numpy as jnp, numpy as np
-        from cde_jax.training.checkpoint import Checkpoints
-
-        def damage(path, how):
-            content = bytearray(path.read_bytes())
-            if how == "truncated":
-                path.write_bytes(content[: len(content) // 2])
-            elif how == "altered":
-                content[len(content) // 2] ^= 0x10
-                path.write_bytes(content)
-            else:
-                path.unlink()
-
-        def outcome(directory):
-            checkpoints = Checkpoints(directory, {"plan": "p"})
-            if checkpoints.newest() != 4:
-                return f"newest is {checkpoints.newest()}"
-            try:
-                found = checkpoints.restore(4, state)
-            except ValueError as error:
-                assert np.array_equal(checkpoints.restore(2, state)["w"], state["w"] - 2)  # as the error promises
-                return str(error)
-            return "equal" if all(np.array_equal(found[k], state[k]) for k in state) else "different"
-
-        root = Path(sys.argv[1])
-        state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(40, 50)), jnp.float32), "step": jnp.array(4)}
-        checkpoints = Checkpoints(root / "good", {"plan": "p"})
-        checkpoints.save(2, state | {"w": state["w"] - 2})
-        checkpoints.save(4, state)
-        checkpoints.close()
-        files = sorted(path.relative_to(root / "good") for path in (root / "good" / "4").rglob("*") if path.is_file())
-        for how in ("truncated", "altered", "missing"):
-            for file in files:
-                size = (root / "good" / file).stat().st_size
-                shutil.rmtree(root / "bad", ignore_errors=True)
-                shutil.copytree(root / "good", root / "bad")
-                damage(root / "bad" / file, how)
-                print(json.dumps([how, str(file), size, outcome(root / "bad")]), flush=True)
-    """
-    done = python(code, tmp_path)
-    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {how for how, *_ in outcomes} == {"truncated", "altered", "missing"}, done.stderr[-2000:]
-    bad = tmp_path / "bad" / "4"
-    for how, file, size, outcome in outcomes:
-        if outcome not in ("equal", "newest is 2"):  # a file that does not matter, or no checkpoint any more
-            assert outcome.startswith(f"checkpoint {bad} "), (how, file, outcome)
-            assert f"Nothing was changed. Remove {bad} to go on from the checkpoint before it" in outcome
-        if ("/d/" in file and size > 5000) or file.endswith("about/metadata"):  # the arrays and their digest
-            assert outcome.startswith("checkpoint "), (how, file, outcome)
-
-
-def test_a_checkpoint_of_another_run_is_refused_with_both_fingerprints(saved):
-    folder, state = saved
-    for name in BELONGS:
-        other = opened(folder, BELONGS | {name: "other"})
-        with pytest.raises(
-            ValueError, match=rf"belongs to another {name}: expected fingerprint other, got {BELONGS[name]}"
-        ):
-            other.restore(4, state)
-
-
-def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(tmp_path):
-    code = """
-        import resource, sys
-        import jax.numpy as jnp, numpy as np
-        from cde_jax.training.checkpoint import Checkpoints
-        state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(50, 1000)), jnp.float32)}
-        checkpoints = Checkpoints(sys.argv[1], {"plan": "p"})
-        checkpoints.save(1, state)
-        checkpoints.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        try:
-            checkpoints.save(2, {"w": state["w"] + 1})
-            checkpoints.wait()
-        except OSError as error:
-            print(error)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        again = Checkpoints(sys.argv[1], {"plan": "p"})
-        print(again.newest(), np.array_equal(again.restore(1, state)["w"], state["w"]))
-    """
-    done = python(code, tmp_path / "checkpoints")
-    said, after = done.stdout.splitlines()
-    assert f"could not be written to {tmp_path / 'checkpoints'}" in said
-    assert "File too large" in said and "free some space" in said and "already there are untouched" in said
-    assert after == "1 True", done.stderr

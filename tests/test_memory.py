@@ -1,5 +1,6 @@
 """Chunk sizes by memory: the largest that fits is found, by what the compiler says of the real step."""
 
+import functools
 import logging
 
 import jax
@@ -9,12 +10,14 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_batches import chunk_shapes
 from tiny_models import contextual_config
 
+from cde_jax.config import Train
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.training import sharding
 from cde_jax.training.memory import device_limit, largest_chunk, program_bytes
-from cde_jax.training.step import StepConfig, init_state, make_train_step
+from cde_jax.training.step import init_state, make_train_step
 
 GIB = 2**30
 
@@ -69,6 +72,7 @@ def test_a_programs_bytes_are_its_arguments_results_and_temporaries():
     assert program_bytes(jax.jit(lambda x: jnp.sin(x) @ x.T @ x).lower(x).compile()) >= 3 * size
 
 
+@functools.cache
 def step_bytes(chunk: int) -> int:
     """Of the compiled training step of a small model with a long batch, from shapes alone."""
     texts, length = 64, 128
@@ -77,12 +81,12 @@ def step_bytes(chunk: int) -> int:
     graph, params = nnx.split(nnx.eval_shape(lambda: ContextualEncoder(config, rngs=nnx.Rngs(0))), nnx.Param)
     zeros = lambda: nnx.merge(graph, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params))  # noqa: E731
     state = jax.eval_shape(lambda: init_state(zeros(), optimizer)[1])
-    batch = {"keep": jax.ShapeDtypeStruct((1, texts, texts), jnp.bool_)}
-    for name, count in (("query", texts), ("document", texts), ("context", 8)):
-        batch[f"{name}_ids"] = jax.ShapeDtypeStruct((1, count, length), jnp.int32)
-        batch[f"{name}_mask"] = jax.ShapeDtypeStruct((1, count, length), jnp.bool_)
-    settings = StepConfig(query_chunk=chunk, document_chunk=chunk, context_chunk=chunk)
-    step = make_train_step(graph, optimizer, lambda step: 1.0, settings, sharding.make_mesh(1))
+    batch = {
+        "texts": chunk_shapes(2 * texts, (2 * texts // chunk, chunk, length)),
+        "context": chunk_shapes(8, (1, 8, length)),
+        "keep": jax.ShapeDtypeStruct((1, texts, texts), jnp.bool_),
+    }
+    step = make_train_step(graph, optimizer, lambda step: 1.0, Train(), sharding.make_mesh(1))
     return program_bytes(step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile())
 
 

@@ -18,7 +18,7 @@ from tiny_models import (
 )
 
 from cde_jax.models.biencoder import mean_pool
-from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder, map_chunks
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import Encoder, EncoderConfig, linear, norm, select_remat
 
 PATTERNS = ("joint", "isolated")
@@ -222,45 +222,37 @@ def test_slots_without_a_soft_prompt_are_the_context_alone(texts, context):
             model.embed(*texts, context[:0])
 
 
-# --- chunks, precision, depth
+# --- recomputation, precision, depth
 
 
-def plan_vectors(model, texts, documents, chunk, context_chunk):
-    """Both stages, in chunks: what a training step does with a plan batch. The last context document is missing."""
-    context = map_chunks(model.embed_context, *documents, context_chunk)
+def plan_vectors(model, texts, documents):
+    """Both stages: what a training step does with a plan batch. The last context document is missing."""
+    context = model.embed_context(*documents)
     context = model.prepare_context(context, jnp.arange(len(context)) < len(context) - 1)
-    return map_chunks(lambda ids, mask: model.embed(ids, mask, context), *texts, chunk)
+    return model.embed(*texts, context)
 
 
 @pytest.mark.parametrize(
     ("pattern", "remat"),
     [("joint", "full"), ("joint", "auto"), ("isolated", "none"), ("isolated", "dots")],
 )
-def test_chunks_and_recomputed_layers_change_neither_vectors_nor_gradients(pattern, remat, texts):
+def test_recomputed_layers_change_neither_vectors_nor_gradients(pattern, remat, texts):
     documents = tokens(J, 6, seed=3)
     pull = jnp.asarray(np.random.default_rng(2).normal(0, 1, (7, 16)), jnp.float32)
 
-    def loss(model, chunk, context_chunk):
-        vectors = plan_vectors(model, texts, documents, chunk, context_chunk)
+    def loss(model):
+        vectors = plan_vectors(model, texts, documents)
         return (vectors * pull).sum(), vectors
 
-    run = nnx.jit(nnx.value_and_grad(loss, has_aux=True), static_argnums=(1, 2))
-    (_, whole), expected = run(contextual(pattern), 0, 0)
-    # 3 does not divide 7, nor 2 five
-    (_, vectors), gradients = run(contextual(pattern, encoder={"remat": remat}), 3, 2)
+    run = nnx.jit(nnx.value_and_grad(loss, has_aux=True))
+    (_, whole), expected = run(contextual(pattern))
+    (_, vectors), gradients = run(contextual(pattern, encoder={"remat": remat}))
     assert difference(vectors, whole) <= EXACT * float(jnp.abs(whole).max())
     gradients = dict(nnx.to_flat_state(gradients))
     for path, a in nnx.to_flat_state(expected):
         largest = float(jnp.abs(a[...]).max())
         assert largest > 0, f"{path}: no gradient flows here, so nothing was compared"
         assert difference(a[...], gradients[path][...]) <= EXACT * largest, path
-
-
-def test_a_chunked_encoder_keeps_the_order_of_texts():
-    ids = jnp.arange(10, dtype=jnp.int32)[:, None]
-    for chunk in (0, 1, 3, 10, 64):
-        out = map_chunks(lambda ids, mask: ids * 2.0 + mask, ids, ids % 2 == 0, chunk)
-        np.testing.assert_array_equal(out, ids * 2.0 + (ids % 2 == 0))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -380,7 +372,7 @@ def lowered_lines(layers: int) -> int:
     texts, documents = tokens(4, 6), tokens(J, 6)
 
     def loss(model):
-        return plan_vectors(model, texts, documents, 2, 0).sum()
+        return plan_vectors(model, texts, documents).sum()
 
     return len(nnx.jit(nnx.grad(loss)).lower(model).as_text().splitlines())
 

@@ -74,7 +74,7 @@ def digest(workdir: Path) -> str:
     """sha256 of the last checkpoint's parameters and optimiser state."""
     lines = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert lines == sorted(set(lines)) and lines[-1] == STEPS
-    return read_json(workdir / f"checkpoints/{STEPS}/about/metadata")["digest"]
+    return read_json(workdir / f"checkpoints/{STEPS}/metadata/metadata")["digests"]
 
 
 def outcome(folder: Path, workdir: Path) -> tuple[str, bytes]:

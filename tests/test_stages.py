@@ -169,7 +169,7 @@ def test_stages_can_be_run_one_by_one(data, done, tmp_path):
     ours, whole = (bytes_of(folder / "plan") for folder in (tmp_path, done[0]))
     assert ours == whole
     assert not (tmp_path / "evaluation.json").exists()
-    digests = [read_json(folder / "checkpoints/6/about/metadata")["digest"] for folder in (tmp_path, done[0])]
+    digests = [read_json(folder / "checkpoints/6/metadata/metadata")["digests"] for folder in (tmp_path, done[0])]
     assert digests[0] == digests[1]
 
 
@@ -271,7 +271,7 @@ def test_a_damaged_plan_is_named(data, workdir, file, how):
 
 
 def test_a_damaged_checkpoint_is_named_when_it_is_needed(data, workdir):
-    (workdir / "checkpoints/6/about/metadata").write_text("{}")
+    (workdir / "checkpoints/6/metadata/metadata").write_text("{}")
     with pytest.raises(ValueError, match=r"checkpoint .*/checkpoints/6 cannot be read.*Remove .*/6 to go on from"):
         go(data, workdir, "export")
     shutil.rmtree(workdir / "checkpoints/6")  # the advice

@@ -60,7 +60,7 @@ def train(
     if start is not None:
         put_start(model, start)
     config = fit_chunks(config, model, plan, lab.pairs)
-    training = make_training(config, model, plan)
+    training = make_training(config, model, config.train.steps or len(plan) // config.train.batches_per_step)
     loader = make_loader(config, plan, lab.pairs)
     del model
     state, losses, seconds = training.state, np.zeros(0, np.float32), 0.0

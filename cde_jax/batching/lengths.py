@@ -1,10 +1,10 @@
 """Texts of many lengths as chunks of a few static lengths, so that little is computed on padding.
 
-The plan is known before training, and so is the length of each of its texts. They run at a few padded lengths, chosen
-to pad the least. The texts of a plan batch, queries and documents together, are sorted by length and cut into chunks of
-about equally many tokens: a chunk is as long as its longest text needs. How many chunks there are of each length
-differs from batch to batch; the arrays have room for the most, and the step skips the empty ones. So all steps have
-the same shapes, one program is compiled, and each batch pays for its own lengths.
+The plan is known before training, and so is the length of each of its texts. The padded lengths are chosen to pad the
+least. The texts of a plan batch, queries and documents together, are sorted by length and cut into chunks of about
+equally many tokens; a chunk is padded to what its longest text needs. The number of chunks per length differs from
+batch to batch: the arrays have room for the most that any batch needs, and the training step skips empty chunks. So
+every step has the same shapes, and one program is compiled.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,54 +13,56 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64
 
-MULTIPLE = 8  # of which padded lengths are
-# Left to itself, a chunk has one in 32 of a plan batch's tokens: the last one is half empty on average. Fewer than 512
-# would not keep even a CPU busy; where a plan batch has few tokens itself, a quarter of them is enough.
-SHARE, FEWEST_TOKENS, FEWEST_CHUNKS = 32, 512, 4
+MULTIPLE = 8  # padded lengths are multiples of it
+# The default size of a chunk: 1/32 of a plan batch's tokens, for on average half of the last chunk is empty. Fewer than
+# 512 tokens do not keep even a CPU busy, but it is never more than a quarter of a plan batch.
+CHUNKS_PER_BATCH, MIN_TOKENS, MIN_CHUNKS = 32, 512, 4
 
 
 class Layout(NamedTuple):
-    """The chunks that the arrays of a plan batch have room for, by padded length."""
+    """The chunks that the arrays of a plan batch have room for: three tuples with one entry per padded length."""
 
-    lengths: tuple[int, ...]  # ascending
-    texts: tuple[int, ...]  # of one chunk of each length
-    chunks: tuple[int, ...]  # of each length
+    lengths: tuple[int, ...]  # tokens, ascending
+    texts: tuple[int, ...]  # per chunk
+    chunks: tuple[int, ...]
 
 
 def choose_layout(batches: Callable[[], Iterable[Int[np.ndarray, " m"]]], lengths: int, tokens: int = 0) -> Layout:
     """The layout of at most `lengths` lengths that holds every plan batch.
 
-    batches: gives the token counts of each plan batch's texts, of which there are some; called twice. tokens: of a
-    chunk, or 0 to leave it to this function.
+    batches: gives the token counts of each plan batch's texts, of which there are some; called twice. tokens: per
+    chunk; 0: chosen by the average plan batch.
     """
     counts, number, largest = np.zeros(1, np.int64), 0, 1
     for sizes in batches():
-        largest = max(largest, len(sizes))
-        found = np.bincount(sizes)
-        counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
-        counts[: len(found)] += found
-        number += 1
+        of_batch = np.bincount(sizes, minlength=len(counts))
+        of_batch[: len(counts)] += counts
+        counts, number, largest = of_batch, number + 1, max(largest, len(sizes))
     chosen = choose_lengths(counts, lengths)
     average = int(counts @ np.arange(len(counts))) // max(number, 1)
-    tokens = tokens or max(average // SHARE, min(average // FEWEST_CHUNKS, FEWEST_TOKENS))
+    tokens = tokens or max(average // CHUNKS_PER_BATCH, min(average // MIN_CHUNKS, MIN_TOKENS))
     texts = tuple(min(max(1, tokens // length), largest) for length in chosen)
-    most = np.zeros(len(chosen), np.int64)
+    chunks, fullest = np.zeros((2, len(chosen)), np.int64)  # of any batch; texts of any chunk
     for sizes in batches():
-        most = np.maximum(most, np.bincount([k for k, _ in cut(sizes, chosen, texts)], minlength=len(chosen)))
-    needed = np.flatnonzero(most)
-    return Layout(*(tuple(np.asarray(values)[needed].tolist()) for values in (chosen, texts, most)))
+        used = np.zeros_like(chunks)
+        for k, rows in split_by_length(sizes, chosen, texts):
+            used[k] += 1
+            fullest[k] = max(fullest[k], len(rows))
+        chunks = np.maximum(chunks, used)
+    needed = np.flatnonzero(chunks)
+    return Layout(*(tuple(np.asarray(values)[needed].tolist()) for values in (chosen, fullest, chunks)))
 
 
 def choose_lengths(counts: Int64[np.ndarray, " sizes"], most: int) -> tuple[int, ...]:
     """At most `most` padded lengths, ascending, with the fewest padded tokens for `counts[s]` texts of s tokens.
 
-    Multiples of 8, or the longest text's own length. Found exactly, by dynamic programming over the lengths.
+    Multiples of 8, or the longest text's own length. Exact, by dynamic programming over the lengths.
     """
     longest = max(1, int(np.flatnonzero(counts).max(initial=0)))
     candidates = np.array([*range(MULTIPLE, longest, MULTIPLE), longest])
     shorter = np.cumsum(np.pad(counts, (0, 1)))[candidates]  # texts that fit each candidate
     cost = shorter * candidates  # of all texts up to candidate j, at one length
-    came_from: list[np.ndarray] = []
+    came_from: list[Int64[np.ndarray, " candidates"]] = []
     for _ in range(most - 1):
         # One length more: the texts above candidate i run at candidate j.
         step = cost[:, None] + (shorter[None, :] - shorter[:, None]) * candidates[None, :]  # [i, j]
@@ -72,10 +74,10 @@ def choose_lengths(counts: Int64[np.ndarray, " sizes"], most: int) -> tuple[int,
     return tuple(candidates[sorted(chosen)].tolist())
 
 
-def cut(
+def split_by_length(
     sizes: Int[np.ndarray, " m"], lengths: tuple[int, ...], texts: tuple[int, ...]
 ) -> Iterator[tuple[int, Int64[np.ndarray, " rows"]]]:
-    """The chunks of a plan batch: which of `lengths`, and the numbers of its texts, the longest first.
+    """The chunks of a plan batch: which of `lengths`, and the indices of its texts, the longest first.
 
     A chunk is filled up with shorter texts, so only the last one has room left.
     """
@@ -89,29 +91,22 @@ def cut(
         yield k, rows
 
 
-def chunked(ids: Int32[np.ndarray, "G m L"], mask: Bool[np.ndarray, "G m L"], layout: Layout) -> dict[str, Any]:
-    """Each of G plan batches' m texts, padded on the right, as chunks.
+def to_chunks(ids: Int32[np.ndarray, "m L"], mask: Bool[np.ndarray, "m L"], layout: Layout) -> dict[str, Any]:
+    """A plan batch's m texts, padded on the right, as chunks.
 
-    Returns "ids" and "mask", for each of the layout's lengths ℓ an array [G, chunks, texts, ℓ], and "place" int32
-    [G, m]: where each text is when the chunks of all lengths stand one after the other. Rows without a text are all
-    False.
+    Returns "ids" (int32) and "mask" (bool), for each of the layout's lengths ℓ an array [chunks, texts, ℓ], and "place"
+    int32 [m]: the row of each text when the chunks of all lengths are concatenated. Rows without a text are all False.
     """
-    rows_held = [chunks * texts for chunks, texts in zip(layout.chunks, layout.texts, strict=True)]
-    first = np.cumsum([0, *rows_held])
-    shapes = [(len(ids), rows, length) for rows, length in zip(rows_held, layout.lengths, strict=True)]
-    parts = {name: [np.zeros(shape, kind) for shape in shapes] for name, kind in (("ids", np.int32), ("mask", bool))}
-    place = np.empty(mask.shape[:2], np.int32)
-    for g, sizes in enumerate(mask.sum(axis=2)):
-        used = np.zeros(len(rows_held), np.int64)
-        for k, rows in cut(sizes, layout.lengths, layout.texts):
-            at = used[k] + np.arange(len(rows))
-            used[k] += layout.texts[k]
-            place[g, rows] = first[k] + at
-            width = min(layout.lengths[k], ids.shape[2])
-            parts["ids"][k][g, at, :width] = ids[g, rows, :width]
-            parts["mask"][k][g, at, :width] = mask[g, rows, :width]
-    held = {
-        name: tuple(x.reshape(len(ids), n, t, L) for x, L, t, n in zip(arrays, *layout, strict=True))
-        for name, arrays in parts.items()
-    }
-    return held | {"place": place}
+    shapes = list(zip(layout.chunks, layout.texts, layout.lengths, strict=True))
+    chunk_ids = tuple(np.zeros(shape, np.int32) for shape in shapes)
+    chunk_masks = tuple(np.zeros(shape, bool) for shape in shapes)
+    first = np.cumsum([0, *np.multiply(layout.chunks, layout.texts)])
+    place, used = np.empty(len(ids), np.int32), [0] * len(shapes)
+    for k, rows in split_by_length(mask.sum(axis=1), layout.lengths, layout.texts):
+        _, texts, length = shapes[k]
+        cut_ids, cut_mask = ids[rows, :length], mask[rows, :length]  # [rows, ≤ ℓ]
+        chunk_ids[k][used[k], : len(rows), : cut_ids.shape[1]] = cut_ids
+        chunk_masks[k][used[k], : len(rows), : cut_ids.shape[1]] = cut_mask
+        place[rows] = first[k] + used[k] * texts + np.arange(len(rows))
+        used[k] += 1
+    return {"ids": chunk_ids, "mask": chunk_masks, "place": place}

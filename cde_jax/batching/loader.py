@@ -1,148 +1,112 @@
-"""Batches of tokens for the training step: `batch(step)` is a function, so order is data and resuming is an integer.
+"""Batches of tokens for the training step: `batch(step)` is a function, so a run is resumed by its step number alone.
 
-Grain runs that function ahead of time, in threads or in processes. It only reads memory-mapped arrays and makes its
-own generator from the seed and the place in the plan, so threads share nothing that they write to; a process is given
-the names of the mapped files, not their content.
+It reads memory-mapped arrays and draws from a generator of its own, seeded by the run's seed and the place in the plan.
+So threads may call it ahead of time without sharing any state.
 """
 
-import dataclasses
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int32, Int64
 
-from cde_jax.batching.lengths import Layout, choose_layout, chunked
+from cde_jax.batching.lengths import Layout, choose_layout, to_chunks
 from cde_jax.batching.pack import domain_groups
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.data.store import Ragged, Store
 
 log = logging.getLogger(__name__)
 
-CONTEXT_STREAM = 31  # keeps the draws of context apart from the other random numbers of the same seed
+CONTEXT_STREAM = 31  # separates the draws of context from the other random numbers of the same seed
 SOURCES = ("batch", "domain")  # of context documents
 NO_DOCUMENT = -1  # a missing context document: all padding, mask all False
+MINIMUM = {
+    "batches_per_step": 1,
+    "context_size": 0,
+    "query_length": 1,
+    "document_length": 1,
+    "seed": 0,
+    "text_lengths": 1,
+}
 
 
+@dataclass
 class Loader:
     """Training batches of a plan over its pairs' tokens, each plan batch with its context (paper, section 3.2).
 
-    batches_per_step G: plan batches in a step. context_size J: context documents of a plan batch, drawn without
-    replacement from the batch's own documents (context_source "batch") or from the positives of its domain ("domain");
-    the small domains that share batches count as one. query_length, document_length: tokens kept of a text, Lq and Ld.
-
-    text_lengths: how many padded lengths texts run at; more than 1 gives batches in chunks (`lengths`), 1 as plain
-    arrays. chunk_tokens, context_chunk_tokens: of a chunk of queries and documents, or context documents; 0: chosen.
+    Context documents are drawn without replacement from the batch's own documents (context_source "batch") or from the
+    positives of its domain ("domain"); the small domains that share batches count as one.
     """
 
-    def __init__(
-        self,
-        plan: BatchPlan,
-        pairs: Store,
-        *,
-        batches_per_step: int,
-        context_size: int,
-        context_source: str,
-        query_length: int,
-        document_length: int,
-        seed: int,
-        text_lengths: int = 1,
-        chunk_tokens: int = 0,
-        context_chunk_tokens: int = 0,
-    ):
-        for name, value, smallest in (
-            ("batches_per_step", batches_per_step, 1),
-            ("context_size", context_size, 0),
-            ("query_length", query_length, 1),
-            ("document_length", document_length, 1),
-            ("seed", seed, 0),
-            ("text_lengths", text_lengths, 1),
-        ):
-            if value < smallest:
+    plan: BatchPlan
+    pairs: Store
+    batches_per_step: int  # G
+    context_size: int  # J; 0: no context
+    context_source: str
+    query_length: int  # tokens kept
+    document_length: int
+    seed: int
+    text_lengths: int = 1  # number of padded lengths
+    chunk_tokens: int = 0  # of a chunk (`lengths`) of queries and documents; 0: chosen
+    context_chunk_tokens: int = 0
+
+    def __post_init__(self):
+        for name, smallest in MINIMUM.items():
+            if (value := getattr(self, name)) < smallest:
                 raise ValueError(f"expected {name} ≥ {smallest}, got {value}; change it in the config")
-        if context_source not in SOURCES:
-            raise ValueError(f"expected context_source {' or '.join(SOURCES)}, got {context_source!r}")
+        if self.context_source not in SOURCES:
+            raise ValueError(f"expected context_source {' or '.join(SOURCES)}, got {self.context_source!r}")
         try:
-            plan.verify(pairs.fingerprint, plan.manifest["settings"])
+            self.plan.verify(self.pairs.fingerprint, self.plan.manifest["settings"])
         except ValueError as error:
-            raise ValueError(
-                f"{error} ({pairs.directory}: texts, prefixes, lengths and the tokenizer all count)"
-            ) from None
-        self.plan = plan
-        self.batches_per_step = batches_per_step
-        self.context_size = context_size
-        self.context_source = context_source
-        self.query_length = query_length
-        self.document_length = document_length
-        self.seed = seed
-        self._queries = pairs.ragged("query_tokens")
-        self._documents = pairs.ragged("document_tokens")
-        self._group_rows: list[np.ndarray] = []
-        if context_source != "batch":
-            names = [domain["name"] for domain in pairs.manifest["domains"]]
-            groups, _ = domain_groups(pairs.array("domain"), names, plan.rows.shape[1])  # as the plan numbered them
-            self._group_rows = [group.rows for group in groups]
-        self.text_lengths = text_lengths
-        self._chunk_tokens = {"texts": chunk_tokens, "context": context_chunk_tokens}
+            advice = "texts, prefixes, lengths and the tokenizer all count"
+            raise ValueError(f"{error} ({self.pairs.directory}: {advice})") from None
+        self._queries, self._documents = self.pairs.ragged("query_tokens"), self.pairs.ragged("document_tokens")
+
+    @cached_property
+    def _group_rows(self) -> list[Int64[np.ndarray, " rows"]]:
+        """Pairs of each of the plan's groups."""
+        names = [domain["name"] for domain in self.pairs.manifest["domains"]]
+        groups, _ = domain_groups(self.pairs.array("domain"), names, self.plan.rows.shape[1])
+        return [group.rows for group in groups]
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
-        """Of "texts" and "context" where texts run at several lengths; found by going through the plan once."""
-        if self.text_lengths == 1:
-            return {}
-        layouts = {"texts": choose_layout(self._text_sizes, self.text_lengths, self._chunk_tokens["texts"])}
-        if self.context_size:  # fewer lengths: these are documents only
-            few = -(-self.text_lengths // 2)
-            layouts["context"] = choose_layout(self._context_sizes, few, self._chunk_tokens["context"])
+        """Chunks of "texts" and, unless context_size is 0, of "context"; computed by going through the plan once."""
+        places = range(len(self.plan))
+        layouts = {"texts": choose_layout(lambda: map(self._text_sizes, places), self.text_lengths, self.chunk_tokens)}
+        if self.context_size:  # half as many lengths, for these are documents only
+            sizes = lambda: (_sizes(self._documents, self.context(p), self.document_length) for p in places)  # noqa: E731
+            layouts["context"] = choose_layout(sizes, -(-self.text_lengths // 2), self.context_chunk_tokens)
         return layouts
 
     def batch(self, step: int) -> dict[str, Any]:
         """The arrays of one step, a pure function of `step` ≥ 0; after the plan's last batch its first comes again.
 
-        query_ids int32 [G, B, Lq], query_mask bool [G, B, Lq]; document_ids int32 [G, N, Ld], document_mask bool
-        [G, N, Ld]; context_ids int32 [G, J, Ld], context_mask bool [G, J, Ld], a missing context document being all
-        False; keep bool [G, B, N]; plan_batch int32 [G], the batches' places in the plan.
-
-        With several text lengths, instead of ids and masks: "texts", the B queries and then the N documents as
-        `lengths.chunked` has them, and "context", the J context documents. The shapes are the same at every step.
+        "texts": the B queries and then the N documents of each plan batch in chunks (`lengths.to_chunks`): "ids" int32
+        and "mask" bool [G, chunks, texts, ℓ] for each padded length ℓ, and "place" int32 [G, B + N]. "context", unless
+        context_size is 0: the same of J context documents, a missing one being all False. "keep" bool [G, B, N].
+        "plan_batch" int32 [G]: the batches' places in the plan. The shapes are the same at every step.
         """
         if step < 0:
             raise ValueError(f"expected a step ≥ 0, got {step}")
         first = int(step) * self.batches_per_step
-        places = [(first + g) % len(self.plan) for g in range(self.batches_per_step)]
-        rows = np.stack([self.plan.rows[place] for place in places])  # [G, B]
-        documents = np.stack([self.plan.documents(place) for place in places])  # [G, N]
-        context = np.stack([self.context(place) for place in places])  # [G, J]
-        query_ids, query_mask = _tokens(self._queries, rows, self.query_length)
-        document_ids, document_mask = _tokens(self._documents, documents, self.document_length)
-        context_ids, context_mask = _tokens(self._documents, context, self.document_length)
-        batch = {
-            "keep": np.stack([self.plan.keep(place) for place in places]),
-            "plan_batch": np.array(places, np.int32),
-        }
-        if not self.layouts:
-            return {
-                "query_ids": query_ids,
-                "query_mask": query_mask,
-                "document_ids": document_ids,
-                "document_mask": document_mask,
-                "context_ids": context_ids,
-                "context_mask": context_mask,
-            } | batch
-        batch["texts"] = chunked(
-            _joined(query_ids, document_ids), _joined(query_mask, document_mask), self.layouts["texts"]
-        )
+        return _stack([self._plan_batch((first + g) % len(self.plan)) for g in range(self.batches_per_step)])
+
+    def _plan_batch(self, place: int) -> dict[str, Any]:
+        """`batch`, of one plan batch and without the axis G."""
+        query_ids, query_mask = self._queries.padded(self.plan.rows[place], self.query_length)
+        document_ids, document_mask = self._documents.padded(self.plan.documents(place), self.document_length)
+        ids, mask = _concatenate(query_ids, document_ids), _concatenate(query_mask, document_mask)  # [B + N, L]
+        batch: dict[str, Any] = {"texts": to_chunks(ids, mask, self.layouts["texts"])}
         if self.context_size:
-            batch["context"] = chunked(context_ids, context_mask, self.layouts["context"])
-        return batch
+            context = self._documents.padded(self.context(place), self.document_length)
+            batch["context"] = to_chunks(*context, self.layouts["context"])
+        return batch | {"keep": self.plan.keep(place), "plan_batch": np.int32(place)}
 
     def context(self, place: int) -> Int64[np.ndarray, " J"]:
         """The context documents of plan batch `place`, by the seed and the place alone; −1 where there are too few."""
@@ -156,105 +120,38 @@ class Loader:
         context[: len(drawn)] = drawn
         return context
 
-    def _text_sizes(self) -> Iterator[Int64[np.ndarray, " texts"]]:
-        """Tokens of each plan batch's queries and documents."""
-        for place in range(len(self.plan)):
-            queries = _sizes(self._queries, self.plan.rows[place], self.query_length)
-            yield np.concatenate([queries, _sizes(self._documents, self.plan.documents(place), self.document_length)])
+    def _text_sizes(self, place: int) -> Int64[np.ndarray, " texts"]:
+        """Tokens of a plan batch's queries and documents."""
+        queries = _sizes(self._queries, self.plan.rows[place], self.query_length)
+        return np.concatenate([queries, _sizes(self._documents, self.plan.documents(place), self.document_length)])
 
-    def _context_sizes(self) -> Iterator[Int64[np.ndarray, " J"]]:
-        """Tokens of each plan batch's context documents."""
-        for place in range(len(self.plan)):
-            yield _sizes(self._documents, self.context(place), self.document_length)
+    def iterate(self, start: int, stop: int, *, threads: int, prefetch: int) -> Iterator[dict[str, Any]]:
+        """`batch(start)` … `batch(stop − 1)` in order; Grain's threads compute up to `prefetch` of them ahead.
 
-    def iterate(
-        self, start: int, stop: int, *, threads: int, workers: int = 0, prefetch: int
-    ) -> Iterator[dict[str, Any]]:
-        """`batch(start)` … `batch(stop − 1)` in order; Grain computes up to `prefetch` of them ahead.
-
-        They come from `threads` threads of this process, or from `workers` > 0 processes; the batches are the same.
-        Processes start in seconds and are worth it where threads, which share one interpreter, cannot keep up. With
-        no workers and threads = 0 or prefetch = 0 each batch is computed when it is asked for.
+        With threads = 0 or prefetch = 0, and where Grain is not installed, each is computed when it is asked for.
         """
         if not 0 <= start <= stop:
             raise ValueError(f"expected 0 ≤ start ≤ stop, got {start} and {stop}")
-        import grain  # loads jax, which this package does without elsewhere
-
-        for name, layout in self.layouts.items():  # found now, before threads and processes need them
+        for name, layout in self.layouts.items():  # computed now, before threads need them
             log.info("%s run at %s tokens, %s in a chunk", name, layout.lengths, layout.texts)
-        if workers:
-            dataset = _in_processes(grain.MapDataset.range(start, stop).map(self.batch), workers, prefetch)
-        else:
-            options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
-            dataset = grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options)
-        # Closing lets go of threads and processes when the caller stops early.
-        with closing(iter(dataset)) as batches:
+        try:
+            import grain  # loads jax, which this package does without elsewhere
+        except ImportError:
+            yield from map(self.batch, range(start, stop))
+            return
+        options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
+        dataset = grain.MapDataset.range(start, stop).map(self.batch).to_iter_dataset(options)
+        with closing(iter(dataset)) as batches:  # ends the threads when the caller stops early
             yield from batches
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For Grain's processes: mapped arrays by the names of their files."""
-        state = dict(vars(self))
-        state["plan"] = {
-            field.name: _by_name(getattr(self.plan, field.name)) for field in dataclasses.fields(self.plan)
-        }
-        for name in ("_queries", "_documents"):
-            state[name] = [_by_name(array) for array in state[name]]
-        return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.plan = BatchPlan(**{name: _opened(value) for name, value in state["plan"].items()})
-        for name in ("_queries", "_documents"):
-            setattr(self, name, Ragged(*map(_opened, state[name])))
-
-
-class _MappedFile(NamedTuple):
-    """An array of a store, by the name of its file."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-
-def _by_name(value: Any) -> Any:
-    mapped = value.base if isinstance(value, np.ndarray) else None
-    if isinstance(mapped, np.memmap) and mapped.shape == value.shape:
-        return _MappedFile(Path(mapped.filename), value.dtype, value.shape)
-    return value
-
-
-def _opened(value: Any) -> Any:
-    if isinstance(value, _MappedFile):
-        return np.memmap(value.file, value.dtype, "r", shape=value.shape).view(np.ndarray)
-    return value
-
-
-def _in_processes(batches: Any, workers: int, prefetch: int) -> Any:
-    """The Grain data set `batches` computed by `workers` processes, in the same order."""
-    import grain
-    import jax
-
-    # Grain reads absl's flags before it starts processes; a notebook has parsed none.
-    jax.config.parse_flags_with_absl()
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, prefetch // workers))
-    nothing_ahead = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return batches.to_iter_dataset(nothing_ahead).mp_prefetch(options, worker_init_fn=_start_worker)
-
-
-def _start_worker(index: int, count: int) -> None:
-    """A worker lives as long as its parent: Ctrl-C is the parent's to handle; killed with it, nothing is left."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _tokens(ragged, rows: Int64[np.ndarray, "G rows"], length: int) -> tuple[np.ndarray, np.ndarray]:
-    ids, mask = ragged.padded(rows.reshape(-1), length)
-    return ids.reshape(*rows.shape, length), mask.reshape(*rows.shape, length)
+def _stack(parts: list[Any]) -> Any:
+    """Arrays, or dicts and tuples of them, of G plan batches as arrays [G, …]."""
+    if isinstance(parts[0], dict):
+        return {name: _stack([part[name] for part in parts]) for name in parts[0]}
+    if isinstance(parts[0], tuple):
+        return tuple(_stack(list(group)) for group in zip(*parts, strict=True))
+    return np.stack(parts)
 
 
 def _sizes(ragged: Ragged, rows: Int64[np.ndarray, " rows"], length: int) -> Int64[np.ndarray, " rows"]:
@@ -263,8 +160,10 @@ def _sizes(ragged: Ragged, rows: Int64[np.ndarray, " rows"], length: int) -> Int
     return np.where(rows < 0, 0, np.minimum(ragged.offsets[at + 1] - ragged.offsets[at], length))
 
 
-def _joined(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """[G, B, Lq] and [G, N, Ld] as [G, B + N, the longer of both]."""
-    width = max(queries.shape[2], documents.shape[2])
-    both = [np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[2]))) for x in (queries, documents)]
-    return np.concatenate(both, axis=1)
+Tokens = Int32[np.ndarray, "_ _"] | Bool[np.ndarray, "_ _"]
+
+
+def _concatenate(queries: Tokens, documents: Tokens) -> Tokens:
+    """[B, Lq] and [N, Ld] as [B + N, the longer of both]."""
+    width = max(queries.shape[1], documents.shape[1])
+    return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (queries, documents)])

@@ -9,7 +9,6 @@ Axis letters, used everywhere: `B` texts, `K` hard negatives per query, `N` docu
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from cde_jax.models.attention import Prefix
 from cde_jax.models.biencoder import Biencoder, BiencoderConfig, mean_pool
 from cde_jax.models.encoder import EncoderConfig, Ids, Mask, as_tokens, linear
 
-__all__ = ["Biencoder", "BiencoderConfig", "ContextCache", "ContextualConfig", "ContextualEncoder", "map_chunks"]
+__all__ = ["Biencoder", "BiencoderConfig", "ContextCache", "ContextualConfig", "ContextualEncoder"]
 
 # Vectors of the first stage: shared by all texts, or one set per text.
 Context = Float[Array | np.ndarray, "J D"] | Float[Array | np.ndarray, "B J D"]
@@ -202,25 +201,3 @@ def check_cache(cache: ContextCache, config: ContextualConfig) -> None:
             f"this context cache is of another model: expected a width (and layers, heads, features of a head) of "
             f"{expected}, got {got}; call prepare_context of this model"
         )
-
-
-def map_chunks(
-    function: Callable[[Int[Array, "c L"], Bool[Array, "c L"]], Float[Array, "c D"]],
-    ids: Int[Array, "B L"],
-    mask: Bool[Array, "B L"],
-    chunk: int,
-) -> Float[Array, "B D"]:
-    """`function(ids, mask)` over chunks of `chunk` texts, each recomputed in the backward pass.
-
-    Only a chunk's inputs and vectors are kept, so activation memory does not grow with B; gradients are those of
-    the whole batch. It does what GradCache (Gao et al., arXiv 2101.06983) does, as a JAX transformation. `chunk` 0
-    runs the batch as a whole and keeps its activations.
-    """
-    texts = ids.shape[0]
-    if not chunk:
-        return function(ids, mask)
-    chunk = min(chunk, texts)
-    short = -texts % chunk
-    ids, mask = (jnp.pad(x, ((0, short), (0, 0))).reshape(-1, chunk, x.shape[1]) for x in (ids, mask))
-    vectors = jax.lax.map(jax.checkpoint(lambda xs: function(*xs)), (ids, mask))  # [chunks, c, D]
-    return vectors.reshape(-1, vectors.shape[-1])[:texts]

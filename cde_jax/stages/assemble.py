@@ -1,6 +1,9 @@
 """The parts of a run from its configuration: model, loader, step. They run where only JAX is installed."""
 
 import dataclasses
+import logging
+import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +13,18 @@ from cde_jax.batching.loader import Loader
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import AUTO, Config, Model
 from cde_jax.data.store import Store
+from cde_jax.models.attention import select_kernel
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 from cde_jax.training import sharding
-from cde_jax.training.memory import device_limit, largest_chunk, program_bytes
-from cde_jax.training.step import StepConfig, TrainState, init_state, make_optimizer, make_train_step, stream
+from cde_jax.training.checkpoint import Checkpoints
+from cde_jax.training.memory import GIB, device_limit, largest_chunk, program_bytes
+from cde_jax.training.step import TrainState, init_state, make_optimizer, make_train_step, stream
 
-CHUNKS = ("query_chunk", "document_chunk", "context_chunk")
+log = logging.getLogger(__name__)
+
+CHUNKS = ("document_chunk", "context_chunk")
+TRAINING_BYTES = 16  # of a parameter: its value, its gradient and Adam's two moments, in float32
 
 
 class Training(NamedTuple):
@@ -27,6 +35,27 @@ class Training(NamedTuple):
     state: TrainState
     step: Any
     steps: int
+
+
+def check_runtime(config: Config) -> None:
+    """Raise ValueError for what this machine cannot train, before anything is written: devices, kernel, model size."""
+    t = config.train
+    sharding.check_divides(sharding.make_mesh(t.devices), t.batches_per_step)
+    shape = model_config(config.model, config.data.vocab_size, compute_dtype(config))
+    encoder = shape.encoder if isinstance(shape, BiencoderConfig) else shape.second_stage
+    select_kernel(encoder.attention, encoder.dtype, encoder.head_dim)
+    parameters = sum(
+        math.prod(x.shape) for x in jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: shape.build(rngs=nnx.Rngs(0)))))
+    )
+    device, host = jax.local_devices()[0], os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = (device.memory_stats() or {}).get("bytes_limit", host)
+    if TRAINING_BYTES * parameters > memory:
+        raise ValueError(
+            f"the model has {parameters:,} parameters: to train it takes at least {TRAINING_BYTES} bytes each, "
+            f"{TRAINING_BYTES * parameters / GIB:.1f} GiB, and there are {memory / GIB:.1f}; make model.* smaller"
+        )
+    if t.evaluate_every and not config.evaluate.development:
+        log.warning("train.evaluate_every has no effect: evaluate.development names no evaluation set")
 
 
 def encoder_config(model: Model, vocab_size: int, layers: int, dtype: str) -> EncoderConfig:
@@ -43,8 +72,7 @@ def encoder_config(model: Model, vocab_size: int, layers: int, dtype: str) -> En
         "remat": model.remat,
     }
     if model.backbone == "bert":
-        habits = {"positions": "learned", "activation": "gelu", "attention_bias": True, "mlp_bias": (True, True)}
-        return EncoderConfig(**shape, **habits)
+        shape |= {"positions": "learned", "activation": "gelu", "attention_bias": True, "mlp_bias": (True, True)}
     return EncoderConfig(**shape)
 
 
@@ -67,56 +95,51 @@ def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig |
 def build_model(config: Config, vocab_size: int, dtype: str) -> Biencoder | ContextualEncoder:
     """The model with random parameters from the run's seed; jitted, so that a large one is made in seconds."""
     shape = model_config(config.model, vocab_size, dtype)
-    kind = Biencoder if isinstance(shape, BiencoderConfig) else ContextualEncoder
-    return nnx.jit(lambda key: kind(shape, rngs=nnx.Rngs(params=key)))(stream(config.seed, "params"))
+    return nnx.jit(lambda key: shape.build(rngs=nnx.Rngs(params=key)))(stream(config.seed, "params"))
 
 
-def compute_dtype(config: Config) -> str:
-    """`model.dtype`, "auto" by the platform: float32 on CPU, bfloat16 on accelerators."""
-    if config.model.dtype == "auto":
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return config.model.dtype
+def restore_model(
+    config: Config, vocab_size: int, checkpoints: Checkpoints, step: int
+) -> Biencoder | ContextualEncoder:
+    """The model of a checkpoint: only its parameters are read, on any number of devices."""
+    shape = model_config(config.model, vocab_size, compute_dtype(config))
+    graph, params = nnx.split(nnx.eval_shape(lambda: shape.build(rngs=nnx.Rngs(0))), nnx.Param)
+    return nnx.merge(graph, checkpoints.restore_weights(step, params))
 
 
-def make_loader(config: Config, plan: BatchPlan, pairs: Store) -> Loader:
-    """The loader of a run's batches; chunks must be numbers (`fit_chunks`)."""
-    t, contextual = config.train, config.model.kind == "contextual"
+def compute_dtype(config: Config, platform: str | None = None) -> str:
+    """`model.dtype`; "auto" is float32 on CPU and bfloat16 on other platforms (None: this process's)."""
+    auto = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+    return auto if config.model.dtype == "auto" else config.model.dtype
+
+
+def make_loader(config: Config, plan: BatchPlan, pairs: Store, platform: str | None = None) -> Loader:
+    """The loader of a run's batches; chunk sizes of −1 must have been replaced (`fit_chunks`)."""
+    t, d = config.train, config.data
+    # What keeps an accelerator busy; on a CPU the loader chooses.
+    default = 0 if (platform or jax.default_backend()) == "cpu" else 8192
     return Loader(
         plan,
         pairs,
         batches_per_step=t.batches_per_step,
-        context_size=config.model.context_size if contextual else 0,
+        context_size=config.model.context_size if config.model.kind == "contextual" else 0,
         context_source=config.batching.context_source,
-        query_length=config.data.query_length,
-        document_length=config.data.document_length,
+        query_length=d.query_length,
+        document_length=d.document_length,
         seed=config.seed,
         text_lengths=t.text_lengths,
-        chunk_tokens=t.document_chunk * config.data.document_length or _chunk_tokens(),
-        context_chunk_tokens=t.context_chunk * config.data.document_length or _chunk_tokens(),
+        chunk_tokens=t.document_chunk * d.document_length or default,
+        context_chunk_tokens=t.context_chunk * d.document_length or default,
     )
 
 
-def make_training(config: Config, model: Biencoder | ContextualEncoder, plan: BatchPlan) -> Training:
-    """The step of a run and its state at step 0. Raises ValueError where the plan is too short, or devices too few."""
+def make_training(config: Config, model: Biencoder | ContextualEncoder, steps: int) -> Training:
+    """The step of a run of `steps` steps and its state at step 0. Raises ValueError where devices are too few."""
     t, mesh = config.train, sharding.make_mesh(config.train.devices)
     sharding.check_divides(mesh, t.batches_per_step)
-    steps = t.steps or len(plan) // t.batches_per_step
-    if steps < 1:
-        raise ValueError(
-            f"the plan has {len(plan)} batches, fewer than the {t.batches_per_step} of one step: lower "
-            f"train.batches_per_step or batching.batch_size, raise batching.epochs, or give more data"
-        )
-    optimizer, schedule = make_optimizer(
-        learning_rate=t.learning_rate,
-        warmup_steps=t.warmup_steps,
-        steps=steps,
-        weight_decay=t.weight_decay,
-        clip_norm=t.clip_norm,
-        first_stage_rate=t.first_stage_rate,
-    )
+    optimizer, schedule = make_optimizer(t, steps)
     graph, state = init_state(model, optimizer)
-    of_step = {field.name: getattr(t, field.name) for field in dataclasses.fields(StepConfig)}
-    step = make_train_step(graph, optimizer, schedule, StepConfig(**of_step), mesh)
+    step = make_train_step(graph, optimizer, schedule, t, mesh)
     return Training(mesh, graph, sharding.replicate(mesh, state), step, steps)
 
 
@@ -126,28 +149,22 @@ def fit_chunks(config: Config, model: Biencoder | ContextualEncoder, plan: Batch
     All of them become one number of texts. Compiles the step for ever smaller chunks until one fits. Raises
     ValueError where not even single texts fit, and where nobody says how much memory there is.
     """
-    found = [name for name in CHUNKS if getattr(config.train, name) == AUTO]
-    if not found:
+    auto = [name for name in CHUNKS if getattr(config.train, name) == AUTO]
+    if not auto:
         return config
     limit = device_limit(jax.devices()[0], config.train.memory_gib)
 
     def with_chunks(texts: int) -> Config:
-        return dataclasses.replace(config, train=dataclasses.replace(config.train, **dict.fromkeys(found, texts)))
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, **dict.fromkeys(auto, texts)))
 
     def needs(texts: int) -> int:
-        tried = with_chunks(texts)
-        training = make_training(tried, model, plan)
-        batch = make_loader(tried, plan, pairs).batch(0)
+        candidate = with_chunks(texts)
+        training = make_training(candidate, model, steps=1)
+        batch = make_loader(candidate, plan, pairs).batch(0)
         del batch["plan_batch"]
         batch = sharding.shard_batch(training.mesh, batch)
         key = sharding.replicate(training.mesh, stream(0, "dropout"))
         return program_bytes(training.step.lower(training.state, batch, key).compile())
 
     _, queries, hard = plan.hard_negatives.shape
-    together = config.train.text_lengths > 1  # queries and documents in the same chunks
-    return with_chunks(largest_chunk(needs, limit, queries * (1 + hard + together)))
-
-
-def _chunk_tokens() -> int:
-    """Tokens of a chunk where the config gives none: what keeps an accelerator busy; on a CPU the loader's choice."""
-    return 0 if jax.default_backend() == "cpu" else 8192
+    return with_chunks(largest_chunk(needs, limit, queries * (2 + hard)))  # all queries and documents of a plan batch

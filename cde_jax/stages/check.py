@@ -30,6 +30,8 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
     if {"prepare", "evaluate"} & set(stages):
         beir.read_sets(d.evaluation)
     if "train" in stages:
+        from cde_jax.stages.assemble import check_runtime
+
         check_runtime(config)
         check_initial_encoders(config)
 
@@ -99,13 +101,3 @@ def check_initial_encoders(config: Config, vocab_size: int | None = None) -> Non
                     f"model.init.{stage} {name!r} is of another shape than the config's model: {'; '.join(different)}. "
                     "Set model.* to the checkpoint's shape"
                 )
-
-
-def check_runtime(config: Config) -> None:  # TEMPORARY
-    """Temporary."""
-    from cde_jax.models.attention import select_kernel
-    from cde_jax.stages.assemble import compute_dtype
-    from cde_jax.training import sharding
-
-    sharding.check_divides(sharding.make_mesh(config.train.devices), config.train.batches_per_step)
-    select_kernel(config.model.attention, compute_dtype(config), config.model.width // config.model.heads)

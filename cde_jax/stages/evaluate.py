@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import Config, Train, evaluation_name, names_affecting
@@ -23,7 +22,7 @@ from cde_jax.evaluation.tokens import KIND, read_tokens, write_tokens
 from cde_jax.interop.modules import TextSettings
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
 from cde_jax.retrieval.embedder import Embedder
-from cde_jax.stages.assemble import build_model, compute_dtype, make_training
+from cde_jax.stages.assemble import restore_model
 from cde_jax.stages.workdir import (
     CHECKPOINTS,
     EVALUATION,
@@ -146,9 +145,7 @@ def trained(config: Config, workdir: Path, prepared: Prepared) -> Embedder:
         step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.newest()
         if step is None:
             raise ValueError(f"{workdir} has no checkpoint yet: run --stage=train first")
-        model = build_model(config, prepared.vocab_size, compute_dtype(config))
-        training = make_training(config, model, prepared.plan)
-        model = nnx.merge(training.graph, checkpoints.restore(step, training.state).params)
+        model = restore_model(config, prepared.vocab_size, checkpoints, step)
     finally:
         checkpoints.close()
     log.info("checkpoint %d", step)

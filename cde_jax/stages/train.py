@@ -42,7 +42,7 @@ def train(config: Config, workdir: Path, prepared: Prepared) -> bool:
         # Parameters that a checkpoint is about to replace need no pretrained weights.
         model = (initial_model if newest is None else _random_model)(config, prepared.vocab_size)
         config = with_chunks(config, workdir, identity, model, prepared)
-        training = make_training(config, model, prepared.plan)
+        training = make_training(config, model, steps)
         if newest is not None:
             training = training._replace(state=checkpoints.restore(newest, training.state))
             log.info("going on from checkpoint %d of %d", newest, steps)
@@ -79,16 +79,15 @@ def with_chunks(config: Config, workdir: Path, identity: dict[str, str], model, 
 def _run(config: Config, workdir: Path, prepared: Prepared, training: Training, checkpoints: Checkpoints) -> bool:
     """Run the loop; whether it got to the last step."""
     mesh, graph, state, step, steps = training
-    t, b = config.train, config.batching
     loader = make_loader(config, prepared.plan, prepared.pairs)
-    chosen = _description(config, training, checkpoints.belongs, loader)
+    chosen = _description(config, training, checkpoints.identity, loader)
     write_json(workdir / TRAINING, chosen)
     log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "identity"))
 
     def batches(start: int, stop: int) -> Iterator[dict[str, Any]]:
-        loaded = loader.iterate(start, stop, threads=b.threads, workers=b.workers, prefetch=b.prefetch)
+        loaded = loader.iterate(start, stop, threads=config.batching.threads, prefetch=config.batching.prefetch)
         with closing(loaded):
-            yield from sharding.shard_ahead(mesh, loaded)
+            yield from sharding.prefetch_to_device(mesh, loaded)
 
     name = config.evaluate.development
     development = read_tokens(workdir / TOKENS / name) if name else None
@@ -97,19 +96,18 @@ def _run(config: Config, workdir: Path, prepared: Prepared, training: Training, 
         embedder = make_embedder(config, workdir, nnx.merge(graph, state.params), prepared.tokenizer)
         return beir.score(embedder, development, config.seed, config.evaluate.cutoff)
 
-    return loop.run(
+    state = loop.run(
         step,
         state,
         batches,
         sharding.replicate(mesh, stream(config.seed, "dropout")),
         steps=steps,
-        cadence=loop.Cadence(t.log_every, t.checkpoint_every, t.evaluate_every),
+        train=config.train,
         checkpoints=checkpoints,
         workdir=workdir,
         evaluate=score if development else None,
-        peak_tflops=t.peak_tflops,
-        profile_steps=t.profile_steps,
-    ).finished
+    )
+    return int(state.step) >= steps
 
 
 def _description(config: Config, training: Training, identity: dict[str, str], loader: Loader) -> dict[str, Any]:

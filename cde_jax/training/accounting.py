@@ -1,11 +1,8 @@
-"""Model FLOPs: what a step or an encoding needs, whatever the program does to get it.
+"""Model FLOPs: those of the matrix products that a step or an encoding needs, however the program computes them.
 
-Counted are the products of matrices, a multiplication and an addition as two (Kaplan et al., arXiv 2001.08361,
-table 1), for the tokens that texts have: work on padding, and work done again in the backward pass (chunks,
-`remat`), is no progress. Elementwise work is left out: about a percent at the widths that matter. A training step costs
-three times its forward pass, for each product has two in the backward pass.
-
-`sizes` are the tokens of each text, 0 where there is none: arrays of NumPy, or of JAX within a compiled step.
+A multiplication and an addition count as two (Kaplan et al., arXiv 2001.08361, table 1). Padding, recomputation in the
+backward pass (chunks, `remat`) and elementwise work, about a percent, do not count. A training step has three times the
+FLOPs of its forward pass. `sizes` are the tokens of each text, 0 where there is none.
 """
 
 from typing import Any
@@ -35,12 +32,8 @@ PEAK_TFLOPS = {
 def utilisation(
     flops: float, seconds: float, device_kind: str, devices: int = 1, peak: float | int = 0
 ) -> float | None:
-    """Model-FLOPs utilisation: the share of what the devices could do at most; None where that is not known.
-
-    `peak` is of one device, in TFLOP/s; 0: as its maker says.
-    """
-    known = (tflops for name, tflops in PEAK_TFLOPS.items() if device_kind.startswith(name))
-    peak = peak or next(known, 0)
+    """Model-FLOPs utilisation of all devices, 0 … 1; `peak` TFLOP/s of one, 0: its maker's. None where unknown."""
+    peak = peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if device_kind.startswith(name)), 0)
     return flops / (seconds * devices * peak * 1e12) if peak else None
 
 
@@ -54,8 +47,7 @@ def step_flops(
 ) -> Any:
     """Of training on G plan batches: sizes of their queries and documents [G, m], of their context [G, J].
 
-    `scores` is how many pairs of a query and a document are compared: G · B · N. A frozen first stage has no backward
-    pass.
+    `scores`: pairs of a query and a document that are compared, G · B · N. A frozen first stage has no backward pass.
     """
     forward, frozen, slots = 2.0 * scores * _width(config), 0.0, 0
     if isinstance(config, ContextualConfig):
@@ -67,7 +59,7 @@ def step_flops(
 
 
 def context_flops(config: ContextualConfig, sizes: Sizes) -> Any:
-    """Of reading contexts [*G, J], each once: the first stage and, if isolated, the slots' way through the second."""
+    """Of embedding and preparing contexts [*G, J], each once: the first stage and, if isolated, the slots' layers."""
     second, contexts = config.second_stage, int(np.prod(sizes.shape[:-1]))
     slots = _slots(config, sizes.shape[-1])
     once = 2.0 * second.width**2 * (1 + config.soft_prompt)
@@ -77,9 +69,9 @@ def context_flops(config: ContextualConfig, sizes: Sizes) -> Any:
 
 
 def encoding_flops(config: BiencoderConfig | ContextualConfig, sizes: Sizes, *, slots: int | None = None) -> Any:
-    """Of one forward pass over texts that read `slots` slots (None: of a context as large as the config says).
+    """Of a forward pass over texts with `slots` slots (None: as many as the config says).
 
-    Isolated attention reads the slots; joint attention takes them through every layer with every text.
+    Isolated: they are keys only. Joint: they go through every layer with every text.
     """
     tokens, texts = sizes.astype(float), (sizes > 0).astype(float)
     if isinstance(config, BiencoderConfig):
@@ -92,8 +84,8 @@ def encoding_flops(config: BiencoderConfig | ContextualConfig, sizes: Sizes, *, 
     return (_layers(c, run, tokens + slots) + texts * 4.0 * c.width**2).sum()
 
 
-def _layers(encoder: EncoderConfig, tokens, keys):
-    """All layers over `tokens` tokens of a text, each of which reads `keys` keys."""
+def _layers(encoder: EncoderConfig, tokens: Sizes | int, keys: Sizes | int) -> Any:
+    """All layers over `tokens` tokens of a text, each of which attends to `keys` keys."""
     matrices = encoder.width * (4 * encoder.width + (2 + encoder.gated) * encoder.mlp_width)
     return encoder.layers * tokens * (2.0 * matrices + 4.0 * encoder.width * keys)
 

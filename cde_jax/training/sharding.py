@@ -1,8 +1,4 @@
-"""The mesh and every PartitionSpec.
-
-One axis: the G plan batches of a step are split over the devices, parameters are copied to each. A model of this
-kind (≤ 1 B parameters) fits on one accelerator, so nothing else is split.
-"""
+"""The mesh and every PartitionSpec: the G plan batches of a step are split over the devices, parameters are copied."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, Shaped
 
 _DATA = "data"
 
@@ -38,14 +35,14 @@ def shard_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
     return jax.device_put(batch, NamedSharding(mesh, P(_DATA)))
 
 
-def shard_ahead(mesh: Mesh, batches: Iterable[dict[str, np.ndarray]], ahead: int = 1) -> Iterator[dict[str, jax.Array]]:
+def prefetch_to_device(mesh: Mesh, batches: Iterable[dict[str, Any]], ahead: int = 1) -> Iterator[dict[str, Any]]:
     """`shard_batch` of each batch in order, started `ahead` batches early: copied while the steps before still run."""
-    waiting: deque[dict[str, Any]] = deque()
+    pending: deque[dict[str, Any]] = deque()
     for batch in batches:
-        waiting.append(shard_batch(mesh, batch))
-        if len(waiting) > ahead:
-            yield waiting.popleft()
-    yield from waiting
+        pending.append(shard_batch(mesh, batch))
+        if len(pending) > ahead:
+            yield pending.popleft()
+    yield from pending
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
@@ -53,18 +50,14 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
-def on_each_device(mesh: Mesh, function: Callable, split: int) -> Callable:
-    """`function` run by each device on its own part of the last `split` arguments, the others copied.
+def on_each_device(mesh: Mesh, function: Callable, copied: int, split: int) -> Callable:
+    """`function` run by each device on all of its first `copied` arguments and its part of the other `split` ones.
 
-    It must return values that are equal on all devices, through `mean_over_devices` or `gather_over_devices`. Inside
-    it gradients are local, so nothing is communicated where the program does not say so.
+    It must return values that are equal on all devices, through `mean_over_devices` or `gather_over_devices`. Gradients
+    inside are local: nothing is communicated elsewhere.
     """
-
-    def call(*arguments):
-        specs = (P(),) * (len(arguments) - split) + (P(_DATA),) * split
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*arguments)
-
-    return call
+    specs = (P(),) * copied + (P(_DATA),) * split
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
 
 
 def mean_over_devices(tree: Any) -> Any:
@@ -72,11 +65,11 @@ def mean_over_devices(tree: Any) -> Any:
     return jax.lax.pmean(tree, _DATA)
 
 
-def gather_over_devices(x: jax.Array) -> jax.Array:
+def gather_over_devices(x: Shaped[Array, "g *rest"]) -> Shaped[Array, "G *rest"]:
     """Concatenate every device's array along axis 0, in device order; for use inside `on_each_device`."""
     return jax.lax.all_gather(x, _DATA, tiled=True)
 
 
-def first_row(rows: int) -> jax.Array:
+def first_row(rows: int) -> Int[Array, ""]:
     """Index of this device's first row among the rows of all, each holding `rows`."""
     return jax.lax.axis_index(_DATA) * rows
