@@ -297,7 +297,7 @@ def test_a_damaged_or_foreign_state_is_refused(tmp_path):
 def test_out_of_memory_says_which_chunk_to_try(lab, tmp_path):
     ours = arrays.unpack(lab, tmp_path / "arrays")
     config = from_config_dict(settings.override(ours.config, {"train.document_chunk": 8}))
-    with pytest.raises(MemoryError, match=r"=8: try --set train.query_chunk=4 train.document_chunk=4"):  # noqa: SIM117
+    with pytest.raises(MemoryError, match=r"=8: try --set train.document_chunk=4 train.context_chunk=4"):  # noqa: SIM117
         with training.explained_memory(config):
             jnp.zeros((1 << 50,), jnp.int8).block_until_ready()
     config = from_config_dict(settings.override(ours.config, {"train.document_chunk": 1}))

@@ -8,12 +8,13 @@ FLOPs of its forward pass. `sizes` are the tokens of each text, 0 where there is
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
 
 Sizes = Int[Array | np.ndarray, "..."]
+Counts = Float[Array | np.ndarray, "..."]
 
 # Dense bfloat16 TFLOP/s of one device, from its maker's data sheet; by the start of JAX's `device_kind`.
 PEAK_TFLOPS = {
@@ -84,7 +85,7 @@ def encoding_flops(config: BiencoderConfig | ContextualConfig, sizes: Sizes, *, 
     return (_layers(c, run, tokens + slots) + texts * 4.0 * c.width**2).sum()
 
 
-def _layers(encoder: EncoderConfig, tokens: Sizes | int, keys: Sizes | int) -> Any:
+def _layers(encoder: EncoderConfig, tokens: Counts | int, keys: Counts | int) -> Any:
     """All layers over `tokens` tokens of a text, each of which attends to `keys` keys."""
     matrices = encoder.width * (4 * encoder.width + (2 + encoder.gated) * encoder.mlp_width)
     return encoder.layers * tokens * (2.0 * matrices + 4.0 * encoder.width * keys)
