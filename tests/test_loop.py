@@ -101,7 +101,7 @@ def same(a, b) -> bool:
 
 
 def kept(workdir):
-    return sorted(int(name) for name in os.listdir(workdir / "checkpoints") if name.isdigit())
+    return opened(workdir).steps()
 
 
 # --- what a run leaves
@@ -264,7 +264,7 @@ def test_evaluation_and_checkpoints_are_not_counted_as_training(trainer, tmp_pat
         3,
         every=3,
         checkpoint=1,
-        evaluate=lambda state: slow_evaluation(state) if state.step == 1 else 0,
+        evaluate=lambda state: slow_evaluation(state) if state.step == 1 else 0.0,
     )
     (line,) = (line for line in lines(tmp_path) if "loss" in line)
     assert 12 / line["pairs_per_second"] < 50  # seconds, each of them a look at the clock
@@ -297,7 +297,7 @@ def test_without_optional_libraries_the_loop_logs_plain_lines(trainer, tmp_path,
         monkeypatch.setitem(sys.modules, name, None)
     with caplog.at_level("INFO"):
         state = go(trainer, tmp_path, 4)
-    assert "step 4  loss" in caplog.text and [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert "step 4  accuracy" in caplog.text and [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     assert not (tmp_path / "tensorboard").exists()
     assert same(state, go(trainer, tmp_path, 4))  # restored
 
