@@ -197,7 +197,7 @@ def test_plain_encoders_are_read_in_their_naming(tmp_path, naming):
     assert equal(load_encoder(tmp_path), random_model(BiencoderConfig(config)).encoder)
 
 
-def test_pretraining_wrappers_and_unused_heads_are_seen_through(tmp_path):
+def test_prefixes_of_pretraining_wrappers_and_unused_heads_are_ignored(tmp_path):
     extra = ("bert.pooler.dense.bias", "cls.predictions.bias", "bert.embeddings.position_ids")
     config = huggingface_directory(tmp_path, "bert", prefix="bert.", extra=extra)
     weights = load_file(tmp_path / "model.safetensors")
@@ -358,7 +358,7 @@ def test_a_published_directory_gives_its_prompts_and_lengths(tmp_path, tokenizer
 
 
 @pytest.mark.parametrize("left", [4, 50, -10])
-def test_truncated_safetensors_are_told(tmp_path, left):
+def test_truncated_safetensors_are_refused(tmp_path, left):
     huggingface_directory(tmp_path, "native")
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:left])
@@ -366,7 +366,7 @@ def test_truncated_safetensors_are_told(tmp_path, left):
         load_model(tmp_path)
 
 
-def test_a_wrong_vocabulary_size_is_told(tmp_path):
+def test_a_wrong_vocabulary_size_is_refused(tmp_path):
     huggingface_directory(tmp_path, "bert")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
@@ -389,7 +389,7 @@ def test_every_ill_fitting_tensor_is_listed_at_once(tmp_path):
     assert re.search(r"misshapen: layers.1.mlp.down_proj.weight: expected \[16, 256\], got \[16, 255\]", message)
 
 
-def test_a_tokenizer_that_does_not_fit_is_told_when_reading_and_writing(tmp_path, tokenizer):
+def test_a_tokenizer_with_too_many_ids_is_refused_when_loading_and_saving(tmp_path, tokenizer):
     small = BiencoderConfig(dataclasses.replace(ROTARY, vocab_size=20))
     with pytest.raises(ValueError, match=r"tokenizer has ids up to .* have 20 rows"):
         save_pretrained(random_model(small), tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)

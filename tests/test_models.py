@@ -397,7 +397,7 @@ def test_a_cache_of_another_model_is_refused(texts, context):
             contextual(pattern, encoder=wide).embed(*texts, caches[pattern])
 
 
-def test_impossible_shapes_are_refused_in_words():
+def test_impossible_shapes_are_refused():
     with pytest.raises(ValueError, match=r"width 16 cannot be split into 3 heads.*multiple"):
         encoder_config(heads=3)
     with pytest.raises(ValueError, match=r"odd number.*even head size"):

@@ -1,1 +1,1 @@
-"""Weights of other people and ours for them: Hugging Face directories, PyTorch names, ONNX."""
+"""Pretrained weights in and out: Hugging Face directories, PyTorch names, ONNX."""

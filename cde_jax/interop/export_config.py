@@ -48,7 +48,7 @@ def jax_only(model: BiencoderConfig | ContextualConfig) -> list[str]:
 
 
 def reference_keys(model: BiencoderConfig | ContextualConfig) -> dict[str, Any]:
-    """The top level of `config.json` in the reference's words, for readers that know the reference."""
+    """The top level of `config.json` by the reference's keys, for readers of those."""
     contextual = isinstance(model, ContextualConfig)
     first = model.first_stage if contextual else model
     keys = {

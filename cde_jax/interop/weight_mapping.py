@@ -1,13 +1,13 @@
 """Names of PyTorch tensors ↔ paths of our parameters: one table per naming, used in both directions.
 
 An entry names the torch tensors that make up one of our arrays: they lie one after another along torch's first axis
-(`names`, with `{}` for the layer that is axis 0 of ours), and are transposed where torch keeps `[out, in]`.
+(`names`, with `{}` for the layer, axis 0 of our array), and are transposed where torch keeps `[out, in]`.
 Loading demands a bijection: every tensor is used or named in `IGNORED`, and every parameter is filled.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +95,7 @@ SECOND_STAGE = (
     *_dense("project_in", "second_stage_model.output_projection.0"),
     *_dense("project_out", "second_stage_model.output_projection.2"),
     Entry("null", ("second_stage_model.sequence_dropout_null_embedding",)),
-    Entry("slot_bias", ("second_stage_model.slot_bias",)),  # ours; the reference has none
+    Entry("slot_bias", ("second_stage_model.slot_bias",)),  # the reference has none
 )
 
 # Both names of one table where both stages share their word embeddings.
@@ -137,18 +137,17 @@ def _nested(path: str, name: str, entries: Mapped) -> list[Entry]:
     return [Entry(path + e.path, tuple(name + n for n in e.names), e.transpose) for e in entries]
 
 
+def _parts(entry: Entry, array: Shaped[np.ndarray, "..."]) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+    """Name of each torch tensor of one of our arrays, and the view of the array that it is."""
+    for i, layer in enumerate(array if entry.stacked else [array]):
+        rows = np.atleast_1d(layer.T if entry.transpose else layer)  # torch's order of axes
+        yield from zip((name.format(i) for name in entry.names), np.split(rows, len(entry.names)), strict=True)
+
+
 def torch_shapes(mapping: Iterable[Entry], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     """Name and shape of every torch tensor that a model with these parameter shapes is made of."""
-    by_path = {entry.path: entry for entry in mapping}
-    assert shapes.keys() <= by_path.keys(), f"no entry for {sorted(shapes.keys() - by_path.keys())}"
-    expected = {}
-    for path, shape in shapes.items():
-        entry = by_path[path]
-        layers, shape = (shape[0], shape[1:]) if entry.stacked else (1, shape)
-        shape = shape[::-1] if entry.transpose else shape or (1,)
-        part = (shape[0] // len(entry.names), *shape[1:])
-        expected |= {name.format(i): part for i in range(layers) for name in entry.names}
-    return expected
+    state = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}  # no memory
+    return {name: part.shape for name, part in _torch_parts(mapping, state)}
 
 
 def check_bijection(expected: Mapping[str, Shape], stored: Mapping[str, Shape], source: str) -> None:
@@ -179,11 +178,8 @@ def from_torch(
 ) -> Float[np.ndarray, "..."]:
     """Our float32 array, filled from `load(name)` tensor by tensor."""
     array = _aligned(shape)
-    for i, layer in enumerate(array if entry.stacked else [array]):
-        rows = np.atleast_1d(layer.T if entry.transpose else layer)  # a view: torch's order of axes
-        size = rows.shape[0] // len(entry.names)
-        for part, name in enumerate(entry.names):
-            rows[part * size : (part + 1) * size] = load(name.format(i))
+    for name, part in _parts(entry, array):
+        part[...] = load(name)
     return array
 
 
@@ -198,15 +194,13 @@ def to_torch(
     mapping: Iterable[Entry], state: Mapping[str, Shaped[np.ndarray, "..."]]
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """The torch tensors (contiguous float32 numpy arrays, by name) of our parameters (by path)."""
-    by_path = {entry.path: entry for entry in mapping}
-    assert state.keys() <= by_path.keys(), f"no entry for {sorted(state.keys() - by_path.keys())}"
-    tensors = {}
-    for path, entry in by_path.items():
-        if path not in state:
-            continue
-        array = np.asarray(state[path], np.float32)
-        for i, layer in enumerate(array if entry.stacked else [array]):
-            rows = np.atleast_1d(layer.T if entry.transpose else layer)
-            for name, part in zip(entry.names, np.split(rows, len(entry.names)), strict=True):
-                tensors[name.format(i)] = np.ascontiguousarray(part)
-    return tensors
+    return {name: np.ascontiguousarray(part, np.float32) for name, part in _torch_parts(mapping, state)}
+
+
+def _torch_parts(
+    mapping: Iterable[Entry], state: Mapping[str, Shaped[np.ndarray, "..."]]
+) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+    entries = {entry.path: entry for entry in mapping}
+    assert state.keys() <= entries.keys(), f"no entry for {sorted(state.keys() - entries.keys())}"
+    for path, array in state.items():
+        yield from _parts(entries[path], array)
