@@ -35,7 +35,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/core: $(PINS) | $(BIN)/python
-	$(PIP) -e .
+	$(PIP) -e ".[cpu]"
 	touch $@
 
 $(VENV)/dev: $(VENV)/core

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     corpus = Path(_CORPUS.value) if _CORPUS.value is not None else None
     try:
         print(export_run(Path(_WORKDIR.value), Path(_OUT.value), corpus, _SEED.value, _ONNX.value), flush=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
         sys.exit(f"error: {error}")
 

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
 
         for text in run.run(_CONFIG.value, Path(_WORKDIR.value), _STAGE.value, rebuild=_REBUILD.value):
             print(text, flush=True)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
         sys.exit(f"error: {error}")
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,9 @@ def test_the_import_contracts_hold():
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("room", ["data", "batching"])
-def test_data_and_batching_need_no_device_library(room):
-    for file in (PACKAGE / room).rglob("*.py"):
+@pytest.mark.parametrize("package", ["data", "batching"])
+def test_data_and_batching_need_no_device_library(package):
+    for file in (PACKAGE / package).rglob("*.py"):
         assert not tops(file, at_module_level=True) & {"jax", "jaxlib", "flax", "optax", "torch"}, file
 
 
@@ -98,7 +99,7 @@ def test_models_and_steps_run_on_a_bare_image(file):
 def test_a_library_has_one_owner(library, owners):
     assert importers(library) <= owners
     if library != "mteb":
-        assert importers(library), f"nobody imports {library}: is this law still about something?"
+        assert importers(library), f"nobody imports {library}: is this contract still needed?"
 
 
 def test_only_sharding_spells_partition_specs():
@@ -152,8 +153,8 @@ def loaded_by(modules: list[str]) -> set[str]:
     return {name.split(".")[0] for name in done.stdout.split()}
 
 
-def modules(room: str) -> list[str]:
-    files = (PACKAGE / room).rglob("*.py")
+def modules(package: str) -> list[str]:
+    files = (PACKAGE / package).rglob("*.py")
     return [
         ".".join(["cde_jax", *f.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__") for f in files
     ]
@@ -168,3 +169,12 @@ def test_importing_the_package_data_and_batching_loads_no_device_library():
 def test_importing_the_stages_loads_no_torch():
     loaded = loaded_by(modules("stages"))
     assert "jax" in loaded and not loaded & {"torch", "sentence_transformers", "transformers"}
+
+
+def test_faiss_is_a_choice_of_extra():
+    """faiss-cpu and faiss-gpu overwrite each other's files, so that core requires neither and no extra both."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "faiss" not in (ROOT / "requirements.txt").read_text()
+    extras = {name: " ".join(extra) for name, extra in project["optional-dependencies"].items()}
+    assert {name for name, extra in extras.items() if "faiss-cpu" in extra} == {"cpu", "tpu"}
+    assert {name for name, extra in extras.items() if "faiss-gpu" in extra} == {"cuda"}

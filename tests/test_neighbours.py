@@ -123,5 +123,5 @@ def test_a_broken_row_is_named_by_its_own_number(side):
 
 def test_a_missing_faiss_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match="pip install"):
+    with pytest.raises(ImportError, match=r"cde_jax\[cpu\]'.* 'cde_jax\[cuda\]'"):
         load_faiss()

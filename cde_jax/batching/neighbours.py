@@ -31,7 +31,10 @@ def load_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ImportError(f"FAISS cannot be imported ({error}): pip install faiss-cpu") from error
+        raise ImportError(
+            f"FAISS cannot be imported ({error}), which preparing data needs: pip install 'cde_jax[cpu]', or "
+            "'cde_jax[cuda]' on NVIDIA GPUs"
+        ) from error
     return faiss
 
 
