@@ -206,6 +206,31 @@ def test_a_context_larger_than_the_batch_works(data, tmp_path):
     assert (tmp_path / "checkpoints/1").exists()
 
 
+def test_without_evaluation_sets_a_training_is_exported(data, workdir):
+    shutil.rmtree(workdir / "export")
+    said = go(data, workdir, data__evaluation=())
+    assert said[1].startswith("nothing to evaluate") and "exported to" in said[2]
+    assert (workdir / "export/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "content"),
+    [
+        ("rankings.json", "rank", []),
+        ("rankings.json", "evaluate", {"fingerprint": "x", "rankings": 3}),
+        ("evaluation.json", "evaluate", "text"),
+        ("evaluation.json", "export", {"fingerprint": "x", "sets": {"held": {"none": "high"}}}),
+        ("training.json", "train", {"identity": 3}),
+    ],
+)
+def test_a_json_file_of_something_else_is_named(data, workdir, name, stage, content):
+    write_json(workdir / name, content)
+    if stage == "train":
+        shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(ValueError, match=rf"{name}: expected .*: move it away"):
+        go(data, workdir, stage)
+
+
 # --- another run's work directory
 
 
@@ -350,6 +375,21 @@ def test_the_command_tells_a_mistake_in_one_line_without_a_traceback(tmp_path):
 
 
 # --- starting from pretrained encoders
+
+
+def test_pretrained_encoders_are_checked_before_anything_is_written(data, done, tmp_path):
+    cases = [
+        ("nowhere/at all", {}, "nowhere/at all"),
+        (str(data), {}, "config.json"),
+        (str(done[0] / "export"), {"mlp_width": 64}, "mlp_width: the config says 64, the checkpoint 32"),
+        (str(done[0] / "export"), {"vocab_size": 160}, "vocab_size: the config says 160, the checkpoint 150"),
+    ]
+    for name, changes, message in cases:
+        config = config_of(data, **{f"model__{key}": value for key, value in changes.items()})
+        config.model.init.first_stage = name
+        with pytest.raises(ValueError, match=message):
+            list(stages.run(config, tmp_path / "work"))
+    assert not (tmp_path / "work").exists()
 
 
 def test_training_starts_from_the_encoders_that_the_config_names(data, done, tmp_path):
