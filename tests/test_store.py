@@ -126,7 +126,7 @@ def test_truncated_missing_and_foreign_stores_are_named(tmp_path):
     with pytest.raises(ValueError, match="truncated or altered"):
         Store.open(tmp_path / "s")
     manifest.write_text('{"kind": "numbers"}')
-    with pytest.raises(ValueError, match=r"json: expected the keys .*\['format', 'arrays', 'manifest_sha256'\]"):
+    with pytest.raises(ValueError, match=r"json: expected the keys .*'format'.* got none of the name 'format'"):
         Store.open(tmp_path / "s")
     manifest.write_text('{"kind": "numbers", "format": 0, "arrays": {}, "manifest_sha256": ""}')
     with pytest.raises(ValueError, match="expected store format 1, got 0"):
@@ -301,7 +301,7 @@ def test_json_files_hold_finite_numbers_and_broken_ones_are_named(tmp_path):
     ("content", "expected", "message"),
     [
         ("[1]", {"keys": ("a", "b")}, r"expected a JSON object, got list: \[1\]"),
-        ('{"a": 1}', {"keys": ("a", "b")}, r"expected the keys \['a', 'b'\], \['b'\] are missing"),
+        ('{"a": 1}', {"keys": ("a", "b")}, r"expected the keys \['a', 'b'\], got none of the name 'b'; it was altered"),
         ("3", {"kind": list}, "expected a JSON array, got int: 3"),
         ("[" * 10**5, {}, "not readable as JSON .*recursion"),
         ("1" * 5000, {}, "not readable as JSON .*digits"),

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+from jaxtyping import UInt8
 
 _ADVICE = dict.fromkeys(
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -36,18 +37,18 @@ class NewFolder:
         self.target = Path(target).absolute()
         self.marker = marker
         self.path: Path | None = None
-        self._lock = -1
 
     def __enter__(self) -> "NewFolder":
-        if self.target.exists() and not self._replaceable():
+        target = self.target
+        if target.exists() and not ((target / self.marker).exists() or (target.is_dir() and not any(target.iterdir()))):
             raise ValueError(
-                f"{self.target}: expected a free name or an older folder with {self.marker}, found something else; "
+                f"{target}: expected a free name or an older folder with {self.marker}, found something else; "
                 "choose another directory or move it away"
             )
-        path = self.target.parent / f".{self.target.name}.tmp"
-        with explain_os_errors(self.target):
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _make_locked(path, self.target)
+        path = target.parent / f".{target.name}.tmp"
+        with explain_os_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _make_locked(path, target)
             self.path = path
             for left in path.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -57,31 +58,26 @@ class NewFolder:
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path = None
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        os.close(self._lock)
 
     def put_in_place(self) -> None:
         """Rename the finished folder to its target; its files must be synced already."""
+        old = self.target.parent / f".{self.target.name}.old"
         with explain_os_errors(self.target):
             sync(self.path)
-            # The old one is renamed first: a kill in between leaves no target, never half of one.
-            old = self.target.parent / f".{self.target.name}.old"
             shutil.rmtree(old, ignore_errors=True)
-            if self.target.exists():
+            # The old one is renamed first: a kill in between leaves no target, never half of one.
+            with suppress(FileNotFoundError):
                 os.rename(self.target, old)
             try:
                 os.rename(self.path, self.target)
             except OSError:
-                if old.exists():
+                with suppress(FileNotFoundError):
                     os.rename(old, self.target)
                 raise
             self.path = None
             shutil.rmtree(old, ignore_errors=True)
             sync(self.target.parent)
-
-    def _replaceable(self) -> bool:
-        return self.target.is_dir() and ((self.target / self.marker).exists() or not any(self.target.iterdir()))
 
 
 def _make_locked(path: Path, target: Path) -> int:
@@ -180,16 +176,12 @@ def read_json(path: str | Path, kind: type | None = None, keys: Sequence[str] = 
         raise ValueError(f"{path}: not readable as JSON ({error}); it was truncated or altered") from None
     kind = dict if keys else kind
     if kind is not None and not isinstance(content, kind):
-        raise ValueError(
-            f"{path}: expected a JSON {_JSON_NAMES.get(kind, kind.__name__)}, got {type(content).__name__}: "
-            f"{content!r:.60}; it was altered, or is another file of that name"
-        )
-    if missing := [key for key in keys if key not in content]:
-        raise ValueError(
-            f"{path}: expected the keys {list(keys)}, {missing} are missing; it was altered, or is another file of "
-            "that name"
-        )
-    return content
+        expected, got = f"a JSON {_JSON_NAMES.get(kind, kind.__name__)}", f"{type(content).__name__}: {content!r:.60}"
+    elif missing := [key for key in keys if key not in content]:
+        expected, got = f"the keys {list(keys)}", f"none of the name {missing[0]!r}"
+    else:
+        return content
+    raise ValueError(f"{path}: expected {expected}, got {got}; it was altered, or is another file of that name")
 
 
 _JSON_NAMES = {dict: "object", list: "array", str: "string"}
@@ -206,8 +198,8 @@ def as_json(value: Any) -> Any:
     raise TypeError(f"JSON has no form for {type(value).__name__}: {value!r}")
 
 
-def write_all(file: Any, content: Any) -> None:
-    """Write all of `content` (bytes or 1-d uint8) to a raw file, whose `write` may take a part only."""
+def write_all(file: IO[bytes], content: bytes | UInt8[np.ndarray, "n"]) -> None:
+    """Write all of `content` to a raw file, whose `write` may take a part only."""
     view = memoryview(content)
     while len(view):
         view = view[file.write(view) :]

@@ -119,25 +119,21 @@ def write_pairs(
     """Stream `pairs` to a store of kind "pairs" and return it opened.
 
     With n pairs and m different negative texts, documents 0..n−1 are the positives in order and n..n+m−1 the
-    negatives in the order in which they appear. Arrays: `query_tokens` (ragged, n rows) and `document_tokens`
-    (n + m rows), uint16 or for larger vocabularies uint32, prefix included, cut to the lengths, special tokens
-    included; `query_text` and `document_text`, UTF-8 without prefix; `domain` int32 [n], an index into the
-    manifest's "domains"; `query_key` uint64 [n] and `document_key` uint64 [n + m]; `negatives` (ragged int64, n
-    rows), document numbers ≥ n. `counts` is `clean`'s, `source` says where the pairs come from, `inputs` is the
-    source's log; all three go to the manifest, none to the fingerprint.
+    negatives in the order in which they appear. Arrays, where N = n + m:
+    query_tokens, document_tokens: ragged uint16 (uint32 for large vocabularies), n and N rows, with prefix and
+        special tokens, cut to the lengths
+    query_text, document_text: ragged UTF-8 without prefix; query_key, document_key: their `text_key`s, uint64
+    domain: int32 [n], an index into the manifest's "domains"; negatives: ragged int64, n rows of numbers ≥ n
 
     `prefixes` maps domains to a query and a document prefix of their own. A negative has the document prefix of its
-    pair: one text under two prefixes is two documents.
-
-    The fingerprint is a digest of the pairs in order, prefixes, lengths and tokenizer. No pairs, or a pair
-    without text, is a ValueError; a full disk an OSError that says so; neither leaves anything behind.
+    pair: one text under two prefixes is two documents. `counts` is `clean`'s, `source` says where the pairs come
+    from, `inputs` is the source's log: they are in the manifest, not in the fingerprint (of pairs, prefixes, lengths
+    and tokenizer). No pairs, or one without text, is a ValueError; a full disk an OSError. Neither leaves anything.
     """
-    directory = Path(directory)
-    queries = _Side("query", query_length, tokenizer)
-    documents = _Side("document", document_length, tokenizer)
+    queries, documents = _Side("query", query_length, tokenizer), _Side("document", document_length, tokenizer)
     sizes: dict[str, int] = {}  # pairs by domain, in the order of the domains' numbers
     stream = hashlib.sha256()
-    with StoreWriter(directory, "pairs") as writer, DistinctTexts(directory.absolute().parent) as negatives:
+    with StoreWriter(directory, "pairs") as writer, DistinctTexts(Path(directory).absolute().parent) as negatives:
         for block in _checked(pairs, "tokenizing"):
             writer.append("domain", _register(block, sizes, stream))
             before = [(*prefixes.get(pair.domain, (query_prefix, document_prefix)), pair) for pair in block]
@@ -151,28 +147,26 @@ def write_pairs(
             documents.append(writer, [entry for _, new in block for entry in new])
         own = {name: prefixes[name] for name in sizes if name in prefixes}
         settings = {
-            "prefixes": {
-                "query": query_prefix,
-                "document": document_prefix,
-                "domains": {name: {"query": query, "document": document} for name, (query, document) in own.items()},
-            },
-            "lengths": {"query": query_length, "document": document_length},
+            "prefixes": _named((query_prefix, document_prefix)) | {"domains": {k: _named(v) for k, v in own.items()}},
+            "lengths": _named((query_length, document_length)),
             "tokenizer": tokenizer.fingerprint,
         }
-        return writer.finish(
-            {
-                "fingerprint": fingerprint({"pairs": stream.hexdigest()} | settings),
-                "pairs": queries.count,
-                "documents": documents.count,
-                "vocab_size": tokenizer.vocab_size,
-                "domains": [{"name": name, "pairs": size} for name, size in sizes.items()],
-                "counts": dict(counts or {}),
-                "inputs": asdict(inputs or InputLog()),
-                "tokens": {"query": queries.statistics(), "document": documents.statistics()},
-                "source": source,
-            }
-            | settings
-        )
+        manifest = {
+            "fingerprint": fingerprint({"pairs": stream.hexdigest()} | settings),
+            "pairs": queries.count,
+            "documents": documents.count,
+            "vocab_size": tokenizer.vocab_size,
+            "domains": [{"name": name, "pairs": size} for name, size in sizes.items()],
+            "counts": dict(counts or {}),
+            "inputs": asdict(inputs or InputLog()),
+            "tokens": _named((queries.statistics(), documents.statistics())),
+            "source": source,
+        }
+        return writer.finish(manifest | settings)
+
+
+def _named(values: tuple[Any, Any]) -> dict[str, Any]:
+    return {"query": values[0], "document": values[1]}
 
 
 def _register(block: list[Pair], sizes: dict[str, int], stream: Any) -> Int32[np.ndarray, "b"]:
