@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cde_jax.data import distinct
-from cde_jax.data.distinct import Column, DistinctTexts, combine_keys, first_occurrence, number_by_appearance
+from cde_jax.data.distinct import DistinctTexts, combine_keys, first_occurrence, number_by_appearance, on_disk
 from cde_jax.data.texts import text_key
 
 KEYS = st.lists(st.integers(0, 12) | st.sampled_from([2**64 - 1, 2**63, 2**40]), max_size=60)
@@ -37,13 +37,14 @@ def test_memory_does_not_grow_with_the_rows_nor_with_one_key_in_most_of_them(tmp
 
     def peak(rows, repeated):
         keys = np.random.default_rng(0).integers(0, 2**63, 1 << 12).astype(np.uint64)
-        with Column(tmp_path, np.uint64) as column:
-            for i in range(rows >> 12):
-                block = combine_keys(keys, np.full(len(keys), 0 if repeated else i, np.uint64))
-                column.append(block if not repeated else np.where(keys % np.uint64(8) == 0, block, keys[0]))
-            on_disk = column.array()
+
+        def block(i):
+            combined = combine_keys(keys, np.full(len(keys), 0 if repeated else i, np.uint64))
+            return combined if not repeated else np.where(keys % np.uint64(8) == 0, combined, keys[0])
+
+        stored = on_disk(map(block, range(rows >> 12)), tmp_path, np.uint64)
         tracemalloc.start()
-        numbers = number_by_appearance(on_disk, tmp_path)
+        numbers = number_by_appearance(stored, tmp_path)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most, len(np.unique(numbers))
@@ -55,16 +56,14 @@ def test_memory_does_not_grow_with_the_rows_nor_with_one_key_in_most_of_them(tmp
     assert large[1] < 1 << 10 and large[0] < 1.5 * small[0]
 
 
-def test_a_column_is_read_only_and_stays_after_its_file_is_closed(tmp_path):
-    with Column(tmp_path / "made", np.int64) as column:
-        assert column.array().tolist() == []
-        column.append(np.arange(3))
-        column.append(np.arange(2))
-        array = column.array()
-        assert os.listdir(tmp_path / "made") == []
+def test_numbers_on_disk_are_read_only_and_stay_after_their_file_is_closed(tmp_path):
+    assert on_disk([], tmp_path / "made", np.int64).tolist() == []
+    array = on_disk([np.arange(3), np.arange(2, dtype=np.int32).reshape(1, 2)], tmp_path / "made", np.int64)
+    assert os.listdir(tmp_path / "made") == []
     assert array.tolist() == [0, 1, 2, 0, 1]
-    with pytest.raises(ValueError, match="read-only"):
-        array[0] = 1
+    for numbers in (array, first_occurrence(array.astype(np.uint64), tmp_path)):
+        with pytest.raises(ValueError, match="read-only"):
+            numbers[0] = 1
 
 
 def test_two_keys_combine_into_one_that_differs_where_one_of_them_does():
@@ -99,13 +98,17 @@ def test_texts_are_kept_once_by_group_and_rows_point_to_them(tmp_path_factory, r
 
 @pytest.mark.parametrize(
     "call",
-    ["number_by_appearance(keys, folder)", "texts.keys.append(np.arange(6000))", "texts.add([[('', 'x' * 50_000)]])"],
+    [
+        "number_by_appearance(keys, folder)",
+        "on_disk([np.arange(6000)], folder, np.int64)",
+        "texts.add([[('', 'x' * 50_000)]])",
+    ],
 )
 def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, call):
     code = f"""
         import resource, sys
         import numpy as np
-        from cde_jax.data.distinct import DistinctTexts, number_by_appearance
+        from cde_jax.data.distinct import DistinctTexts, number_by_appearance, on_disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         keys, folder = np.arange(6000, dtype=np.uint64), sys.argv[1]
         try:

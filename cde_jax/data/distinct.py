@@ -5,12 +5,11 @@ random: the same keys give the same answer. All files are temporary and have no 
 them; what is returned is a memory map of one, which lives as long as the array.
 """
 
-import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,39 +20,24 @@ from cde_jax.data.files import explain_os_errors, write_all
 from cde_jax.data.texts import text_key
 
 _BUCKET = 1 << 22  # rows held at a time: about 300 MB, however many rows there are
-_BLOCK = 4096  # numbers converted to Python's at a time
+_BLOCK = 4096  # numbers converted to Python's, and rows of texts read, at a time
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth, TAOCP vol. 3, section 6.4); any odd number would do
 
 
-class Column:
-    """An array on disk that grows at its end: `with Column(folder, dtype) as c: c.append(…); rows = c.array()`."""
-
-    def __init__(self, folder: str | Path, dtype: Any):
-        self.folder, self.dtype = Path(folder), np.dtype(dtype)
-        self._file: IO[bytes]
-
-    def __enter__(self) -> "Column":
-        self._file = _unnamed_file(self.folder)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def append(self, values: Shaped[np.ndarray, "b"]) -> None:
-        """Add values at the end; a full disk is an OSError that says so."""
-        with explain_os_errors(self.folder):
-            write_all(self._file, np.ascontiguousarray(values, self.dtype).view(np.uint8))
-
-    def array(self) -> Shaped[np.ndarray, "n"]:
-        """All that was appended, read-only and memory-mapped; it stays valid after the `with` block."""
-        if self._file.tell() == 0:  # an empty file cannot be mapped
-            return np.zeros(0, self.dtype)
-        return np.memmap(self._file, self.dtype, "r").view(np.ndarray)
-
-
-def _unnamed_file(folder: Path) -> IO[bytes]:
-    folder.mkdir(parents=True, exist_ok=True)
+def _unnamed_file(folder: str | Path) -> IO[bytes]:
+    Path(folder).mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryFile(dir=folder, buffering=0)
+
+
+def on_disk(blocks: Iterable[Shaped[np.ndarray, "..."]], folder: str | Path, dtype: Any) -> Shaped[np.ndarray, "n"]:
+    """The numbers of all blocks, in order, as a read-only memory map; a full disk is an OSError that says so."""
+    with _unnamed_file(folder) as file:
+        for block in blocks:
+            with explain_os_errors(folder):
+                write_all(file, np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8))
+        if file.tell() == 0:  # an empty file cannot be mapped
+            return np.zeros(0, dtype)
+        return np.memmap(file, dtype, "r").view(np.ndarray)
 
 
 def combine_keys(left: UInt64[np.ndarray, "n"], right: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
@@ -76,7 +60,7 @@ def first_occurrence(keys: UInt64[np.ndarray, "n"], folder: str | Path) -> Int64
     if not count:
         return np.zeros(0, np.int64)
     buckets = -(-count // _BUCKET)
-    with _unnamed_file(Path(folder)) as file:
+    with _unnamed_file(folder) as file:
         with explain_os_errors(folder):  # now: a memory map that meets a full disk ends the process
             os.posix_fallocate(file.fileno(), 0, 8 * count)
         first = np.memmap(file, np.int64, "r+", shape=(count,)).view(np.ndarray)
@@ -105,16 +89,19 @@ def number_by_appearance(keys: UInt64[np.ndarray, "n"], folder: str | Path) -> I
     `first_occurrence`, with three times its disk.
     """
     first = first_occurrence(keys, folder)
-    with Column(folder, np.int64) as ranks, Column(folder, np.int64) as numbers:
+    starts = range(0, len(keys), _BUCKET)
+
+    def ranks() -> Iterator[Int64[np.ndarray, "b"]]:
+        """How many keys have appeared up to each row, minus one: the number of a key at its first row."""
         count = 0
-        for start in range(0, len(keys), _BUCKET):
+        for start in starts:
             block = first[start : start + _BUCKET]
-            # How many keys have appeared up to each row: minus one, that is the number of a key at its first row.
             appeared = count + np.cumsum(block == np.arange(start, start + len(block)))
-            ranks.append(appeared - 1)
             count = appeared[-1]
-            numbers.append(ranks.array()[block])
-        return numbers.array()
+            yield appeared - 1
+
+    ranked = on_disk(ranks(), folder, np.int64)
+    return on_disk((ranked[first[start : start + _BUCKET]] for start in starts), folder, np.int64)
 
 
 class DistinctTexts:
@@ -124,45 +111,50 @@ class DistinctTexts:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.groups: dict[str, int] = {}
+        self.folder = folder
 
     def __enter__(self) -> "DistinctTexts":
-        with ExitStack() as stack:
-            self.lines = stack.enter_context(_unnamed_file(self.folder))
-            self.keys = stack.enter_context(Column(self.folder, np.uint64))
-            self.stack = stack.pop_all()
+        self._file = _unnamed_file(self.folder)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stack.close()
+        self._file.close()
 
     def add(self, rows: Sequence[Sequence[tuple[str, str]]]) -> None:
         """The next rows."""
-        entries = [entry for row in rows for entry in row]
-        texts = np.array([text_key(text) for _, text in entries], np.uint64)
-        groups = np.array([self.groups.setdefault(group, len(self.groups)) for group, _ in entries], np.uint64)
-        self.keys.append(combine_keys(texts, groups))
         with explain_os_errors(self.folder):
-            write_all(self.lines, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            write_all(self._file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def rows(self) -> Iterator[tuple[Int64[np.ndarray, "k"], list[tuple[str, str]]]]:
         """Of each row the numbers of its texts, each once and in its own order, and its entries that are new.
 
-        A text's number is the number of different ones (by group) before it. Can be called once.
+        A text's number is the number of different ones (by group) before it.
         """
-        numbers = each(number_by_appearance(self.keys.array(), self.folder))
-        self.lines.seek(0)
-        with io.BufferedReader(self.lines) as lines:
-            count = 0
-            for line in lines:
-                new, own = [], {}
-                for entry, number in zip(json.loads(line), numbers, strict=False):
-                    own[number] = None
-                    if number == count:
-                        count += 1
-                        new.append(tuple(entry))
-                yield np.array(list(own), np.int64), new
+        groups: dict[str, int] = {}
+
+        def keys(rows: list[list[list[str]]]) -> UInt64[np.ndarray, "b"]:
+            entries = list(chain.from_iterable(rows))
+            texts = np.array([text_key(text) for _, text in entries], np.uint64)
+            numbers = np.array([groups.setdefault(group, len(groups)) for group, _ in entries], np.uint64)
+            return combine_keys(texts, numbers)
+
+        numbers = each(number_by_appearance(on_disk(map(keys, self._read()), self.folder, np.uint64), self.folder))
+        count = 0
+        for row in chain.from_iterable(self._read()):
+            new, own = [], {}
+            for entry, number in zip(row, numbers, strict=False):
+                own[number] = None
+                if number == count:
+                    count += 1
+                    new.append(tuple(entry))
+            yield np.array(list(own), np.int64), new
+
+    def _read(self) -> Iterator[list[list[list[str]]]]:
+        """All rows, in blocks."""
+        with open(os.dup(self._file.fileno()), "rb") as lines:
+            lines.seek(0)
+            while block := list(islice(lines, _BLOCK)):
+                yield [json.loads(line) for line in block]
 
 
 def each(array: Shaped[np.ndarray, "n"]) -> Iterator[int]:

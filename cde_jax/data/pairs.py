@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt64
 
-from cde_jax.data.distinct import Column, DistinctTexts, combine_keys, each, first_occurrence
+from cde_jax.data.distinct import DistinctTexts, combine_keys, each, first_occurrence, on_disk
 from cde_jax.data.files import fingerprint
 from cde_jax.data.store import Store, StoreWriter
 from cde_jax.data.texts import has_text, text_key
@@ -76,15 +76,17 @@ def clean(
     full disk is an OSError that says so.
     """
     counts |= {name: counts.get(name, 0) for name in ("read", "duplicate pairs", _EQUAL, "kept")}
-    with Column(folder, np.uint64) as key_column, Column(folder, np.int64) as hash_column:
-        for block in _checked(pairs(), "looking for duplicates"):
-            queries = np.array([text_key(pair.query) for pair in block], np.uint64)
-            documents = np.array([text_key(pair.document) for pair in block], np.uint64)
-            key_column.append(combine_keys(queries, documents))
-            # Python's hash is the same within one process, which is all that is needed to recognise the pair.
-            hash_column.append(np.array([hash(pair) for pair in block], np.int64))
-        keys, hashes = key_column.array(), hash_column.array()
-    rows = zip(each(hashes), each(first_occurrence(keys, folder)), strict=True)
+
+    def keys_and_hashes(block: list[Pair]) -> UInt64[np.ndarray, "b 2"]:
+        """The key of each pair's texts, and Python's hash, by which the pair is recognised within this process."""
+        queries = np.array([text_key(pair.query) for pair in block], np.uint64)
+        documents = np.array([text_key(pair.document) for pair in block], np.uint64)
+        hashes = np.array([hash(pair) for pair in block], np.int64).view(np.uint64)
+        return np.stack([combine_keys(queries, documents), hashes], axis=1)
+
+    blocks = map(keys_and_hashes, _checked(pairs(), "looking for duplicates"))
+    table = on_disk(blocks, folder, np.uint64).reshape(-1, 2)  # [n, key and hash]
+    rows = zip(each(table[:, 1].view(np.int64)), each(first_occurrence(table[:, 0], folder)), strict=True)
     for number, (pair, row) in enumerate(zip_longest(pairs(), rows)):
         if pair is None or row is None or hash(pair) != row[0]:
             raise ValueError(
