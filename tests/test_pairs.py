@@ -186,6 +186,12 @@ def test_every_text_is_stored_with_its_tokens_keys_and_negatives(tokenizer, tmp_
     assert statistics["truncated"] == round(sum(length > 8 for length in full) / 3, 4) > 0
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_token_ids_are_stored_in_two_bytes_as_long_as_they_fit(tokenizer, tmp_path, monkeypatch, size, dtype):
+    monkeypatch.setattr(Tokenizer, "vocab_size", size)
+    assert write_pairs(tmp_path / "pairs", PAIRS, tokenizer, **SETTINGS).array("query_tokens.values").dtype == dtype
+
+
 def test_length_statistics_are_those_of_all_lengths(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("cde_jax.data.pairs._BLOCK", 2)
     pairs = [Pair("a", "sum " * (i % 5 + 1), "of numbers " * (i + 1)) for i in range(9)]

@@ -220,6 +220,7 @@ def test_the_identity_of_files_is_their_content_and_order_wherever_they_are(line
     two = [lines_folder / "b.jsonl", lines_folder / "deep"]
     assert jsonl.identity(two) == {"1:b.jsonl": before["b.jsonl"], "2:a.jsonl.gz": before["deep/a.jsonl.gz"]}
     assert jsonl.identity(two[::-1]) != jsonl.identity(two)  # the pairs come in another order
+    assert list(jsonl.identity([lines_folder / "b.jsonl", lines_folder])) == ["1:b.jsonl", "2:deep/a.jsonl.gz"]
     moved = lines_folder.rename(tmp_path / "moved")
     assert jsonl.identity([moved]) == before == jsonl.identity(str(moved / "**" / "*.jsonl*"))
     (moved / "b.jsonl").write_text(json.dumps(SECOND))

@@ -1,10 +1,12 @@
 """Stores: whole or absent, read back as written, every altered byte found."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -104,6 +106,11 @@ def test_a_file_is_hashed_once_in_a_process_until_it_changes(tmp_path, monkeypat
     flip(tmp_path / "s/a.bin", 3)
     Store.open(tmp_path / "s")
     assert hashed[6:] == ["a.bin", "a.bin"]
+    now = time.time_ns()
+    for _ in range(2):  # as if changed just now: another change may leave the same time, so the digest is not kept
+        os.utime(tmp_path / "s/a.bin", ns=(now, now + 10**9))
+        Store.open(tmp_path / "s")
+    assert hashed[8:] == ["a.bin", "a.bin"]
 
 
 def test_truncated_missing_and_foreign_stores_are_named(tmp_path):
@@ -214,6 +221,45 @@ def test_a_kill_while_a_store_is_replaced_leaves_a_whole_one_or_none(tmp_path, r
     write(tmp_path / "s")
     Store.open(tmp_path / "s")
     assert os.listdir(tmp_path) == ["s"]
+
+
+def test_a_store_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    write(tmp_path / "s")
+    rename = os.rename
+
+    def failing(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"), StoreWriter(tmp_path / "s", "numbers") as writer:
+        writer.append("b", np.zeros(1))
+        writer.finish()
+    assert "a" in Store.open(tmp_path / "s").manifest["arrays"] and os.listdir(tmp_path) == ["s"]
+
+
+def test_a_folder_that_another_writer_finishes_meanwhile_is_not_taken_over(tmp_path, monkeypatch):
+    lock, others = fcntl.flock, iter([True])
+
+    def late(descriptor, operation):
+        if next(others, False):  # between opening and locking, the folder is renamed to its place
+            os.rename(tmp_path / ".s.tmp", tmp_path / "s")
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with StoreWriter(tmp_path / "s", "numbers") as writer:
+        (tmp_path / "s" / "theirs").touch()
+        writer.append("b", np.zeros(1))
+        assert os.listdir(tmp_path / ".s.tmp") == ["b.bin"] and os.listdir(tmp_path / "s") == ["theirs"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (calls.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
+    write_json(tmp_path / "x.json", {})
+    assert calls == ["fsync", "replace", "fsync"]
 
 
 def test_a_full_disk_says_so_and_loses_nothing(tmp_path):

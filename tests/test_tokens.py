@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from cde_jax.data import tokens
 from cde_jax.data.files import read_json, write_json
 from cde_jax.data.tokens import Tokenizer
 
@@ -133,3 +134,22 @@ def test_a_tokenizer_that_was_deleted_or_altered_is_named(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: expected a JSON object, got list"):
         Tokenizer.load(tmp_path)
+
+
+def test_truncation_and_padding_kept_in_a_file_do_not_act(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    limited = Tokenizer.load(tmp_path).backend
+    limited.enable_truncation(3)
+    limited.enable_padding(length=9)
+    (tmp_path / "tokenizer.json").write_text(limited.to_str())
+    texts = [TEXTS[0], "a"]
+    for again, expected in zip(Tokenizer.load(tmp_path).encode(texts, 64), tokenizer.encode(texts, 64), strict=True):
+        np.testing.assert_array_equal(again, expected)
+
+
+def test_the_most_frequent_characters_get_a_token_of_their_own(monkeypatch):
+    monkeypatch.setattr(tokens, "_ALPHABET", 2)
+    with pytest.raises(ValueError, match="texts of 2 different characters need more than 9"):
+        Tokenizer.train(["aaa bb z"], 9)
+    vocabulary = Tokenizer.train(["aaa bb z"], 10).backend.get_vocab()
+    assert {"a", "b", "##a", "##b"} < set(vocabulary) and "z" not in vocabulary
