@@ -182,6 +182,17 @@ def test_the_hub_without_a_network_is_a_clear_error():
             act("a/b/c")
 
 
+def test_a_data_set_of_the_hub_is_read_at_the_commit_of_its_identity(monkeypatch):
+    asked = []
+    data = datasets.Dataset.from_list(ROWS)
+    monkeypatch.setattr(huggingface, "_commit", lambda name: f"newest of {name}")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: asked.append((given, options)) or data)
+    assert [pair.query for pair in read("org/name:law#test", columns=COLUMNS[:2])] == ["q0", "q1", "q2"]
+    options = {"split": "test", "streaming": True, "revision": "newest of org/name"}
+    assert asked == [(("org/name", "law"), options)]
+    assert huggingface.identity(["org/name:law#test"]) == {"org/name:law#test": "newest of org/name"}
+
+
 def test_without_the_library_the_error_says_how_to_install_it(repository, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'cde_jax\[huggingface\]', or name Parquet files"):

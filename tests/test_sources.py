@@ -103,6 +103,27 @@ def test_docstrings_become_pairs_in_source_order_without_importing(package):
     assert pairs == list(docstrings.read_pairs([package, "single", package], standard_library=False))
 
 
+def test_which_files_definitions_and_lengths_count(tmp_path, monkeypatch):
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]  # what the rest of a docstring needs
+    short = f'"""Three words here.\n\n{" ".join(words[:7])} 8 """'
+    files = {
+        f"sub/{name}.py": f'"""From the {name}.\n\n{name} {REST}"""' for name in ("test_a", "a_test", "conftest", "b")
+    }
+    files |= {
+        "__init__.py": f'"""Two words.\n\n{REST}"""\ntry:\n    pass\nexcept E:\n    pass\nelse:\n    def f(): {short}\n'
+        f'if X:\n    pass\nelse:\n    def g(): """Just three words.\n\n{" ".join(words)}"""\n',
+    }
+    for name, text in files.items():
+        path = tmp_path / "cases" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    counts = {}
+    pairs = list(docstrings.read_pairs(["cases"], standard_library=False, counts=counts))
+    assert [pair.query for pair in pairs] == ["Just three words.", "From the file b."]
+    assert (counts["files"], counts["docstrings"], counts["too short"]) == (2, 4, 2)
+
+
 def test_a_repeated_rest_is_dropped_across_packages(package, tmp_path):
     other = tmp_path / "site" / "zother.py"
     other.write_text(f'"""Quite another first line.\n\n{REST.upper()} in one file"""\n')

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from tiny_published import SETS, gz_lines, lines, nomic, nomic_triplet
 
 from cde_jax.data.files import read_json
+from cde_jax.data.pairs import InputLog
 from cde_jax.data.sources import tfds_pairs
 from cde_jax.data.sources.collections import find
 
@@ -37,6 +38,18 @@ def test_a_set_in_its_published_format_becomes_pairs_in_order(tmp_path, name):
 def test_several_sets_are_read_in_the_order_of_their_names(tmp_path):
     expected = SETS["beir/scifact"](tmp_path) + SETS[TRIPLETS](tmp_path)
     assert list(tfds_pairs.read_pairs(["beir/scifact", TRIPLETS], tmp_path, tmp_path / "cache")) == expected
+
+
+def test_the_log_has_the_pairs_of_each_file_or_set(tmp_path):
+    names = ["bge/fever", "beir/scifact"]
+    for name in names:
+        SETS[name](tmp_path)
+    log = InputLog()
+    for _ in range(2):
+        list(tfds_pairs.read_pairs(names, tmp_path, tmp_path / "cache", log))
+    scifact = " + ".join(f"beir/scifact/{file}" for file in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv"))
+    fever = "bge-full-data/data/fever-0000{}-of-00002.parquet"
+    assert log == InputLog({fever.format(0): 2, fever.format(1): 1, scifact: 3})
 
 
 def test_sets_of_one_name_have_their_full_names_as_domains(tmp_path):
@@ -63,6 +76,9 @@ def test_the_data_set_is_built_once_and_again_when_a_file_changes(tmp_path):
     built = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.array_record*")}
     assert read(TRIPLETS, tmp_path) == expected
     assert len(built) == 1 and all(path.stat().st_mtime_ns == when for path, when in built.items())
+    os.utime(find(TRIPLETS, tmp_path)[0], ns=(0, 10**18))  # another file of the same size
+    assert read(TRIPLETS, tmp_path) == expected
+    assert all(path.stat().st_mtime_ns != when for path, when in built.items())
     before = tfds_pairs.identity([TRIPLETS], tmp_path)
     nomic(TRIPLETS, [{"query": "new", "pos": "d", "neg": []}], tmp_path)
     assert [pair.query for pair in read(TRIPLETS, tmp_path)] == ["new"]
@@ -106,6 +122,9 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):
         "rows whose query has no text": 1,
     }
     assert read_json(tmp_path / "cache" / TRIPLETS / "source.json")["left out"] == left_out
+    log = InputLog()
+    list(tfds_pairs.read_pairs([TRIPLETS], tmp_path, tmp_path / "cache", log))
+    assert log.left_out == {TRIPLETS: left_out}
     assert [record.getMessage() for record in caplog.records if record.name == tfds_pairs.__name__] == [
         f"{TRIPLETS}: 2 pairs; left out: {left_out}"
     ]

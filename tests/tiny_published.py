@@ -82,7 +82,7 @@ def msmarco_hard_negatives(folder: Path) -> list[Pair]:
     """A line without scores, a line with them (what scores too near the positives goes), a line without positives."""
     _passages(folder)
     scored = {
-        "a": [{"pid": 10, "ce-score": 6.25}, *({"pid": 10 + i, "ce-score": 6.0 - i} for i in range(1, 8))],
+        "a": [{"pid": 10, "ce-score": 6.01}, *({"pid": 10 + i, "ce-score": 7.0 - i} for i in range(1, 8))],
         "b": [{"pid": 11, "ce-score": 5.0}, *({"pid": 20 + i, "ce-score": -3.0} for i in range(6))],
     }
     entries = [
@@ -95,7 +95,7 @@ def msmarco_hard_negatives(folder: Path) -> list[Pair]:
     def pair(query: str, document: int, *negatives: int) -> Pair:
         return Pair("msmarco", query, f"passage {document} ü", tuple(f"passage {i} ü" for i in negatives))
 
-    few = (*range(11, 16), *range(20, 25))  # 10 scores within 3 of the positive's 9; five of a system
+    few = (*range(11, 16), *range(20, 25))  # 10 scores within 3 of the positive's 9, 11 just not; five of a system
     return [pair("who?", 3, 5, 6, 8), pair("what is it?", 0, *few), pair("what is it?", 1, *few)]
 
 
