@@ -8,7 +8,8 @@ The sweep is a module of configs/sweeps/. The same command continues where it wa
 there is skipped. To train on another machine, where only jax, flax, optax, numpy, safetensors and jaxtyping are
 installed: call this with --stage=prepare, carry WORKDIR and the checkout there (with tar or rsync -H: files that work
 directories share are hard links), call it with --stage=train and then --stage=rank, which leaves rankings; carry it
-back, and call it with --stage=evaluate. After the first call --workdir and --stage are enough.
+back, and call it with --stage=evaluate. After the first call --workdir (relative to the checkout, and the same on both
+machines) and --stage are enough.
 
 A run's seed is the config's: every seed has a batch plan of its own, and so other batches.
 """
@@ -29,14 +30,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+import evaluation_sets  # noqa: E402
 from harness import emit  # noqa: E402
 
 from cde_jax.config import affected, flatten, from_config_dict, with_changes  # noqa: E402
 from cde_jax.data.files import read_json, write_json  # noqa: E402
+from cde_jax.data.sources import beir  # noqa: E402
+from cde_jax.data.sources.beir import EvaluationSet  # noqa: E402
 from cde_jax.stages import run as stages  # noqa: E402
 from cde_jax.training.checkpoint import Checkpoints  # noqa: E402
 
 SWEEP = "sweep.json"  # {"runs": {VARIANT-SEED: {"variant", "seed", "changes", "config"}}}, the baseline first
+START, SETS = "start", "evaluation"  # in WORKDIR: the pretrained encoder, the evaluation sets
 Run = dict[str, Any]
 
 
@@ -80,7 +85,8 @@ def define(args: argparse.Namespace) -> dict[str, Run]:
     """The runs of the sweep, written to sweep.json beside those that are there; all configs are checked first."""
     sweep = load_sweep(args.sweep)
     base = importlib.import_module(f"configs.{sweep.BASE}").get_config().to_dict()
-    changes = dict(sweep.CHANGES) | common_changes(args)
+    sets = evaluation_sets.read(args.evaluation, args.queries, args.documents) if args.evaluation else []
+    changes = dict(sweep.CHANGES) | common_changes(args, sets)
     file = args.workdir / SWEEP
     runs = read_json(file)["runs"] if file.exists() else {}
     for seed in args.seeds or (0, 1, 2):
@@ -91,6 +97,7 @@ def define(args: argparse.Namespace) -> dict[str, Run]:
                 runs[f"{variant}-{seed}"] = run
     if not runs:
         raise ValueError(f"no variant matches {args.variants}: the sweep has {', '.join(sweep.VARIANTS)}")
+    write_inputs(args, sets)
     write_json(file, {"runs": runs})
     return read_json(file)["runs"]
 
@@ -103,27 +110,27 @@ def load_sweep(name: str) -> Any:
     return importlib.import_module(f"configs.sweeps.{name}")
 
 
-def common_changes(args: argparse.Namespace) -> dict[str, Any]:
-    """What --steps, --start, --pairs and --evaluation change; sets are cut down and written to WORKDIR/evaluation."""
+def common_changes(args: argparse.Namespace, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
+    """What --steps, --start, --pairs and --evaluation change; `write_inputs` writes what they name in WORKDIR."""
     changes: dict[str, Any] = {}
     if args.steps:
         changes |= {"train.steps": args.steps, "train.warmup_steps": args.steps // 10}
     if args.start:
-        names = ("data.tokenizer", "model.init.first_stage", "model.init.second_stage")
-        changes |= dict.fromkeys(names, args.start)
+        start = str(args.workdir / START) if Path(args.start).is_dir() else args.start
+        changes |= dict.fromkeys(("data.tokenizer", "model.init.first_stage", "model.init.second_stage"), start)
     if args.pairs:
         changes["data.paths"] = tuple(args.pairs)
-    if args.evaluation:
-        import evaluation_sets
-
-        from cde_jax.data.sources import beir
-
-        folders = []
-        for dataset in evaluation_sets.read(args.evaluation, args.queries, args.documents):
-            folders.append(str(args.workdir / "evaluation" / dataset.name))
-            beir.write(dataset, folders[-1])
-        changes["data.evaluation"] = tuple(folders)
+    if sets:
+        changes["data.evaluation"] = tuple(str(args.workdir / SETS / dataset.name) for dataset in sets)
     return changes
+
+
+def write_inputs(args: argparse.Namespace, sets: Sequence[EvaluationSet]) -> None:
+    """The evaluation sets, cut down, and the pretrained encoder: carried along with the work directories."""
+    for dataset in sets:
+        beir.write(dataset, args.workdir / SETS / dataset.name)
+    if args.start and Path(args.start).is_dir() and not (args.workdir / START).exists():
+        shutil.copytree(args.start, args.workdir / START)
 
 
 def settings(changes: Sequence[str]) -> dict[str, Any]:
