@@ -29,9 +29,10 @@ from cde_jax.evaluation.beir import NO_CONTEXT  # noqa: E402
 from cde_jax.evaluation.compare import compare  # noqa: E402
 from cde_jax.evaluation.metrics import Scores, mean_over_sets, text_table  # noqa: E402
 from cde_jax.evaluation.tokens import read_tokens  # noqa: E402
+from cde_jax.stages.workdir import PAIRS, PER_QUERY, TOKENS  # noqa: E402
 
 BASELINES = ("BM25", "LSA")
-SWEEP, PER_QUERY, TOKEN_SETS = "sweep.json", "per_query.json", "evaluation_tokens"
+SWEEP = "sweep.json"
 Runs = Mapping[str, Mapping[int, Scores]]  # {variant: {seed: scores}}
 
 
@@ -90,10 +91,10 @@ def rows(runs: Runs, baseline: str, baseline_kind: str = "") -> list[dict[str, A
 
 def idf_shifts(workdir: Path) -> dict[str, float]:
     """{evaluation set: IDF shift}, in nats, of the sets that the sweep's first run holds as tokens."""
-    store = workdir / next(iter(read_json(workdir / SWEEP)["runs"])) / "store"
-    pairs = Store.open(store / "pairs", kind="pairs", verify=False).ragged("document_tokens")
+    run = workdir / next(iter(read_json(workdir / SWEEP)["runs"]))
+    pairs = Store.open(run / PAIRS, kind="pairs", verify=False).ragged("document_tokens")
     training = [pairs.row(i) for i in range(pairs.count())]
-    sets = {folder.name: list(read_tokens(folder).corpus.values()) for folder in (store / TOKEN_SETS).glob("*")}
+    sets = {folder.name: list(read_tokens(folder).corpus.values()) for folder in (run / TOKENS).glob("*")}
     size = 1 + max(int(row.max()) for rows in (training, *sets.values()) for row in rows if len(row))
     rates = document_rates(training, size)
     return {name: idf_shift(rates, len(training), document_rates(c, size), len(c)) for name, c in sets.items()}

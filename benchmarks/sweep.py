@@ -22,7 +22,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from cde_jax.data.files import read_json, write_json  # noqa: E402
 from cde_jax.data.sources import beir  # noqa: E402
 from cde_jax.data.sources.beir import EvaluationSet  # noqa: E402
 from cde_jax.stages import run as stages  # noqa: E402
+from cde_jax.stages.workdir import CHECKPOINTS, EVALUATION, METRICS, PLAN, STORE, TRAINING  # noqa: E402
 from cde_jax.training.checkpoint import Checkpoints  # noqa: E402
 
 SWEEP = "sweep.json"  # {"runs": {VARIANT-SEED: {"variant", "seed", "changes", "config"}}}, the baseline first
@@ -151,23 +152,15 @@ def run_one(args: argparse.Namespace, name: str, runs: Mapping[str, Run]) -> Non
     """Run the stage of one work directory, and print a JSON line."""
     workdir, start = args.workdir / name, time.monotonic()
     config = with_changes(runs[name]["config"], settings(args.set))
-    if args.stage in ("all", "prepare") and not (workdir / "checkpoints").exists():
-        if not workdir.exists():
-            share(args.workdir, name, runs)
-        report(name, stages.run(config, workdir, "prepare", rebuild=True))  # keeps what fits
-    report(name, stages.run(config, workdir, args.stage))
-    line = {
-        "benchmark": "sweep",
-        "stage": args.stage,
-        **{key: runs[name][key] for key in ("variant", "seed", "changes")},
-    }
-    emit(line | {"seconds": round(time.monotonic() - start, 1), **results(workdir)}, "jax", "flax", "numpy")
-
-
-def report(name: str, texts: Iterable[str]) -> None:
-    """What a stage reports, to stderr."""
-    for text in texts:
+    rebuild = (
+        args.stage in ("all", "prepare") and not (workdir / CHECKPOINTS).exists()
+    )  # keeps the shared parts that fit
+    if rebuild and not workdir.exists():
+        share(args.workdir, name, runs)
+    for text in stages.run(config, workdir, args.stage, rebuild=rebuild):
         print(f"{name}\n{text}", file=sys.stderr, flush=True)
+    line = {"benchmark": "sweep", "stage": args.stage} | {k: runs[name][k] for k in ("variant", "seed", "changes")}
+    emit(line | {"seconds": round(time.monotonic() - start, 1), **results(workdir)}, "jax", "flax", "numpy")
 
 
 def share(folder: Path, name: str, runs: Mapping[str, Run]) -> None:
@@ -177,13 +170,13 @@ def share(folder: Path, name: str, runs: Mapping[str, Run]) -> None:
 
     def distance(other: str) -> float:
         found = flatten(runs[other]["config"])
-        different = [key for key in wanted if wanted[key] != found[key]]
+        different = [key for key in wanted if wanted[key] != found.get(key)]
         return sum(1e3 if key == "seed" else weights.get(affected()[key], 0) for key in different)
 
-    if prepared := [other for other in runs if (folder / other / "plan" / "manifest.json").exists()]:
+    if prepared := [other for other in runs if (folder / other / PLAN / "manifest.json").exists()]:
         nearest, unfinished = folder / min(prepared, key=distance), folder / f".{name}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
-        for part in ("store", "plan"):
+        for part in (STORE, PLAN):
             shutil.copytree(nearest / part, unfinished / part, copy_function=link)
         unfinished.rename(folder / name)
 
@@ -199,20 +192,20 @@ def link(source: str, target: str) -> None:
 def results(workdir: Path) -> dict[str, Any]:
     """What a work directory holds: difficulty of the plan, state of the training, mean scores."""
     found: dict[str, Any] = {}
-    if (file := workdir / "plan" / "manifest.json").exists():
+    if (file := workdir / PLAN / "manifest.json").exists():
         found["difficulty"] = read_json(file)["difficulty"]
-    if (file := workdir / "metrics.jsonl").exists():
+    if (file := workdir / METRICS).exists():
         last = [line for line in map(json.loads, file.read_text().splitlines()) if "loss" in line][-1:]
         found |= {key: line[key] for line in last for key in ("step", "loss", "pairs_per_second") if key in line}
-    if (file := workdir / "evaluation.json").exists():
+    if (file := workdir / EVALUATION).exists():
         found["mean"] = read_json(file)["mean"]
     return found
 
 
 def interrupted(workdir: Path) -> bool:
     """Whether a training was asked to stop before its end."""
-    file = workdir / "training.json"
-    return file.exists() and (Checkpoints(workdir / "checkpoints", {}).newest() or 0) < read_json(file)["steps"]
+    file = workdir / TRAINING
+    return file.exists() and (Checkpoints(workdir / CHECKPOINTS, {}).newest() or 0) < read_json(file)["steps"]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Sweeps and comparisons: benchmarks/sweep.py and compare.py on tiny runs, trained where only JAX is installed."""
 
+import json
+import os
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -30,6 +34,86 @@ TINY = [
     "model.mlp_width=32", "model.max_positions=32", "model.context_size=4", "model.soft_prompt=2",
     "train.learning_rate=0.01", "train.devices=1", "train.text_lengths=1", "train.log_every=1",
 ]  # fmt: skip
+
+# A machine that has only what models and training need.
+BARE = """
+import sys
+
+BLOCKED = {"faiss", "orbax", "grain", "pytrec_eval", "tokenizers", "tensorboardX", "rich", "tqdm", "sklearn",
+           "ml_collections", "absl", "transformers", "torch", "bm25s", "matplotlib", "huggingface_hub"}
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.path.insert(0, "benchmarks")
+import sweep
+for stage in ("train", "rank"):
+    sweep.main([*sys.argv[1:], "--stage", stage])
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Two variants with two seeds: prepared and evaluated here, trained and ranked where little is installed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny_run.write_data(folder)
+    inputs = ["--pairs", f"{folder}/pairs.jsonl", "--evaluation", f"{folder}/held", "--queries", "10"]
+    command = ["--workdir", f"{folder}/runs", "--variants", *VARIANTS]
+    define = [*command, "--sweep", "table1", "--seeds", "0", "1", "--steps", "3", *inputs, "--set", *TINY]
+    sweep.main([*define, "--stage", "prepare"])
+    (folder / "pairs.jsonl").rename(folder / "elsewhere.jsonl")  # the other machine has the work directory only
+    ran = subprocess.run([sys.executable, "-c", BARE, *command], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    sweep.main([*command, "--stage", "evaluate"])
+    return folder / "runs"
+
+
+def test_each_variant_and_seed_has_a_work_directory_with_scores_of_each_query(swept):
+    assert sorted(json.loads((swept / sweep.SWEEP).read_text())["runs"]) == sorted(RUNS)
+    for name in RUNS:
+        scores = Scores.from_json(json.loads((swept / name / compare.PER_QUERY).read_text()))
+        assert all(len(queries) == 10 for queries in scores.per_query["held"].values())
+    config = json.loads((swept / RUNS[1] / "config.json").read_text())["config"]
+    assert config["batching"]["method"] == "clustered" and config["model"]["context_attention"] == "isolated"
+    assert config["train"]["steps"] == 3 and config["model"]["init"]["second_stage"] == ""
+
+
+def test_each_seed_trains_on_batches_of_its_own(swept):
+    """From pretrained weights nothing else would distinguish the seeds of a biencoder."""
+    plans = {name: (swept / name / "plan" / "rows.bin").read_bytes() for name in RUNS}
+    assert len(set(plans.values())) == len(RUNS)
+
+
+def test_work_directories_share_what_fits(swept):
+    inodes = [os.stat(swept / name / "store" / "pairs" / "query_tokens.values.bin").st_ino for name in RUNS]
+    assert len(set(inodes)) == 1
+    vectors = [os.stat(swept / name / "store" / "vectors" / "queries.bin").st_ino for name in RUNS]
+    assert vectors[0] == vectors[1] != vectors[2] == vectors[3]  # LSA depends on the seed
+
+
+def test_the_same_command_trains_nothing_again(swept, capsys):
+    before = {name: (swept / name / "metrics.jsonl").read_bytes() for name in RUNS}
+    sweep.main(["--workdir", str(swept), "--stage", "train", "--seeds", "0"])
+    assert before == {name: (swept / name / "metrics.jsonl").read_bytes() for name in RUNS}
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["variant"] for line in lines] == VARIANTS and lines[0]["step"] == 3
+    assert lines[1]["changes"]["model.kind"] == "contextual" and "held" not in lines[0]["mean"]
+
+
+def test_the_comparison_pairs_queries_with_the_baseline(swept, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(swept)])
+    compare.main()
+    content = json.loads((swept / "comparison.json").read_text())
+    rows = {(row["variant"], row["kind"]): row for row in content["rows"]}
+    assert content["baseline"] == VARIANTS[0] and content["idf_shift"]["held"] > 0
+    first, context = rows[VARIANTS[0], "none"], rows[VARIANTS[1], "same corpus"]
+    assert context["difference"] == pytest.approx(context["mean"] - first["mean"]) and context["seeds"] == 2
+    assert "difference" not in first and context["baseline_kind"] == "none" and context["sets"] == 1
+    assert (VARIANTS[1], "BM25") not in rows
+    assert f"difference to {VARIANTS[0]}" in capsys.readouterr().out
 
 
 def scores(**kinds):
