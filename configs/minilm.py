@@ -1,7 +1,7 @@
 """A short contextual fine-tuning of a real pretrained encoder, all-MiniLM-L6-v2, on the demo's docstrings.
 
-Command: python -m cde_jax.main --config=configs/minilm.py --workdir=DIR [--config.model.init.second_stage=… and so on: a
-path], or with several seeds python benchmarks/sweep.py --sweep=minilm --workdir=DIR --variants isolated --seeds 0 1
+Command: python -m cde_jax.main --config=configs/minilm.py --workdir=DIR [--config.model.init.second_stage=PATH …], or
+with several seeds python benchmarks/sweep.py --sweep=minilm --workdir=DIR --variants isolated --seeds 0 1
 Hardware: 2 CPU cores. Time: about 6 minutes a seed, evaluation included (12 on one core).
 Score: mean NDCG@10 0.741 over 2 seeds, whitened 0.748, MiniLM itself 0.675 (benchmarks/results/from_minilm.jsonl).
 
