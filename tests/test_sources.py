@@ -106,9 +106,8 @@ def test_docstrings_become_pairs_in_source_order_without_importing(package):
 def test_which_files_definitions_and_lengths_count(tmp_path, monkeypatch):
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]  # what the rest of a docstring needs
     short = f'"""Three words here.\n\n{" ".join(words[:7])} 8 """'
-    files = {
-        f"sub/{name}.py": f'"""From the {name}.\n\n{name} {REST}"""' for name in ("test_a", "a_test", "conftest", "b")
-    }
+    names = ("test_a", "a_test", "conftest", "b")
+    files = {f"sub/{name}.py": f'"""From the file {name}.\n\n{name} {REST}"""' for name in names}
     files |= {
         "__init__.py": f'"""Two words.\n\n{REST}"""\ntry:\n    pass\nexcept E:\n    pass\nelse:\n    def f(): {short}\n'
         f'if X:\n    pass\nelse:\n    def g(): """Just three words.\n\n{" ".join(words)}"""\n',

@@ -40,7 +40,7 @@ BARE = """
 import sys
 
 BLOCKED = {"faiss", "orbax", "grain", "pytrec_eval", "tokenizers", "tensorboardX", "rich", "tqdm", "sklearn",
-           "ml_collections", "absl", "transformers", "torch", "bm25s", "matplotlib", "huggingface_hub"}
+           "ml_collections", "transformers", "torch", "bm25s", "matplotlib", "huggingface_hub"}
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
