@@ -35,12 +35,13 @@ TINY = [
     "train.learning_rate=0.01", "train.devices=1", "train.text_lengths=1", "train.log_every=1",
 ]  # fmt: skip
 
-# A machine that has only what models and training need.
+# A machine that has only what models and training need. (Flax itself imports absl and rich.)
 BARE = """
 import sys
+import flax.nnx, jax, jaxtyping, numpy, optax, safetensors.numpy
 
 BLOCKED = {"faiss", "orbax", "grain", "pytrec_eval", "tokenizers", "tensorboardX", "rich", "tqdm", "sklearn",
-           "ml_collections", "transformers", "torch", "bm25s", "matplotlib", "huggingface_hub"}
+           "ml_collections", "absl", "transformers", "torch", "bm25s", "matplotlib", "huggingface_hub"}
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -48,6 +49,8 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
 
 sys.meta_path.insert(0, Blocker())
+for name in [name for name in sys.modules if name.partition(".")[0] in BLOCKED]:
+    del sys.modules[name]
 sys.path.insert(0, "benchmarks")
 import sweep
 for stage in ("train", "rank"):
