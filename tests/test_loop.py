@@ -282,7 +282,7 @@ def test_utilisation_is_of_all_devices(trainer, tmp_path):
 
 
 def test_without_optional_libraries_the_loop_logs_plain_lines(trainer, tmp_path, monkeypatch, caplog):
-    for name in ("orbax", "orbax.checkpoint", "tensorboardX", "tqdm", "rich"):
+    for name in ("orbax", "orbax.checkpoint", "tensorboardX.event_file_writer", "tqdm", "rich"):
         monkeypatch.setitem(sys.modules, name, None)
     with caplog.at_level("INFO"):
         state = go(trainer, tmp_path, 4)
