@@ -43,12 +43,15 @@ import flax.nnx, jax, jaxtyping, numpy, optax, safetensors.numpy
 BLOCKED = {"faiss", "orbax", "grain", "pytrec_eval", "tokenizers", "tensorboardX", "rich", "tqdm", "sklearn",
            "ml_collections", "absl", "transformers", "torch", "bm25s", "matplotlib", "huggingface_hub"}
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+class Installed:
+    # another finder of modules, without the blocked ones
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Blocker())
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in BLOCKED else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Installed(finder) for finder in sys.meta_path if hasattr(finder, "find_spec")]
 for name in [name for name in sys.modules if name.partition(".")[0] in BLOCKED]:
     del sys.modules[name]
 sys.path.insert(0, "benchmarks")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import tokenizers
 from flax import nnx
 
 from cde_jax.interop.architectures import NUMERICS, is_reference, plain_encoder, reference_config
@@ -203,8 +202,10 @@ def check_tokenizer(directory: Path, rows: int) -> None:
     """A ValueError if the tokenizer beside the weights has ids that the embedding table has no row for."""
     if not (directory / "tokenizer.json").is_file():
         return
+    from tokenizers import Tokenizer  # not where only JAX is installed
+
     try:
-        vocabulary = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+        vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
     except Exception as error:  # the library raises a bare Exception
         raise ValueError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error}); write it again") from None
     highest = max(vocabulary.values(), default=-1)
@@ -258,5 +259,7 @@ def _colon(directory: Path, config: Mapping[str, Any]) -> int:
         raise ValueError(
             "pool_ignore_instruction_tokens needs tokenizer.json, or pool_instruction_end_id in config.json"
         )
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     return tokenizer.encode(": ", add_special_tokens=False).ids[0]
