@@ -55,7 +55,7 @@ def inputs(case: dict, dtype=jnp.float32) -> dict:
 def plain(queries, keys, values, mask, prefix=None, bias=None, slots=0):
     """One text, head and token at a time, in float64."""
     queries, keys, values = (np.asarray(x, np.float64) for x in (queries, keys, values))
-    read = np.zeros_like(queries)
+    output = np.zeros_like(queries)
     for b, t, h in np.ndindex(queries.shape[:3]):
         k, v, seen = keys[b, :, h], values[b, :, h], np.asarray(mask[b])
         added = np.where((np.arange(len(k)) < slots) & (t >= slots), 0 if bias is None else float(bias[h]), 0.0)
@@ -66,25 +66,25 @@ def plain(queries, keys, values, mask, prefix=None, bias=None, slots=0):
             seen = np.concatenate([np.ones(len(pk), bool), seen])
             added = np.concatenate([np.full(len(pk), 0 if bias is None else float(bias[h])), added])
         weights = np.where(seen, np.exp(k @ queries[b, t, h] / np.sqrt(k.shape[-1]) + added), 0)
-        read[b, t, h] = weights @ v / weights.sum()
-    return read
+        output[b, t, h] = weights @ v / weights.sum()
+    return output
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_is_softmax_attention_over_slots_and_text(kernel, case):
     given, slots = inputs(CASES[case]), CASES[case].get("slots", 0)
-    read = jax.jit(partial(KERNELS[kernel], slots=slots))(**given)
-    np.testing.assert_allclose(read, plain(**given, slots=slots), atol=1e-5, rtol=0)
+    output = jax.jit(partial(KERNELS[kernel], slots=slots))(**given)
+    np.testing.assert_allclose(output, plain(**given, slots=slots), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_in_bfloat16_is_close_to_float32(kernel, case):
     given, slots = inputs(CASES[case], jnp.bfloat16), CASES[case].get("slots", 0)
-    read = jax.jit(partial(KERNELS[kernel], slots=slots))(**given)
-    assert read.dtype == jnp.bfloat16
-    np.testing.assert_allclose(read.astype(jnp.float32), plain(**given, slots=slots), atol=2e-2, rtol=0)
+    output = jax.jit(partial(KERNELS[kernel], slots=slots))(**given)
+    assert output.dtype == jnp.bfloat16
+    np.testing.assert_allclose(output.astype(jnp.float32), plain(**given, slots=slots), atol=2e-2, rtol=0)
 
 
 def gradients(kernel, case: dict, dtype=jnp.float32):
@@ -95,8 +95,8 @@ def gradients(kernel, case: dict, dtype=jnp.float32):
     pull *= mask[..., None, None]
 
     def loss(given):
-        read = kernel(mask=mask, slots=case.get("slots", 0), **given)
-        return (read.astype(jnp.float32) * pull).sum()
+        output = kernel(mask=mask, slots=case.get("slots", 0), **given)
+        return (output.astype(jnp.float32) * pull).sum()
 
     return jax.jit(jax.grad(loss))(given)
 
@@ -124,9 +124,9 @@ def test_gradients_in_bfloat16_are_close_to_those_in_float32(kernel):
 
 def test_the_gradient_of_the_plain_kernel_is_the_slope():
     given = inputs(CASES["shared prefix"])
-    read = lambda bias: float(attend(**(given | {"bias": given["bias"] + bias}), kernel="xla").sum())  # noqa: E731
+    output = lambda bias: float(attend(**(given | {"bias": given["bias"] + bias}), kernel="xla").sum())  # noqa: E731
     slope = jax.grad(lambda bias: attend(**(given | {"bias": bias}), kernel="xla").sum())(given["bias"]).sum()
-    np.testing.assert_allclose(slope, (read(1e-2) - read(-1e-2)) / 2e-2, rtol=1e-2)
+    np.testing.assert_allclose(slope, (output(1e-2) - output(-1e-2)) / 2e-2, rtol=1e-2)
 
 
 def test_a_long_context_of_a_low_bias_is_read_in_bfloat16_as_in_float32():
@@ -141,8 +141,8 @@ def test_a_long_context_of_a_low_bias_is_read_in_bfloat16_as_in_float32():
     given["bias"] = jnp.asarray([-5.017, -4.983], jnp.float32)
     expected = plain(**given)
     for name, kernel in KERNELS.items():
-        read = kernel(**given)
-        np.testing.assert_allclose(read.astype(jnp.float32), expected, atol=1e-2, err_msg=name)
+        output = kernel(**given)
+        np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=1e-2, err_msg=name)
         joined, _ = jax.vjp(lambda queries, kernel=kernel: kernel(**(given | {"queries": queries})), given["queries"])
         np.testing.assert_allclose(joined.astype(jnp.float32), expected, atol=1e-2, err_msg=f"{name}, in training")
 
@@ -167,8 +167,8 @@ def test_a_text_without_keys_is_finite_in_value_and_gradient():
 def test_lengths_that_would_misread_a_mask_give_nan():
     given = inputs(CASES["shared prefix"])
     hole = given["mask"].at[0].set(jnp.array([True, False, True, True, True, True]))
-    read = KERNELS["cudnn"](**(given | {"mask": hole.at[1].set(True)}))
-    assert np.isnan(read[0]).all() and np.isfinite(read[1:]).all()
+    output = KERNELS["cudnn"](**(given | {"mask": hole.at[1].set(True)}))
+    assert np.isnan(output[0]).all() and np.isfinite(output[1:]).all()
     assert np.isfinite(KERNELS["xla"](**(given | {"mask": hole}))).all()
 
 

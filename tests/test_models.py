@@ -79,8 +79,8 @@ def plain_layers(p, x, sees, positions, bias, slots, heads=2):
         scores = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
         scores[:, slots:, :slots] += bias[layer][:, None, None]
         weights = np.where(sees, np.exp(scores), 0)
-        read = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v).reshape(len(x), -1)
-        x = layer_norm(x + read @ block["out"]["kernel"], block["norm1"]["scale"], block["norm1"]["bias"])
+        output = np.einsum("hts,shd->thd", weights / weights.sum(-1, keepdims=True), v).reshape(len(x), -1)
+        x = layer_norm(x + output @ block["out"]["kernel"], block["norm1"]["scale"], block["norm1"]["bias"])
         value, gate = np.split(x @ block["mlp_in"]["kernel"], 2, axis=-1)
         hidden = value * gate / (1 + np.exp(-gate))
         x = layer_norm(x + hidden @ block["mlp_out"]["kernel"], block["norm2"]["scale"], block["norm2"]["bias"])

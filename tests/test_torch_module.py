@@ -125,10 +125,10 @@ def test_two_stage_calls_give_our_vectors_and_the_weights_come_back(tmp_path, to
     save_pretrained(model, tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
     loaded = sentence_transformer(tmp_path / "x")
     context = loaded.encode(list(DOCUMENTS), prompt_name="document")
-    ours = embed_context(model, *padded(tokenizer, DOCUMENTS, "document: "))
-    assert np.abs(context - ours).max() <= 1e-5
+    vectors_of_context = embed_context(model, *padded(tokenizer, DOCUMENTS, "document: "))
+    assert np.abs(context - vectors_of_context).max() <= 1e-5
     tokens = padded(tokenizer, TEXTS, "query: ")
-    expected = np.asarray(embed(model, *tokens, ours))
+    expected = np.asarray(embed(model, *tokens, vectors_of_context))
     for given in (context, torch.from_numpy(context)):
         vectors = loaded.encode(list(TEXTS), prompt_name="query", dataset_embeddings=given)
         assert np.abs(vectors - expected).max() <= 1e-5

@@ -34,9 +34,9 @@ def biencoder(seed: int = 0, **changes) -> Biencoder:
 
 
 def contextual_config(attention: str, *, encoder: dict | None = None, **changes) -> ContextualConfig:
-    one = encoder_config(**(encoder or {}))
+    shape = encoder_config(**(encoder or {}))
     rest = {"context_size": J, "soft_prompt": 2} | changes
-    return ContextualConfig(BiencoderConfig(one, head=True), one, context_attention=attention, **rest)
+    return ContextualConfig(BiencoderConfig(shape, head=True), shape, context_attention=attention, **rest)
 
 
 def contextual(attention: str, *, seed: int = 0, spread: float = 0.2, **changes) -> ContextualEncoder:
