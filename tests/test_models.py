@@ -19,7 +19,7 @@ from tiny_models import (
 
 from cde_jax.models.biencoder import mean_pool
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
-from cde_jax.models.encoder import Encoder, EncoderConfig, linear, norm, select_remat
+from cde_jax.models.encoder import Encoder, EncoderConfig, as_tokens, linear, norm, select_remat
 
 PATTERNS = ("joint", "isolated")
 EXACT = 1e-5  # float32, vectors of size about 1
@@ -410,6 +410,16 @@ def test_impossible_shapes_are_refused():
         ContextualConfig(narrow, encoder_config(), context_size=J)
     with pytest.raises(ValueError, match="context_size J ≥ 1, got 0; use a Biencoder"):
         contextual_config("isolated", context_size=0)
+
+
+def test_ids_masks_and_contexts_of_other_shapes_are_refused():
+    ids = np.ones((2, 3), np.int32)
+    for other in (ids[0], ids[:, :2], ids[None]):
+        with pytest.raises(ValueError, match=r"one shape \[texts, tokens\], got \(2, 3\) and \("):
+            as_tokens.__wrapped__(ids, other)  # beartype, which only tests have on, would speak first
+    for wrong in (np.ones((J, 7), np.float32), np.ones((2, 2, J, 16), np.float32), np.ones(16, np.float32)):
+        with pytest.raises(ValueError, match=r"expected a context \[J, 16\] or \[texts, J, 16\], got \["):
+            ContextualEncoder.prepare_context.__wrapped__(contextual("joint"), wrong)
 
 
 def test_a_biencoder_refuses_a_context(texts, context):

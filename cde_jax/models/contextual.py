@@ -107,6 +107,8 @@ class ContextualEncoder(nnx.Module):
         c, width = self.config, self.config.second_stage.width
         if context is None:
             context, present = jnp.zeros((c.slots, width)), jnp.zeros(c.slots, bool)
+        if context.ndim not in (2, 3) or context.shape[-1] != width:
+            raise ValueError(f"expected a context [J, {width}] or [texts, J, {width}], got {list(context.shape)}")
         if present is not None:
             if not c.null_embedding:
                 raise ValueError("these weights have no null embedding: give the model a context of the corpus")

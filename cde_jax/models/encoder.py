@@ -90,7 +90,10 @@ def rotary(positions: Int[Array, "*batch S h"], dim: int, base: float) -> Rotary
 
 def as_tokens(ids: Ids, mask: Mask) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
     """Ids as int32 and the mask as booleans, in JAX."""
-    return jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool)
+    ids, mask = jnp.asarray(ids, jnp.int32), jnp.asarray(mask, bool)
+    if ids.ndim != 2 or ids.shape != mask.shape:
+        raise ValueError(f"expected ids and mask of one shape [texts, tokens], got {ids.shape} and {mask.shape}")
+    return ids, mask
 
 
 def linear(inputs: int, outputs: int, config: EncoderConfig, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
