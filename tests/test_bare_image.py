@@ -1,16 +1,26 @@
-"""Ranking on a bare accelerator image: jax, flax, numpy, safetensors, jaxtyping and this package, nothing else."""
+"""Training and ranking on a bare accelerator image: jax, flax, optax, numpy, safetensors, jaxtyping, nothing else."""
 
+import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from flax import nnx
 from test_evaluate import ANIMALS, OTHERS, embedder, tokenizer
+from test_stages import config_of
+from tiny_run import write_data
 
 from cde_jax.data.store import read_json
 from cde_jax.evaluation.beir import evaluate_embedder
 from cde_jax.evaluation.metrics import score_rankings
 from cde_jax.evaluation.tokens import write_tokens
+from cde_jax.interop.modules import TextSettings
+from cde_jax.interop.write import save_pretrained
+from cde_jax.models.contextual import Biencoder, BiencoderConfig
+from cde_jax.models.encoder import EncoderConfig
+from cde_jax.stages.run import run
 
 __all__ = ["tokenizer"]
 
@@ -48,8 +58,6 @@ write_json(folder / "rankings.json", rank(embedder, [read_tokens(folder / "anima
 
 
 def test_token_sets_are_ranked_without_any_other_library_and_scored_where_pytrec_eval_is(tokenizer, tmp_path):
-    from flax import nnx
-
     model = embedder("isolated", tokenizer)
     arrays = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model.model))}
     arrays |= {f"document.{i}": ids for i, ids in enumerate(tokenizer.encode(OTHERS, 16))}
@@ -60,3 +68,39 @@ def test_token_sets_are_ranked_without_any_other_library_and_scored_where_pytrec
     assert done.returncode == 0, done.stderr
     scores = score_rankings(read_json(tmp_path / "rankings.json"), {"animals": ANIMALS.qrels})
     assert scores == evaluate_embedder(model, [ANIMALS], OTHERS, seed=3)
+
+
+TRAIN_AND_RANK = """
+import sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys(sys.argv[2].split()))
+
+from cde_jax.data.files import read_json
+from cde_jax.stages.run import run
+
+for stage in ("train", "rank"):
+    assert list(run(read_json(sys.argv[1] + ".json"), Path(sys.argv[1]), stage)) == []
+"""
+
+
+def test_a_carried_work_directory_is_trained_and_ranked_there_and_scored_here(tmp_path, caplog):
+    data, workdir, start = write_data(tmp_path / "data"), tmp_path / "work", tmp_path / "start"
+    changes = {"train__steps": 2, "evaluate__development": "held2", "evaluate__baselines": False}
+    shutil.copytree(data / "held", data / "held2")
+    config = config_of(data, data__evaluation=(f"{data}/held", f"{data}/held2"), **changes)
+    config.model.init.first_stage = str(start)
+    list(run(config, workdir, "prepare"))
+    encoder = EncoderConfig(150, 16, 1, 2, 32, max_positions=32)
+    model = Biencoder(BiencoderConfig(encoder), rngs=nnx.Rngs(0))
+    save_pretrained(model, start, tokenizer=workdir / "store/tokenizer", settings=TextSettings("", "", 8, 16))
+    write_json(tmp_path / "work.json", config.to_dict())
+    shutil.move(data, tmp_path / "elsewhere")
+    command = [sys.executable, "-c", TRAIN_AND_RANK, str(workdir), f"{MISSING} packaging tensorflow_datasets"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    shutil.move(tmp_path / "elsewhere", data)
+    with caplog.at_level(logging.INFO, logger="cde_jax"):
+        (said,) = run(config, workdir, "evaluate")
+    assert "the rankings of this model are there: kept" in caplog.text
+    assert "| held " in said and "held2" not in said
+    assert list(run(config, workdir, "export")) == [f"exported to {workdir / 'export'}"]

@@ -444,6 +444,8 @@ def test_hard_negatives_are_drawn_anew_at_each_step(tmp_path):
     plan = tiny_plan(tmp_path / "plan", *stores, epochs=6)
     drawn = [plan.hard_negatives[plan.rows == row].tolist() for row in range(40)]  # of a pair, by epoch
     assert sum(first == second for pair in drawn for first, second in itertools.pairwise(pair)) < 10
+    whole = tiny_plan(tmp_path / "whole", *stores, batch_size=40, epochs=2)  # one batch an epoch
+    assert (whole.hard_negatives[0] == whole.hard_negatives[1]).mean() < 0.3
 
 
 def test_hard_negatives_that_cannot_be_had_are_told_before_the_work(tmp_path):

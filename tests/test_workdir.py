@@ -254,7 +254,7 @@ def test_pairs_are_checked_as_soon_as_they_are_counted(data, tmp_path, monkeypat
     ]
     for changes, message in cases:
         with pytest.raises(ValueError, match=message):
-            go(data, tmp_path / "work", "prepare", **changes)
+            go(data, tmp_path / "work", **changes)
 
 
 def test_steps_and_warm_up_are_compared_with_the_plan(caplog):

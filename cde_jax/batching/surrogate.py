@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float16, Float32
-from tqdm import tqdm
 
 from cde_jax.config import SURROGATES
 from cde_jax.data.files import digests, fingerprint
@@ -229,6 +228,8 @@ def write_vectors(
     Raises ValueError if `encode` gives vectors that are not finite in float16, not one of the same width for each text,
     or only zeros; OSError if there is no room or no right to write.
     """
+    from tqdm import tqdm
+
     folder, width = Path(directory).with_name(f".{Path(directory).name}.blocks"), None
     encoders = encode if isinstance(encode, tuple) else (encode, encode)
     sides = {

@@ -45,14 +45,18 @@ def check_vocabulary(config: Config, tokens: int) -> None:
         )
 
 
-def check_pairs(config: Config, pairs: Store) -> None:
-    """Raises ValueError, as soon as pairs are counted, for sizes, weights, warm-up and models that do not fit them."""
+def check_pairs(config: Config, pairs: Store, training: bool) -> None:
+    """Raises ValueError, as soon as pairs are counted, for sizes and weights that do not fit them.
+
+    training: also for a warm-up and pretrained encoders that do not.
+    """
     from cde_jax.batching.build import check_sizes
 
     check_vocabulary(config, pairs.manifest["vocab_size"])
-    check_initial_encoders(config, pairs.manifest["vocab_size"])
-    counts = {domain["name"]: domain["pairs"] for domain in pairs.manifest["domains"]}
-    check_steps(config.train, check_sizes(config.batching, counts))
+    batches = check_sizes(config.batching, {domain["name"]: domain["pairs"] for domain in pairs.manifest["domains"]})
+    if training:
+        check_steps(config.train, batches)
+        check_initial_encoders(config, pairs.manifest["vocab_size"])
 
 
 def check_steps(train: Train, batches: int) -> int:

@@ -81,12 +81,17 @@ def open_source(config: Config, workdir: Path) -> Source:
     return Source(read, inputs, prefixes, counts)
 
 
-def prepare(config: Config, workdir: Path, source: Source, *, rebuild: bool = False) -> Prepared:
-    """Keep or make `store/` and `plan/`. Raises ValueError for a part that does not fit, unless it is to be rebuilt."""
+def prepare(
+    config: Config, workdir: Path, source: Source, *, rebuild: bool = False, training: bool = False
+) -> Prepared:
+    """Keep or make `store/` and `plan/`. Raises ValueError for a part that does not fit, unless it is to be rebuilt.
+
+    training: settings of the training that follows are checked as soon as pairs are counted.
+    """
     b, roles = config.batching, _roles(config)
     pairs = _keep_pairs(config, workdir, source, rebuild) or _make_pairs(config, workdir, source)
     tokenizer = load_tokenizer(workdir, pairs)
-    check_pairs(config, pairs)
+    check_pairs(config, pairs, training)
     wanted = [_vectors_identity(config, pairs, role) for role in roles]
     kept = [_keep_vectors(workdir, role, each, rebuild) for role, each in zip(roles, wanted, strict=True)]
     plan = _keep_plan(config, workdir, pairs, wanted, rebuild)  # refused before vectors are made, which may take hours

@@ -63,7 +63,7 @@ def _run(config: Config, workdir: Path, stages: Sequence[str], source: Any, rebu
     if "prepare" in stages:
         from cde_jax.stages import prepare, report
 
-        prepared = prepare.prepare(config, workdir, source, rebuild=rebuild)
+        prepared = prepare.prepare(config, workdir, source, rebuild=rebuild, training="train" in stages)
     else:
         prepared = load_prepared(config, workdir)
     from cde_jax.stages import evaluate

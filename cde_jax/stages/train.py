@@ -15,7 +15,6 @@ from cde_jax.config import Config
 from cde_jax.data.files import write_json
 from cde_jax.evaluation import beir
 from cde_jax.evaluation.tokens import read_tokens
-from cde_jax.interop.read import load_encoder
 from cde_jax.models.attention import select_kernel
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
 from cde_jax.models.encoder import select_remat
@@ -60,6 +59,8 @@ def initial_model(config: Config, vocab_size: int) -> Biencoder | ContextualEnco
         encoders[model.first_stage.encoder] = init.first_stage
     for encoder, name in encoders.items():
         if name:
+            from cde_jax.interop.read import load_encoder
+
             nnx.update(encoder, nnx.state(load_encoder(name, init.layers or None), nnx.Param))
     return model
 
