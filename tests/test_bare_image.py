@@ -12,6 +12,7 @@ from test_evaluate import ANIMALS, OTHERS, embedder, tokenizer
 from test_stages import config_of
 from tiny_run import write_data
 
+from cde_jax.data.files import write_json
 from cde_jax.data.store import read_json
 from cde_jax.evaluation.beir import evaluate_embedder
 from cde_jax.evaluation.metrics import score_rankings

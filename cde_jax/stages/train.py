@@ -1,6 +1,7 @@
 """The training stage: plan batches → checkpoints/, metrics.jsonl, and training.json, which says what was chosen."""
 
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import closing
@@ -91,6 +92,11 @@ def _run(config: Config, workdir: Path, prepared: Prepared, training: Training, 
             yield from sharding.prefetch_to_device(mesh, loaded)
 
     name = config.evaluate.development
+    if name and importlib.util.find_spec("pytrec_eval") is None:
+        log.warning(
+            "pytrec_eval is not installed: %s is not scored, the newest checkpoint counts as best", name
+        )
+        name = ""
     development = read_tokens(workdir / TOKENS / name) if name else None
 
     def score(state: TrainState) -> float:
