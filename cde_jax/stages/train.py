@@ -93,9 +93,7 @@ def _run(config: Config, workdir: Path, prepared: Prepared, training: Training, 
 
     name = config.evaluate.development
     if name and importlib.util.find_spec("pytrec_eval") is None:
-        log.warning(
-            "pytrec_eval is not installed: %s is not scored, the newest checkpoint counts as best", name
-        )
+        log.warning("pytrec_eval is not installed: %s is not scored, the newest checkpoint counts as best", name)
         name = ""
     development = read_tokens(workdir / TOKENS / name) if name else None
 
