@@ -15,6 +15,7 @@ from cde_jax.data.sources import beir
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.evaluation import beir as evaluation
+from cde_jax.evaluation import tokens as token_sets
 from cde_jax.evaluation.baselines import bm25, evaluate_baselines, rank_vectors
 from cde_jax.evaluation.beir import evaluate_embedder, rank, score
 from cde_jax.evaluation.metrics import Scores, mean_over_sets, ndcg, ndcg_per_query, score_rankings, table
@@ -182,6 +183,20 @@ def test_the_whitened_kind_is_what_users_get_from_a_corpus_alone(kind, tokenizer
 def test_two_sets_of_one_name_are_an_error():
     with pytest.raises(ValueError, match="more than once: ships"):
         evaluate_baselines([SHIPS, SHIPS])
+
+
+def test_a_token_set_has_prefixes_lengths_and_pseudo_queries_of_the_seed(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_sets, "pseudo_queries", lambda corpus, seed: [f"{text} water" for text in corpus[:seed]])
+    write_tokens(ANIMALS, tmp_path / "set", tokenizer, TextSettings("song ", "paint ", 5, 8), seed=2)
+    dataset, corpus = read_tokens(tmp_path / "set"), list(ANIMALS.corpus.values())
+    for tokens, texts, length in (
+        (dataset.queries.values(), ["song " + text for text in ANIMALS.queries.values()], 5),
+        (dataset.corpus.values(), ["paint " + text for text in corpus], 8),
+        (dataset.pseudo_queries, [f"song {text} water" for text in corpus[:2]], 5),
+    ):
+        assert [ids.tolist() for ids in tokens] == [ids.tolist() for ids in tokenizer.encode(texts, length)]
+    assert list(dataset.queries) == list(ANIMALS.queries) and list(dataset.corpus) == list(ANIMALS.corpus)
+    assert dataset.qrels == ANIMALS.qrels
 
 
 def test_token_ids_are_scored_as_the_texts_are_without_a_tokenizer(tokenizer, tmp_path):
