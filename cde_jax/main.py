@@ -17,7 +17,7 @@ from cde_jax.config import is_setting, unknown_setting
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py:isolated,clustered")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where every artefact is written to and read from")
-_STAGE = flags.DEFINE_string("stage", "all", "all, prepare, train, evaluate or export")
+_STAGE = flags.DEFINE_string("stage", "all", "all, prepare, train, rank, evaluate or export")
 _REBUILD = flags.DEFINE_bool(
     "rebuild", False, "Make again what does not fit the configuration; checkpoints of another plan are moved aside"
 )
