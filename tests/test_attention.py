@@ -153,6 +153,10 @@ def test_cudnn_refuses_a_bias_over_odd_numbers():
     assert KERNELS["cudnn"](**odd, slots=SLOTS).shape == odd["queries"].shape  # without a bias
     with pytest.raises(ValueError, match=r"even numbers of queries and of keys, got 5 and 5: set model\.slot_bias"):
         KERNELS["cudnn"](**odd, bias=given["bias"], slots=SLOTS)
+    three = Prefix(*2 * [given["keys"][0, :3]])  # three slots
+    for texts, numbers in ((odd, "5 and 8"), ({name: given[name] for name in odd}, "6 and 9")):
+        with pytest.raises(ValueError, match=f"got {numbers}: set"):
+            KERNELS["cudnn"](**texts, prefix=three, bias=given["bias"])
 
 
 def test_a_text_without_keys_is_finite_in_value_and_gradient():

@@ -402,6 +402,7 @@ def test_impossible_shapes_are_refused():
         encoder_config(heads=3)
     with pytest.raises(ValueError, match=r"odd number.*even head size"):
         encoder_config(width=6, heads=2)
+    assert encoder_config(width=6, heads=2, positions="learned").head_dim == 3
     for changes in ({"head": False}, {"head": True, "output_width": 7}):
         with pytest.raises(ValueError, match=r"a residual needs a head as wide as the encoder \(16\)"):
             BiencoderConfig(encoder_config(), residual=True, **changes)
