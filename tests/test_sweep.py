@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_run
+from tiny_models import biencoder
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -22,16 +23,19 @@ import whiten  # noqa: E402
 
 from cde_jax.config import from_config_dict, with_changes  # noqa: E402
 from cde_jax.data.sources.beir import EvaluationSet  # noqa: E402
+from cde_jax.data.tokens import Tokenizer  # noqa: E402
 from cde_jax.evaluation.metrics import Scores  # noqa: E402
+from cde_jax.interop.modules import TextSettings  # noqa: E402
+from cde_jax.interop.write import save_pretrained  # noqa: E402
 
 SWEEPS = sorted(path.stem for path in (ROOT / "configs/sweeps").glob("*.py") if path.stem != "base")
-VARIANTS = ["scratch-random-biencoder", "scratch-clustered-isolated"]
+VARIANTS = ["random-biencoder", "clustered-isolated"]
 RUNS = [f"{variant}-{seed}" for seed in (0, 1) for variant in VARIANTS]
 TINY = [
-    "data.tokenizer=wordpiece", "data.vocab_size=150", "data.query_length=8", "data.document_length=16",
+    "data.query_length=8", "data.document_length=16",
     "batching.surrogate_width=8", "batching.batch_size=16", "batching.cluster_size=16", "batching.iterations=5",
-    "batching.tries=1", "model.backbone=nomic", "model.width=16", "model.layers=1", "model.heads=2",
-    "model.mlp_width=32", "model.max_positions=32", "model.context_size=4", "model.soft_prompt=2",
+    "batching.tries=1", "model.backbone=nomic", "model.width=16", "model.layers=1", "model.init.layers=1",
+    "model.heads=2", "model.mlp_width=32", "model.max_positions=32", "model.context_size=4", "model.soft_prompt=2",
     "train.learning_rate=0.01", "train.devices=1", "train.text_lengths=1", "train.log_every=1",
 ]  # fmt: skip
 
@@ -61,16 +65,27 @@ for stage in ("train", "rank"):
 """
 
 
+def write_pretrained(folder):
+    """A plain encoder with its tokenizer, in a Hugging Face directory."""
+    texts = [text for domain in tiny_run.SIZES for pair in tiny_run.texts(domain, 70, seed=0) for text in pair]
+    Tokenizer.train(texts, 150).save(folder / "tokenizer")
+    vocabulary = Tokenizer.load(folder / "tokenizer").vocab_size
+    model = biencoder(vocab_size=vocabulary, layers=1, mlp_width=32, max_positions=32)
+    save_pretrained(model, folder / "pretrained", tokenizer=folder / "tokenizer", settings=TextSettings())
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """Two variants with two seeds: prepared and evaluated here, trained and ranked where little is installed."""
     folder = tmp_path_factory.mktemp("sweep")
     tiny_run.write_data(folder)
+    write_pretrained(folder)
     inputs = ["--pairs", f"{folder}/pairs.jsonl", "--evaluation", f"{folder}/held", "--queries", "10"]
     command = ["--workdir", f"{folder}/runs", "--variants", *VARIANTS]
-    define = [*command, "--sweep", "table1", "--seeds", "0", "1", "--steps", "3", *inputs, "--set", *TINY]
-    sweep.main([*define, "--stage", "prepare"])
-    (folder / "pairs.jsonl").rename(folder / "elsewhere.jsonl")  # the other machine has the work directory only
+    define = ["--sweep", "table1", "--seeds", "0", "1", "--steps", "3", "--start", f"{folder}/pretrained", *inputs]
+    sweep.main([*command, *define, "--set", *TINY, "--stage", "prepare"])
+    for name in ("pairs.jsonl", "held", "pretrained", "tokenizer"):  # the other machine has the work directory only
+        (folder / name).rename(folder / f"{name}.away")
     ran = subprocess.run([sys.executable, "-c", BARE, *command], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     sweep.main([*command, "--stage", "evaluate"])
@@ -84,7 +99,7 @@ def test_each_variant_and_seed_has_a_work_directory_with_scores_of_each_query(sw
         assert all(len(queries) == 10 for queries in scores.per_query["held"].values())
     config = json.loads((swept / RUNS[1] / "config.json").read_text())["config"]
     assert config["batching"]["method"] == "clustered" and config["model"]["context_attention"] == "isolated"
-    assert config["train"]["steps"] == 3 and config["model"]["init"]["second_stage"] == ""
+    assert config["train"]["steps"] == 3 and config["model"]["init"]["second_stage"] == str(swept / "start")
 
 
 def test_each_seed_trains_on_batches_of_its_own(swept):
