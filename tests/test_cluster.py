@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 from cde_jax.batching import cluster, kmeans
 from cde_jax.batching.cluster import paired_kmeans
 from cde_jax.config import Batching
-from cde_jax.data.vectors import unit_rows
+from cde_jax.data.store import unit_rows
 
 SETTINGS = {"iterations": 30, "tries": 2, "seed": 3}
 

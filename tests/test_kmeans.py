@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cde_jax.batching import kmeans
 from cde_jax.batching.kmeans import assign, lloyd, plus_plus, rotate
-from cde_jax.data.vectors import unit_rows
+from cde_jax.data.store import unit_rows
 
 
 def normal(*shape, seed=0):

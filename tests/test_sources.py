@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import sys
-from functools import partial
 
 import pytest
 
@@ -179,7 +178,7 @@ def test_the_standard_library_is_named_without_its_tests():
 
 @pytest.mark.slow
 def test_the_core_gives_enough_pairs_and_domains(tmp_path):
-    read = partial(docstrings.read_pairs, docstrings.core_packages(), standard_library=False)
+    read = docstrings.read_pairs(docstrings.core_packages(), standard_library=False)
     pairs = list(clean(read, {}, folder=tmp_path))
     assert len(pairs) >= 15_000
     assert len({pair.domain for pair in pairs}) >= 20

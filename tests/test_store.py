@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cde_jax.data import files
-from cde_jax.data.files import fingerprint, read_json, write_json
+from cde_jax.data.files import fingerprint, read_json, temporary_database, write_json
 from cde_jax.data.store import Ragged, Store, StoreWriter
 
 ROWS = [[1, 2, 3], [], [7], [4, 5]]
@@ -289,6 +289,43 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "s"]
     Store.open(tmp_path / "s")
     assert read_json(tmp_path / "config.json") == {"old": True}
+
+
+def test_a_temporary_database_is_on_the_disk_without_a_name(tmp_path):
+    with temporary_database(tmp_path / "new") as execute:
+        assert os.listdir(tmp_path / "new") == []
+        execute("CREATE TABLE t (number)")
+        execute("INSERT INTO t VALUES (7)")
+        assert execute("SELECT * FROM t").fetchall() == [(7,)]
+        files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        assert any(name.startswith(f"{tmp_path}/new/") for name in files)
+
+
+def test_a_temporary_database_holds_64_mb_in_memory_and_a_full_disk_says_so(tmp_path):
+    code = """
+        import resource, sys
+        from cde_jax.data.files import temporary_database
+        def memory():
+            return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+        def fill(megabytes):
+            before = memory()
+            with temporary_database(sys.argv[1]) as execute:
+                execute("CREATE TABLE t (bytes BLOB)")
+                for _ in range(megabytes):
+                    execute("INSERT INTO t VALUES (?)", [bytes(1 << 20)])
+                print(memory() - before)
+        fill(250)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        try:
+            fill(100)
+        except OSError as error:
+            print(error)
+    """
+    done = run(code, tmp_path)
+    megabytes, error = done.stdout.splitlines()
+    assert 30 < int(megabytes) < 100
+    assert "free some space" in error and str(tmp_path) in error
+    assert os.listdir(tmp_path) == []
 
 
 @settings(deadline=None, max_examples=50)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cde_jax.data.vectors import check_finite
+from cde_jax.data.store import check_finite
 
 
 def check_vectors(

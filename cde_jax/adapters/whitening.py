@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 from cde_jax.adapters.inputs import check_integer, check_vectors
-from cde_jax.data.texts import as_list
-from cde_jax.data.vectors import unit_rows
+from cde_jax.data.store import unit_rows
+from cde_jax.data.tokens import as_list
 
 SAMPLE_SIZE = 512  # documents that a whitening is fitted on
 MEAN_FRACTION = 0.75  # of the mean that is subtracted

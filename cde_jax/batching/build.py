@@ -22,8 +22,7 @@ from cde_jax.batching.plan import BatchPlan, Difficulty
 from cde_jax.batching.surrogate import texts_fingerprint
 from cde_jax.config import Batching
 from cde_jax.data.files import fingerprint
-from cde_jax.data.store import Store, StoreWriter
-from cde_jax.data.vectors import check_finite
+from cde_jax.data.store import Store, StoreWriter, check_finite
 
 log = logging.getLogger(__name__)
 

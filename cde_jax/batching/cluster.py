@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int
 from cde_jax.batching.kmeans import assign, in_parallel, kmeans, rotate
 from cde_jax.batching.neighbours import threads
 from cde_jax.config import Batching
-from cde_jax.data.vectors import check_finite, unit_rows
+from cde_jax.data.store import check_finite, unit_rows
 
 log = logging.getLogger(__name__)
 

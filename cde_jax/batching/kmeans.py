@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from jaxtyping import Float, Int
 
-from cde_jax.data.vectors import unit_rows
+from cde_jax.data.store import unit_rows
 
 # Sizes of one step of `assign`: centroids, scores (three such arrays should fit a core's cache), pairs (least, most).
 TILE, BLOCK_SCORES, BLOCK_PAIRS = 2048, 2**18, (128, 1024)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from cde_jax.data.vectors import check_finite, unit_rows
+from cde_jax.data.store import check_finite, unit_rows
 
 NEIGHBOUR_STREAM = 14  # separates this module's random numbers from others of the same seed
 EXACT_POINTS = 2**15

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float64, Int, Int64
 
 from cde_jax.batching.neighbours import THREADED_WORK, build_index, search_selected, threads
 from cde_jax.config import parse_weight
-from cde_jax.data.vectors import check_finite
+from cde_jax.data.store import check_finite
 
 SMALL_DOMAINS = "(small domains)"
 CENTROID_ROWS = 65_536  # document vectors in memory at a time, or a whole cluster if that is more

@@ -17,9 +17,8 @@ from jaxtyping import Float, Float16, Float32
 
 from cde_jax.config import SURROGATES
 from cde_jax.data.files import digests, fingerprint
-from cde_jax.data.store import Ragged, Store, StoreWriter
-from cde_jax.data.texts import as_list
-from cde_jax.data.vectors import unit_rows
+from cde_jax.data.store import Ragged, Store, StoreWriter, unit_rows
+from cde_jax.data.tokens import as_list
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from glob import glob, has_magic
 from pathlib import Path
 from typing import IO, Any
@@ -15,8 +17,9 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import UInt8
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ADVICE = dict.fromkeys(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    _FULL,
     "the disk, quota or file-size limit is full; nothing that was whole is lost; free some space (or choose another "
     "directory) and run again",
 ) | dict.fromkeys(
@@ -38,7 +41,7 @@ class NewFolder:
         self.marker = marker
         self.path: Path | None = None
 
-    def __enter__(self) -> "NewFolder":
+    def __enter__(self) -> Any:
         target = self.target
         if target.exists() and not ((target / self.marker).exists() or (target.is_dir() and not any(target.iterdir()))):
             raise ValueError(
@@ -207,14 +210,36 @@ def write_all(file: IO[bytes], content: bytes | UInt8[np.ndarray, "n"]) -> None:
 
 @contextmanager
 def explain_os_errors(path: str | Path) -> Iterator[None]:
-    """An OSError of a full or read-only disk in the block says what happened to `path` and what to do."""
+    """An error of a full or read-only disk in the block becomes an OSError that says so of `path`, and what to do."""
     try:
         yield
-    except OSError as error:
-        advice = _ADVICE.get(error.errno)
-        if advice is None or advice in str(error):
+    except (OSError, RuntimeError, sqlite3.OperationalError) as error:
+        code, words = getattr(error, "errno", None), str(error)
+        if isinstance(error, sqlite3.OperationalError):
+            code = errno.ENOSPC if error.sqlite_errorname in ("SQLITE_FULL", "SQLITE_IOERR_WRITE") else None
+        elif isinstance(error, RuntimeError):  # of ArrayRecord, with the system's words
+            code = next((full for full in _FULL if os.strerror(full) in words), None)
+        advice = _ADVICE.get(code)
+        if advice is None or advice in words:
             raise
-        raise OSError(error.errno, f"{os.strerror(error.errno)}: {advice}", str(path)) from error
+        raise OSError(code, f"{os.strerror(code)}: {advice}", str(path)) from error
+
+
+@contextmanager
+def temporary_database(folder: str | Path) -> Iterator[Callable[..., sqlite3.Cursor]]:
+    """The `execute` of an empty SQLite database in `folder`, for what may not fit in memory (it holds 64 MB there).
+
+    Its file has no name, so that the block's end, an error or a kill frees it. A full disk is an OSError that says so.
+    """
+    with explain_os_errors(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:
+            connection = sqlite3.connect(file.name, isolation_level=None)
+            for setting in ("journal_mode = OFF", "locking_mode = EXCLUSIVE", "cache_size = -65536"):
+                connection.execute(f"PRAGMA {setting}")
+            connection.execute("BEGIN EXCLUSIVE")  # opens the file, before its name goes
+        with closing(connection):
+            yield connection.execute
 
 
 def sync(path: Path) -> None:

@@ -7,21 +7,19 @@ nothing after it needs to read text or tokenize again. Memory is flat in both, h
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count, islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt64
 
-from cde_jax.data.distinct import DistinctTexts, combine_keys, each, first_occurrence, on_disk
-from cde_jax.data.files import fingerprint
+from cde_jax.data.files import fingerprint, temporary_database
 from cde_jax.data.store import Store, StoreWriter
-from cde_jax.data.texts import has_text, text_key
-from cde_jax.data.tokens import Tokenizer
+from cde_jax.data.tokens import Tokenizer, has_text, text_key
 
 BAR_AFTER = 3.0  # seconds of work before a progress bar shows
 MANY_UNKNOWN = 0.05  # of the tokens: more that are unknown to the tokenizer are warned of
@@ -62,46 +60,27 @@ class InputLog:
         self.pairs[name] = pairs
 
 
-def clean(
-    pairs: Callable[[], Iterable[Pair]], counts: MutableMapping[str, int], *, folder: str | Path
-) -> Iterator[Pair]:
+def clean(pairs: Iterable[Pair], counts: MutableMapping[str, int], *, folder: str | Path) -> Iterator[Pair]:
     """The pairs without exact and near-exact duplicates (equal `text_key`s), in order, the first one kept.
 
     A pair is dropped if both its texts were there before; pairs that share a query or a document stay. Hard negatives
     equal to the positive are dropped too. `counts` gains "read", "duplicate pairs", "negatives equal to the positive"
-    and "kept" as it goes.
-
-    `pairs()` is called twice, for the keys and for the pairs. Memory stays flat; 24 bytes a pair go to files without
-    name in `folder`. A pair without text is a ValueError that names it, and so is one that differs the second time; a
-    full disk is an OSError that says so.
+    and "kept" as it goes. The keys are in a temporary database in `folder`. A pair without text is a ValueError.
     """
     counts |= {name: counts.get(name, 0) for name in ("read", "duplicate pairs", _EQUAL, "kept")}
-
-    def keys_and_hashes(block: list[Pair]) -> UInt64[np.ndarray, "b 2"]:
-        """The key of each pair's texts, and Python's hash, by which the pair is recognised within this process."""
-        queries = np.array([text_key(pair.query) for pair in block], np.uint64)
-        documents = np.array([text_key(pair.document) for pair in block], np.uint64)
-        hashes = np.array([hash(pair) for pair in block], np.int64).view(np.uint64)
-        return np.stack([combine_keys(queries, documents), hashes], axis=1)
-
-    blocks = map(keys_and_hashes, _checked(pairs(), "looking for duplicates"))
-    table = on_disk(blocks, folder, np.uint64).reshape(-1, 2)  # [n, key and hash]
-    rows = zip(each(table[:, 1].view(np.int64)), each(first_occurrence(table[:, 0], folder)), strict=True)
-    for number, (pair, row) in enumerate(zip_longest(pairs(), rows)):
-        if pair is None or row is None or hash(pair) != row[0]:
-            raise ValueError(
-                f"pair {number} is not what it was when the pairs were read for the first time: give the same pairs "
-                "at each call, leave the data alone meanwhile, and run again"
-            )
-        counts["read"] += 1
-        if row[1] != number:
-            counts["duplicate pairs"] += 1
-            continue
-        document = text_key(pair.document) if pair.negatives else None
-        negatives = tuple(text for text in pair.negatives if text_key(text) != document)
-        counts[_EQUAL] += len(pair.negatives) - len(negatives)
-        counts["kept"] += 1
-        yield pair._replace(negatives=negatives)
+    with temporary_database(folder) as execute:
+        execute("CREATE TABLE seen (query BLOB, document BLOB, PRIMARY KEY (query, document)) WITHOUT ROWID")
+        for number, pair in enumerate(pairs):
+            _check_text(pair, number)
+            counts["read"] += 1
+            query, document = _key(pair.query), _key(pair.document)
+            if not execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", [query, document]).rowcount:
+                counts["duplicate pairs"] += 1
+                continue
+            negatives = tuple(text for text in pair.negatives if _key(text) != document)
+            counts[_EQUAL] += len(pair.negatives) - len(negatives)
+            counts["kept"] += 1
+            yield pair._replace(negatives=negatives)
 
 
 def write_pairs(
@@ -132,24 +111,34 @@ def write_pairs(
     from, `inputs` is the source's log: they are in the manifest, not in the fingerprint (of pairs, prefixes, lengths
     and tokenizer). No pairs, or one without text, is a ValueError; a full disk an OSError. Neither leaves anything.
     """
-    queries, documents = _Side("query", query_length, tokenizer), _Side("document", document_length, tokenizer)
-    sizes: dict[str, int] = {}  # pairs by domain, in the order of the domains' numbers
+    sizes: Counter[str] = Counter()  # pairs by domain, in the order of the domains' numbers
     stream = hashlib.sha256()
-    with StoreWriter(directory, "pairs") as writer, DistinctTexts(Path(directory).absolute().parent) as negatives:
-        for block in _checked(pairs, "tokenizing"):
-            writer.append("domain", _register(block, sizes, stream))
+    with StoreWriter(directory, "pairs") as writer, temporary_database(writer.path) as execute:
+        execute("CREATE TABLE negatives (prefix TEXT, key BLOB, text TEXT, UNIQUE (prefix, key))")
+        execute("CREATE TABLE rows (numbers BLOB)")
+        queries = _Side(writer, "query", query_length, tokenizer)
+        documents = _Side(writer, "document", document_length, tokenizer)
+        for block in _blocks(pairs, "tokenizing"):
+            for number, pair in enumerate(block, queries.count):
+                _check_text(pair, number)
+                stream.update(json.dumps(pair).encode() + b"\n")
+            sizes.update(pair.domain for pair in block)
+            numbers = {name: number for number, name in enumerate(sizes)}
+            writer.append("domain", np.array([numbers[pair.domain] for pair in block], np.int32))
             before = [(*prefixes.get(pair.domain, (query_prefix, document_prefix)), pair) for pair in block]
-            queries.append(writer, [(prefix, pair.query) for prefix, _, pair in before])
-            documents.append(writer, [(prefix, pair.document) for _, prefix, pair in before])
-            negatives.add([[(prefix, text) for text in pair.negatives] for _, prefix, pair in before])
+            queries.append([(prefix, pair.query) for prefix, _, pair in before])
+            documents.append([(prefix, pair.document) for _, prefix, pair in before])
+            for _, prefix, pair in before:
+                execute("INSERT INTO rows VALUES (?)", [_insert(execute, prefix, pair.negatives)])
         if not sizes:
             raise ValueError("expected pairs, there are none; look at the data source's settings")
-        for block in _blocks(negatives.rows(), "tokenizing hard negatives"):
-            writer.append_ragged("negatives", [row + queries.count for row, _ in block], np.int64)
-            documents.append(writer, [entry for _, new in block for entry in new])
-        own = {name: prefixes[name] for name in sizes if name in prefixes}
+        for rows in _blocks(execute("SELECT numbers FROM rows ORDER BY rowid"), "listing hard negatives"):
+            writer.append_ragged("negatives", [np.frombuffer(row, np.int64) + queries.count for (row,) in rows])
+        for texts in _blocks(execute("SELECT prefix, text FROM negatives ORDER BY rowid"), "tokenizing hard negatives"):
+            documents.append(texts)
+        own = {name: _named(prefixes[name]) for name in sizes if name in prefixes}
         settings = {
-            "prefixes": _named((query_prefix, document_prefix)) | {"domains": {k: _named(v) for k, v in own.items()}},
+            "prefixes": _named((query_prefix, document_prefix)) | {"domains": own},
             "lengths": _named((query_length, document_length)),
             "tokenizer": tokenizer.fingerprint,
         }
@@ -167,42 +156,44 @@ def write_pairs(
         return writer.finish(manifest | settings)
 
 
+def _key(text: str) -> bytes:
+    return text_key(text).to_bytes(8)
+
+
+def _insert(execute: Callable[..., Any], prefix: str, texts: Iterable[str]) -> bytes:
+    """Insert the negatives that are new; returns the int64 numbers of all, each once: the order of first appearance."""
+    numbers = {}
+    for text in texts:
+        execute("INSERT OR IGNORE INTO negatives VALUES (?, ?, ?)", [prefix, _key(text), text])
+        row = execute("SELECT rowid FROM negatives WHERE prefix = ? AND key = ?", [prefix, _key(text)]).fetchone()
+        numbers[row[0] - 1] = None
+    return np.array(list(numbers), np.int64).tobytes()
+
+
 def _named(values: tuple[Any, Any]) -> dict[str, Any]:
     return {"query": values[0], "document": values[1]}
-
-
-def _register(block: list[Pair], sizes: dict[str, int], stream: Any) -> Int32[np.ndarray, "b"]:
-    """Add the pairs to the digest and to their domains' sizes; returns the domains' numbers."""
-    for pair in block:
-        stream.update(json.dumps(pair).encode() + b"\n")
-        sizes[pair.domain] = sizes.get(pair.domain, 0) + 1
-    number = {name: i for i, name in enumerate(sizes)}
-    return np.array([number[pair.domain] for pair in block], np.int32)
 
 
 class _Side:
     """Writes the arrays of one side and counts its texts by their number of tokens."""
 
-    def __init__(self, name: str, length: int, tokenizer: Tokenizer):
-        self.name, self.length, self.tokenizer = name, length, tokenizer
+    def __init__(self, writer: StoreWriter, name: str, length: int, tokenizer: Tokenizer):
+        self.writer, self.name, self.length, self.tokenizer = writer, name, length, tokenizer
         self.dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        self.lengths: Counter[int] = Counter()  # tokens before cutting → texts
         self.count = self.tokens = self.unknown = 0
-        self.lengths = np.zeros(1, np.int64)  # how many texts have 0, 1, 2, … tokens
 
-    def append(self, writer: StoreWriter, texts: Sequence[tuple[str, str]]) -> None:
+    def append(self, texts: Sequence[tuple[str, str]]) -> None:
         """Add (prefix, text)."""
         rows, lengths = self.tokenizer.encode_counted([prefix + text for prefix, text in texts], self.length)
-        writer.append_ragged(f"{self.name}_tokens", rows, self.dtype)
-        writer.append_ragged(
-            f"{self.name}_text", [np.frombuffer(text.encode(), np.uint8) for _, text in texts], np.uint8
-        )
-        writer.append(f"{self.name}_key", np.array([text_key(text) for _, text in texts], np.uint64))
+        encoded = [np.frombuffer(text.encode(), np.uint8) for _, text in texts]
+        self.writer.append_ragged(f"{self.name}_tokens", rows, self.dtype)
+        self.writer.append_ragged(f"{self.name}_text", encoded, np.uint8)
+        self.writer.append(f"{self.name}_key", np.array([text_key(text) for _, text in texts], np.uint64))
+        self.lengths.update(lengths.tolist())
         self.count += len(texts)
         self.tokens += sum(map(len, rows))
         self.unknown += sum(np.count_nonzero(row == self.tokenizer.unknown_id) for row in rows)
-        counted = np.bincount(lengths, minlength=len(self.lengths))
-        counted[: len(self.lengths)] += self.lengths
-        self.lengths = counted
 
     def statistics(self) -> dict[str, float]:
         """Token counts before cutting, special tokens and prefix included, and the share that was cut.
@@ -215,26 +206,16 @@ class _Side:
                 "such texts, or a larger data.vocab_size",
                 *(100 * self.unknown / self.tokens, self.name, self.unknown, self.tokens),
             )
-        values = np.arange(len(self.lengths))
-        median, most = np.quantile(values, [0.5, 0.95], weights=self.lengths, method="inverted_cdf").tolist()
-        present = np.flatnonzero(self.lengths)
+        lengths, texts = np.array(sorted(self.lengths.items())).T
+        median, most = np.quantile(lengths, [0.5, 0.95], weights=texts, method="inverted_cdf").tolist()
         return {
-            "mean": round(float(self.lengths @ values / self.count), 2),
-            "min": int(present[0]),
+            "mean": round(float(texts @ lengths / self.count), 2),
+            "min": int(lengths[0]),
             "p50": median,
             "p95": most,
-            "max": int(present[-1]),
-            "truncated": round(float(self.lengths[self.length + 1 :].sum() / self.count), 4),
+            "max": int(lengths[-1]),
+            "truncated": round(float(texts[lengths > self.length].sum() / self.count), 4),
         }
-
-
-def _checked(pairs: Iterable[Pair], what: str) -> Iterator[list[Pair]]:
-    """The pairs in lists, each pair with text; one without is a ValueError with its number."""
-    number = count()
-    for block in _blocks(pairs, what):
-        for pair in block:
-            _check_text(pair, next(number))
-        yield block
 
 
 def _blocks(items: Iterable[Any], what: str) -> Iterator[list[Any]]:

@@ -11,13 +11,12 @@ import os
 import re
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64, Shaped
+from jaxtyping import Bool, Float, Int, Int32, Int64, Shaped
 
 from cde_jax.data import files
 from cde_jax.data.files import NewFolder, explain_os_errors, fingerprint, read_json
@@ -26,6 +25,39 @@ FORMAT = 1
 _RESERVED = ("kind", "format", "arrays", "manifest_sha256")
 _CLOCK_STEP = 50_000_000  # ns: two changes of a file that are nearer may have the same time
 _REBUILD = "delete the folder (or run with --rebuild) and write it again"
+_BLOCK = 8192  # rows of vectors checked at a time: a memory map is never in memory as a whole
+
+
+def unit_rows(rows: Float[np.ndarray, "n D"], norms: Float[np.ndarray, " n"] | None = None) -> Float[np.ndarray, "n D"]:
+    """Each row divided by its Euclidean norm, in its own dtype; a row of zeros stays zero.
+
+    norms: of the rows, where the caller has them already.
+    """
+    norms = np.linalg.norm(rows, axis=1) if norms is None else norms
+    return rows / np.where(norms > 0, norms, 1)[:, None]
+
+
+def check_finite(
+    name: str,
+    vectors: Float[np.ndarray, "n D"],
+    numbers: Int[np.ndarray, " n"] | range | None = None,
+    advice: str = "look at the text or the model that this row came from",
+) -> None:
+    """Raises ValueError if rows of `vectors`, memory-mapped or not, have NaN or infinity: how many, and the first one.
+
+    name: what the rows are, e.g. "documents". numbers: what the user knows each row by; None: its index.
+    """
+    bad = [
+        start + np.flatnonzero(~np.isfinite(vectors[start : start + _BLOCK]).all(axis=1))
+        for start in range(0, len(vectors), _BLOCK)
+    ]
+    rows = np.concatenate([np.zeros(0, np.int64), *bad])
+    if len(rows):
+        first = rows[0] if numbers is None else numbers[rows[0]]
+        raise ValueError(
+            f"{name}: expected finite vectors, got NaN or infinity in {len(rows)} of {len(vectors)} rows (first: row "
+            f"{first}); {advice}"
+        )
 
 
 class Ragged(NamedTuple):
@@ -68,7 +100,7 @@ class Ragged(NamedTuple):
         return ids, mask
 
 
-class StoreWriter:
+class StoreWriter(NewFolder):
     """Writes one store: `with StoreWriter(directory, "pairs") as w: w.append(...); w.finish({...})`.
 
     Memory stays flat: each append goes to disk. Leaving the block without `finish` removes what was written.
@@ -76,25 +108,20 @@ class StoreWriter:
     """
 
     def __init__(self, directory: str | Path, kind: str):
+        super().__init__(directory, marker="manifest.json")
         self.directory, self.kind = Path(directory), kind
-        self._folder = NewFolder(directory, marker="manifest.json")
-        self._open = ExitStack()
         self._files: dict[str, tuple[Any, Any]] = {}  # array → file, digest so far
         self._arrays: dict[str, dict[str, Any]] = {}  # array → its entry in the manifest
-        self._ends: dict[str, int] = {}  # ragged array → number of its values
 
-    def __enter__(self) -> "StoreWriter":
-        self._open.enter_context(self._folder)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+    def __exit__(self, *error: object) -> None:
+        for file, _ in self._files.values():
+            file.close()
+        super().__exit__(*error)
 
     def append(self, name: str, array: Shaped[np.ndarray, "rows ..."]) -> None:
         """Add `array` at the end of `name` along axis 0. The first call fixes dtype and trailing shape."""
         array = np.asarray(array)
-        dtype = array.dtype.newbyteorder("<")
-        path = self.directory / f"{name}.bin"
+        dtype, path = array.dtype.newbyteorder("<"), self.directory / f"{name}.bin"
         if name not in self._arrays:
             self._check_open()
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
@@ -102,17 +129,14 @@ class StoreWriter:
             if array.ndim == 0 or dtype.kind not in "biuf":
                 raise ValueError(f"{name}: expected numbers with at least one axis, got {dtype} {array.shape}")
             with explain_os_errors(path):
-                file = open(self._folder.path / path.name, "wb", buffering=0)  # noqa: SIM115
-            self._open.enter_context(file)
-            self._files[name] = file, hashlib.sha256()
+                self._files[name] = open(self.path / path.name, "wb", buffering=0), hashlib.sha256()  # noqa: SIM115
             self._arrays[name] = {"dtype": dtype.str, "shape": [0, *array.shape[1:]], "bytes": 0}
-        entry = self._arrays[name]
+        entry, (file, digest) = self._arrays[name], self._files[name]
         if entry["dtype"] != dtype.str or entry["shape"][1:] != list(array.shape[1:]):
             raise ValueError(
                 f"{name}: every append needs dtype {entry['dtype']} and trailing shape {entry['shape'][1:]}, "
                 f"got {dtype.str} and {list(array.shape[1:])}"
             )
-        file, digest = self._files[name]
         content = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)  # [bytes]
         with explain_os_errors(path):
             files.write_all(file, content)
@@ -123,15 +147,15 @@ class StoreWriter:
     def append_ragged(self, name: str, rows: Iterable[Shaped[np.ndarray, "_"]], dtype: Any = None) -> None:
         """Add 1-d rows of one dtype at the end of the ragged array `name`; no rows at all need `dtype`."""
         rows = [np.asarray(row, dtype) for row in rows]
-        if not rows and dtype is None and name not in self._ends:
+        before = self._arrays.get(f"{name}.values")
+        if not rows and before:
+            return
+        if not rows and dtype is None:
             raise ValueError(f"{name}: no rows to take the dtype from; give dtype=")
-        first = [] if name in self._ends else [0]
-        values = np.concatenate(rows) if rows else np.zeros(0, dtype)
-        ends = self._ends.get(name, 0) + np.cumsum([len(row) for row in rows], dtype=np.int64)
-        if first or rows:
-            self.append(f"{name}.offsets", np.concatenate([np.array(first, np.int64), ends]))
-            self.append(f"{name}.values", values)
-            self._ends[name] = int(ends[-1]) if rows else 0
+        sizes = [before["shape"][0] if before else 0, *map(len, rows)]
+        ends = np.cumsum(sizes, dtype=np.int64)
+        self.append(f"{name}.offsets", ends[1:] if before else ends)
+        self.append(f"{name}.values", np.concatenate(rows) if rows else np.zeros(0, dtype))
 
     def finish(self, manifest_extra: dict[str, Any] | None = None) -> "Store":
         """Write the manifest, sync everything and put the store in its place; returns it opened.
@@ -151,12 +175,12 @@ class StoreWriter:
         with explain_os_errors(self.directory):
             for file, _ in self._files.values():
                 os.fsync(file.fileno())
-            files.write_json(self._folder.path / "manifest.json", manifest)
-            self._folder.put_in_place()
+            files.write_json(self.path / "manifest.json", manifest)
+            self.put_in_place()
         return Store.open(self.directory, kind=self.kind, verify=False)
 
     def _check_open(self) -> None:
-        if self._folder.path is None:
+        if self.path is None:
             raise ValueError("the writer is closed: call append and finish inside the `with` block, finish once")
 
 

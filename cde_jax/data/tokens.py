@@ -1,14 +1,16 @@
-"""The tokenizer: a pretrained one by name or path, or a WordPiece trained on the corpus.
+"""Texts and their tokens: what counts as a text, and the tokenizer.
 
 A `Tokenizer` turns texts into int32 ids with the model's own first and last special tokens ([CLS] … [SEP] for
 BERT). It is saved as the files that `transformers.AutoTokenizer` reads, so that an export needs nothing else.
 `tokenizers` is imported inside functions: a bare accelerator image, which handles token ids only, lacks it.
 """
 
+import hashlib
 import json
 import logging
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,67 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from cde_jax.data.files import fingerprint, given_path, read_json, write_json
-from cde_jax.data.texts import as_list
 
 SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 LONGEST_WORD = 1000  # characters; longer ones are no words, and training takes a time quadratic in the length
 MOST_TOKENS = 2**24  # of a vocabulary: the trainer reserves memory for all of them
 _ALPHABET = 1000  # characters that get a token of their own in a trained vocabulary; rarer ones are [UNK]
 _log = logging.getLogger(__name__)
+_BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs"}  # Unicode categories: spaces, control, zero-width, lone surrogates
+
+
+class _Folding(dict):
+    """A `str.translate` table that fills itself: punctuation and space become a space, symbols stand alone."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        category = unicodedata.category(character)
+        if category[0] in "PZC" or category in ("Sk", "So"):
+            folded = " "
+        elif category[0] == "S":  # + < = $: "C" and "C++" differ, "a=b" and "a = b" do not
+            folded = f" {character} "
+        else:
+            folded = character
+        self[code] = folded
+        return folded
+
+
+_FOLDING = _Folding()
+
+
+def text_key(text: str) -> int:
+    """A 64-bit key of the text with case, white space and punctuation folded: texts with equal keys are duplicates.
+
+    Letters, marks, digits and mathematical symbols count; a text of punctuation alone is compared as it is.
+    """
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_FOLDING).split())
+    digest = hashlib.blake2b((folded or text.strip()).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def has_text(text: str) -> bool:
+    """Whether there is any character but spaces, control and zero-width characters."""
+    return any(unicodedata.category(character) not in _BLANK for character in text)
+
+
+def as_list(values: Any, name: str, kinds: type | tuple[type, ...] = str) -> list[Any]:
+    """`values` as a list of texts (or other `kinds`). ValueError for a single text, a set, a mapping or other items."""
+    if isinstance(values, str | bytes):
+        raise ValueError(f"{name}: expected a list of texts, got a single one, {values!r:.60}; write [text]")
+    if isinstance(values, Set | Mapping):
+        raise ValueError(
+            f"{name}: expected a list of texts, got a {type(values).__name__}, whose order is arbitrary; give a list, "
+            "for example sorted(…)"
+        )
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a list of texts, got {type(values).__name__}")
+    values = list(values)
+    for number, value in enumerate(values):
+        if not isinstance(value, kinds):
+            raise ValueError(
+                f"{name}: expected a list of texts, got {type(value).__name__} as item {number}: {value!r:.60}"
+            )
+    return values
 
 
 class Tokenizer:

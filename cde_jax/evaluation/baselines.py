@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cde_jax.data.sources.beir import EvaluationSet
-from cde_jax.data.vectors import unit_rows
+from cde_jax.data.store import unit_rows
 from cde_jax.evaluation.beir import check_names
 from cde_jax.evaluation.metrics import Run, Scores, score_rankings
 from cde_jax.retrieval.index import as_run, search

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Integer
 
-from cde_jax.data.texts import as_list, has_text
-from cde_jax.data.tokens import Tokenizer
-from cde_jax.data.vectors import check_finite
+from cde_jax.data.store import check_finite
+from cde_jax.data.tokens import Tokenizer, as_list, has_text
 
 log = logging.getLogger(__name__)
 

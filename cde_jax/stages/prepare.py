@@ -127,7 +127,7 @@ def _make_pairs(config: Config, workdir: Path, source: Source) -> Store:
     tokenizer.save(workdir / TOKENIZER)
     return write_pairs(
         workdir / PAIRS,
-        clean(read, source.counts, folder=workdir / STORE),
+        clean(read(), source.counts, folder=workdir / STORE),
         tokenizer,
         query_prefix=d.query_prefix,
         document_prefix=d.document_prefix,

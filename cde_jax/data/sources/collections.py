@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cde_jax.data.files import given_path
-from cde_jax.data.texts import as_list
+from cde_jax.data.tokens import as_list
 
 PREFIXES = ("search_query", "search_document", "classification", "clustering")
 _SEARCH = ("search_query", "search_document")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources.beir import EvaluationSet
-from cde_jax.data.texts import as_list, text_key
+from cde_jax.data.tokens import as_list, text_key
 
 QUERY_WORDS = 3  # words (two letters in a row) that a query has at least …
 REST_WORDS = 8  # … and the rest of its document

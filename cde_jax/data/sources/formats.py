@@ -27,7 +27,7 @@ import numpy as np
 from cde_jax.data.sources import beir
 from cde_jax.data.sources.collections import Collection
 from cde_jax.data.sources.jsonl import as_text, field, json_lines, json_object
-from cde_jax.data.texts import has_text
+from cde_jax.data.tokens import has_text
 
 Row = tuple[str, str, tuple[str, ...]]  # query, document, hard negatives
 Shard = Callable[[], Iterator[Row]]  # reads a part of a collection, from its beginning each time

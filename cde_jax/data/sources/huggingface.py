@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from cde_jax.data.files import digests, file_digest, given_path, matches
 from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources.formats import parquet_columns, parquet_rows, rows, texts
-from cde_jax.data.texts import as_list
+from cde_jax.data.tokens import as_list
 
 FIELDS = ("query", "document", "negatives", "domain")
 _REQUIRED = ("query", "document")

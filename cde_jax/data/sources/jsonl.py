@@ -17,7 +17,7 @@ from typing import Any
 
 from cde_jax.data.files import file_digest, given_path, matches
 from cde_jax.data.pairs import InputLog, Pair
-from cde_jax.data.texts import as_list, has_text
+from cde_jax.data.tokens import as_list, has_text
 
 _ENDINGS = (".jsonl", ".jsonl.gz")
 _KEYS = ("query", "document", "domain", "negatives")
