@@ -74,7 +74,7 @@ def measure(args: Any, shape: Shape, model: str) -> dict[str, float]:
         return {"peak_gib": growth(run, in_torch.peak_bytes)}
     from train_step import jax_step, lower_step
 
-    from cde_jax.training.memory import program_bytes
+    from cde_jax.training.accounting import program_bytes
 
     options = {"attention": args.attention, "remat": args.remat}
     compiled = lower_step(kind, shape, args.dtype, args.chunk, **options).compile()

@@ -20,8 +20,8 @@ from cde_jax.stages.evaluate import run_identity
 from cde_jax.stages.train import with_chunks as chosen_chunks
 from cde_jax.stages.workdir import load_prepared
 from cde_jax.training import sharding
+from cde_jax.training.accounting import program_bytes
 from cde_jax.training.checkpoint import Checkpoints
-from cde_jax.training.memory import program_bytes
 from cde_jax.training.step import stream
 
 AUTO = {f"train__{name}": -1 for name in assemble.CHUNKS}
@@ -281,7 +281,7 @@ def test_a_model_is_restored_without_optimiser_or_mesh(kind, tmp_path, monkeypat
     training = assemble.make_training(config, assemble.build_model(config, 50, "float32"), STEPS)
     checkpoints = Checkpoints(tmp_path, {"plan": "p"})
     checkpoints.save(1, training.state)
-    checkpoints.close()
+    checkpoints.wait()
     for name in ("make_optimizer", "make_train_step", "build_model", "stream"):
         monkeypatch.delattr(assemble, name)
     monkeypatch.delattr(sharding, "make_mesh")

@@ -43,7 +43,7 @@ def saved(folder, state, scores: dict[int, float | None]) -> Checkpoints:
     checkpoints = Checkpoints(folder, IDENTITY)
     for step, score in scores.items():
         checkpoints.save(step, at(state, step), score)
-    checkpoints.close()
+    checkpoints.wait()
     return Checkpoints(folder, IDENTITY)
 
 
@@ -89,7 +89,7 @@ def test_weights_alone_are_read_on_other_devices(writer, state, tmp_path):
     eight = sharding.replicate(sharding.make_mesh(8), at(state, 3))
     writing = Checkpoints(tmp_path, IDENTITY)
     writing.save(3, eight)
-    writing.close()
+    writing.wait()
     checkpoints = saved(tmp_path, state, {4: None})
     abstract = nnx.split(nnx.eval_shape(lambda: contextual("isolated", encoder={"layers": 1})), nnx.Param)[1]
     for step in (3, 4):  # written from eight devices and from one
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_never_taken_for_a_good_one(writer, tmp_path):
         checkpoints = Checkpoints(root / "good", {"plan": "p"})
         checkpoints.save(2, make(2))
         checkpoints.save(4, make(4))
-        checkpoints.close()
+        checkpoints.wait()
         files = sorted(path.relative_to(root / "good") for path in (root / "good" / "4").rglob("*") if path.is_file())
         for how in ("truncated", "altered", "missing"):
             for file in files:

@@ -19,7 +19,7 @@ from tiny_batches import whole
 from tiny_models import VOCABULARY, biencoder
 
 from cde_jax.config import Train
-from cde_jax.training import loop, metrics, sharding
+from cde_jax.training import loop, sharding
 from cde_jax.training.accounting import step_flops
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import init_state, make_train_step, stream
@@ -84,7 +84,7 @@ def go(
             evaluate=evaluate,
         )
     finally:
-        checkpoints.close()
+        checkpoints.wait()
 
 
 def opened(workdir, identity=None):
@@ -252,7 +252,7 @@ def test_evaluation_and_checkpoints_are_not_counted_as_training(trainer, tmp_pat
         return result
 
     save = Checkpoints.save
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: pass_time(1.0, now), time=time.time))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: pass_time(1.0, now), time=time.time))
     monkeypatch.setattr(Checkpoints, "save", lambda *arguments: pass_time(100.0) or save(*arguments))
     go(trainer, tmp_path, 3, every=3, checkpoint=1, evaluate=lambda state: pass_time(500.0, 0.0))
     (line,) = (line for line in lines(tmp_path) if "loss" in line)
@@ -315,11 +315,12 @@ def test_metrics_that_training_did_not_write_are_left_alone(trainer, tmp_path, c
 def test_a_full_disk_leaves_whole_lines_and_the_last_checkpoint(tmp_path):
     code = """
         import resource, sys, json
+        from contextlib import ExitStack
         from pathlib import Path
         import jax, jax.numpy as jnp
         sys.path.insert(0, "tests")
         from cde_jax.config import Train
-        from cde_jax.training import metrics
+        from cde_jax.training.loop import Metrics
         limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
         workdir = Path(sys.argv[1])
         value = jnp.float32(1)
@@ -327,9 +328,10 @@ def test_a_full_disk_leaves_whole_lines_and_the_last_checkpoint(tmp_path):
         batch = {"keep": jnp.ones((1, 4, 4), bool), "plan_batch": jnp.zeros(1, int)}
         limit(2000)
         try:
-            with metrics.Metrics(workdir, 0, 100, Train(log_every=1)) as written:
+            with ExitStack() as exit:
+                metrics = Metrics(workdir, 0, 100, Train(log_every=1), exit)
                 for step in range(1, 101):
-                    written.record(step, values | {"losses": value[None]}, batch)
+                    metrics.record(step, values | {"losses": value[None]}, batch)
         except OSError as error:
             print(error)
     """

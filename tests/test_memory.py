@@ -16,7 +16,7 @@ from tiny_models import contextual_config
 from cde_jax.config import Train
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.training import sharding
-from cde_jax.training.memory import device_limit, largest_chunk, program_bytes
+from cde_jax.training.accounting import device_limit, largest_chunk, program_bytes
 from cde_jax.training.step import init_state, make_train_step
 
 GIB = 2**30

@@ -1,14 +1,14 @@
 """What a step counts on texts in chunks: model FLOPs and padding follow the texts, empty chunks cost nothing."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_step import TRAIN, build, copy, model, sgd
 from tiny_batches import G, in_layout, joined, plain_batch, step_batch
 
 from cde_jax.config import Train
-from cde_jax.training.accounting import encoding_flops, step_flops
-from cde_jax.training.step import count_flops, count_tokens, text_sizes
+from cde_jax.training.accounting import encoding_flops, step_counts, step_flops, text_sizes
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +22,15 @@ def test_model_flops_follow_the_texts_not_their_chunks(metrics):
     for step, values in enumerate(metrics):
         plain = plain_batch(step)
         sizes, context = joined(plain, "mask").sum(axis=2), plain["context_mask"].sum(axis=2)
-        batch = in_layout(plain)
-        np.testing.assert_array_equal(text_sizes(batch, "texts"), sizes)
-        np.testing.assert_array_equal(text_sizes(batch, "context"), context)
+        batch = jax.tree.map(jnp.asarray, in_layout(plain))
+        for name, expected in (("texts", sizes), ("context", context)):
+            np.testing.assert_array_equal(text_sizes(batch[name]["mask"], batch[name]["place"]), expected)
         expected = step_flops(model().config, sizes, context, scores=plain["keep"].size)
         np.testing.assert_allclose(values["flops"], expected, rtol=1e-5)
         first_stage = encoding_flops(model().config.first_stage, context)
-        frozen = count_flops(model(), batch, Train(first_stage_rate=0.0))
+        frozen = step_counts(model().config, batch, Train(first_stage_rate=0.0))["flops"]
         np.testing.assert_allclose(frozen, expected - 2 * first_stage, rtol=1e-5)
-        shared = count_flops(model(), batch, Train(share_negatives=True))
+        shared = step_counts(model().config, batch, Train(share_negatives=True))["flops"]
         of_scores = 3 * 2 * plain["keep"].size * model().config.second_stage.width
         np.testing.assert_allclose(shared, expected + (G - 1) * of_scores, rtol=1e-5)
 
@@ -41,7 +41,5 @@ def test_padding_is_counted_as_it_is_computed(metrics):
         tokens = sum(int(plain[f"{kind}_mask"].sum()) for kind in ("query", "document", "context"))
         chunks = [x for name in ("texts", "context") for m in batch[name]["mask"] for x in m.reshape(-1, *m.shape[2:])]
         in_use = sum(chunk.size for chunk in chunks if chunk.any())
-        counted = count_tokens(batch)
-        assert {name: int(value) for name, value in counted.items()} == {"tokens": tokens, "computed_tokens": in_use}
-        assert {name: int(values[name]) for name in counted} == {name: int(value) for name, value in counted.items()}
+        assert (int(values["tokens"]), int(values["computed_tokens"])) == (tokens, in_use)
         assert tokens < in_use < sum(chunk.size for chunk in chunks)

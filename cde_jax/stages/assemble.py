@@ -17,8 +17,8 @@ from cde_jax.models.attention import select_kernel
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 from cde_jax.training import sharding
+from cde_jax.training.accounting import GIB, device_limit, largest_chunk, program_bytes
 from cde_jax.training.checkpoint import Checkpoints
-from cde_jax.training.memory import GIB, device_limit, largest_chunk, program_bytes
 from cde_jax.training.step import TrainState, init_state, make_optimizer, make_train_step, stream
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Training(NamedTuple):
 def check_runtime(config: Config) -> None:
     """Raise ValueError for what this machine cannot train, before anything is written: devices, kernel, model size."""
     t = config.train
-    sharding.check_divides(sharding.make_mesh(t.devices), t.batches_per_step)
+    sharding.make_mesh(t.devices, t.batches_per_step)
     shape = model_config(config.model, config.data.vocab_size, compute_dtype(config))
     encoder = shape.encoder if isinstance(shape, BiencoderConfig) else shape.second_stage
     select_kernel(encoder.attention, encoder.dtype, encoder.head_dim)
@@ -135,8 +135,8 @@ def make_loader(config: Config, plan: BatchPlan, pairs: Store, platform: str | N
 
 def make_training(config: Config, model: Biencoder | ContextualEncoder, steps: int) -> Training:
     """The step of a run of `steps` steps and its state at step 0. Raises ValueError where devices are too few."""
-    t, mesh = config.train, sharding.make_mesh(config.train.devices)
-    sharding.check_divides(mesh, t.batches_per_step)
+    t = config.train
+    mesh = sharding.make_mesh(t.devices, t.batches_per_step)
     optimizer, schedule = make_optimizer(t, steps)
     graph, state = init_state(model, optimizer)
     step = make_train_step(graph, optimizer, schedule, t, mesh)

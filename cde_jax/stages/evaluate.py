@@ -141,12 +141,9 @@ def run_identity(config: Config, plan: BatchPlan) -> dict[str, str]:
 def trained(config: Config, workdir: Path, prepared: Prepared) -> Embedder:
     """The trained model of a work directory: its best checkpoint, or its newest, as the config says."""
     checkpoints = Checkpoints(workdir / CHECKPOINTS, run_identity(config, prepared.plan))
-    try:
-        step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.newest()
-        if step is None:
-            raise ValueError(f"{workdir} has no checkpoint yet: run --stage=train first")
-        model = restore_model(config, prepared.vocab_size, checkpoints, step)
-    finally:
-        checkpoints.close()
+    step = checkpoints.best() if config.evaluate.checkpoint == "best" else checkpoints.newest()
+    if step is None:
+        raise ValueError(f"{workdir} has no checkpoint yet: run --stage=train first")
+    model = restore_model(config, prepared.vocab_size, checkpoints, step)
     log.info("checkpoint %d", step)
     return make_embedder(config, workdir, model, prepared.tokenizer)

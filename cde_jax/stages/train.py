@@ -48,7 +48,7 @@ def train(config: Config, workdir: Path, prepared: Prepared) -> bool:
             log.info("going on from checkpoint %d of %d", newest, steps)
         return _run(config, workdir, prepared, training, checkpoints)
     finally:
-        checkpoints.close()
+        checkpoints.wait()
 
 
 def initial_model(config: Config, vocab_size: int) -> Biencoder | ContextualEncoder:

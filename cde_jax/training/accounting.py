@@ -1,17 +1,26 @@
-"""Model FLOPs: those of the matrix products that a step or an encoding needs, however the program computes them.
+"""What a step costs: model FLOPs, tokens computed, and the device memory that the size of its chunks decides.
 
-A multiplication and an addition count as two (Kaplan et al., arXiv 2001.08361, table 1). Padding, recomputation in the
+Model FLOPs are those of the matrix products that a step or an encoding needs, however the program computes them: a
+multiplication and an addition count as two (Kaplan et al., arXiv 2001.08361, table 1); padding, recomputation in the
 backward pass (chunks, `remat`) and elementwise work, about a percent, do not count. A training step has three times the
 FLOPs of its forward pass. `sizes` are the tokens of each text, 0 where there is none.
 """
 
+import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from cde_jax.config import AUTO, Train
 from cde_jax.models.contextual import BiencoderConfig, ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
+
+log = logging.getLogger(__name__)
 
 Sizes = Int[Array | np.ndarray, "..."]
 Counts = Float[Array | np.ndarray, "..."]
@@ -28,6 +37,8 @@ PEAK_TFLOPS = {
     "TPU v5": 459,
     "TPU v6 lite": 918,
 }
+STEP_FRACTION = 0.9  # of a device's memory for the step: the rest is for batches being copied
+GIB = 2**30
 
 
 def utilisation(
@@ -36,6 +47,29 @@ def utilisation(
     """Model-FLOPs utilisation of all devices, 0 … 1; `peak` TFLOP/s of one, 0: its maker's. None where unknown."""
     peak = peak or next((tflops for name, tflops in PEAK_TFLOPS.items() if device_kind.startswith(name)), 0)
     return flops / (seconds * devices * peak * 1e12) if peak else None
+
+
+def step_counts(config: BiencoderConfig | ContextualConfig, batch: dict[str, Any], train: Train) -> dict[str, Array]:
+    """Of a step's batch: `tokens` of its texts, `computed_tokens`, padding included (int32), and `flops` (float32)."""
+    batches, queries, documents = batch["keep"].shape
+    scores = batches * queries * documents * (batches if train.share_negatives else 1)
+    chunks = {name: batch[name] for name in ("texts", "context") if name in batch}
+    sizes = {name: text_sizes(held["mask"], held["place"]) for name, held in chunks.items()}
+    masks = [mask for held in chunks.values() for mask in held["mask"]]  # [G, chunks, c, ℓ] each
+    # chunks without a token are skipped
+    computed = sum(mask.any(axis=(2, 3)).sum(dtype=jnp.int32) * math.prod(mask.shape[2:]) for mask in masks)
+    flops = step_flops(config, **sizes, scores=scores, first_stage_frozen=train.first_stage_rate == 0)
+    return {
+        "tokens": sum(mask.sum(dtype=jnp.int32) for mask in masks),
+        "computed_tokens": computed,
+        "flops": jnp.asarray(flops, jnp.float32),
+    }
+
+
+def text_sizes(mask: tuple[Any, ...], place: Int[Array, "G m"]) -> Int[Array, "G m"]:
+    """Tokens of each of m texts in chunks, 0 for a missing one. mask: an array [G, chunks, c, ℓ] per length ℓ."""
+    sizes = [x.sum(axis=3, dtype=jnp.int32).reshape(len(x), -1) for x in mask]  # [G, chunks·c] each
+    return jnp.take_along_axis(jnp.concatenate(sizes, axis=1), place, axis=1)
 
 
 def step_flops(
@@ -74,12 +108,10 @@ def encoding_flops(config: BiencoderConfig | ContextualConfig, sizes: Sizes, *, 
 
     Isolated: they are keys only. Joint: they go through every layer with every text.
     """
-    tokens, texts = sizes.astype(float), (sizes > 0).astype(float)
+    tokens, texts, c = sizes.astype(float), (sizes > 0).astype(float), config.encoder
     if isinstance(config, BiencoderConfig):
-        c = config.encoder
-        head = 2.0 * c.width * (c.width + (config.output_width or c.width)) if config.head else 0.0
+        head = 2.0 * c.width * (c.width + _width(config)) if config.head else 0.0
         return (_layers(c, tokens, tokens) + texts * head).sum()
-    c = config.second_stage
     slots = texts * (_slots(config, config.context_size) if slots is None else slots)
     run = tokens + slots if config.context_attention == "joint" else tokens
     return (_layers(c, run, tokens + slots) + texts * 4.0 * c.width**2).sum()
@@ -96,6 +128,45 @@ def _slots(config: ContextualConfig, documents: int) -> int:
 
 
 def _width(config: BiencoderConfig | ContextualConfig) -> int:
-    if isinstance(config, ContextualConfig):
-        return config.second_stage.width
-    return (config.head and config.output_width) or config.encoder.width
+    output_width = config.output_width if isinstance(config, BiencoderConfig) and config.head else None
+    return output_width or config.encoder.width
+
+
+def largest_chunk(needs: Callable[[int], int], limit: int, texts: int) -> int:
+    """The largest of `texts`, `texts`/2, …, 1 texts in a chunk whose step needs at most `limit` bytes.
+
+    `needs(chunk)` compiles the step and gives its `program_bytes`; it is called with ever smaller chunks, until one
+    fits. Raises ValueError where not even single texts fit.
+    """
+    if texts < 1:
+        raise ValueError(f"expected at least one text in a batch, got {texts}")
+    larger = ""
+    for chunk in (texts >> halvings for halvings in range(texts.bit_length())):
+        if (needed := needs(chunk)) <= limit:
+            log.info("chunks of %d texts: the step needs %.2f of %.2f GiB%s", chunk, needed / GIB, limit / GIB, larger)
+            return chunk
+        larger = f"; chunks of {chunk} would need {needed / GIB:.2f}"
+    raise ValueError(
+        f"even one text at a time the step needs {needed / GIB:.2f} GiB, and there are {limit / GIB:.2f}: set "
+        f'model.remat="full", lower data.document_length or batching.batch_size, or take a smaller model'
+    )
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """Device memory that a compiled program needs: arguments, results (those in their place once) and temporaries."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise ValueError("this backend does not say how much memory a program needs: give train.*_chunk as numbers")
+    inputs_and_results = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return inputs_and_results + memory.temp_size_in_bytes
+
+
+def device_limit(device: jax.Device, gib: float = 0.0) -> int:
+    """Bytes that a step may need on `device`: `gib`, or (0) 0.9 of its memory; ValueError if unknown (CPU)."""
+    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+    if not (gib or memory):
+        raise ValueError(
+            f"{device.device_kind} does not say how much memory it has, so chunk sizes of {AUTO} (auto) need "
+            f"train.memory_gib: set it, or give train.*_chunk as numbers"
+        )
+    return int(gib * GIB) if gib else int(STEP_FRACTION * memory)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,11 @@ class Checkpoints:
     def __init__(self, directory: Path | str, identity: dict[str, str]):
         self.directory = Path(directory).absolute()
         self.identity = identity
-        self._orbax: Any = None  # started by the first save
-        self._saving = False
+        self._finish_writing: Callable[[], None] | None = None  # of the last save, until it is waited for
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, ascending."""
-        names = os.listdir(self.directory) if self.directory.is_dir() else []
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdecimal())
 
     def newest(self) -> int | None:
         """Step of the newest checkpoint, or None."""
@@ -51,29 +49,36 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, score: float | None = None) -> None:
         """Write checkpoint `step`, with Orbax in the background; `score` (higher is better) ranks it.
 
-        Raises OSError, here or in `wait` or `close`, when one could not be written, e.g. on a full disk.
+        Raises OSError, here or in `wait`, when one could not be written, e.g. on a full disk.
         """
-        parts = {"params": state.params, "rest": {"step": state.step, "optimizer": state.optimizer}}
+        parts, folder = _parts(state), self.directory / str(step)
         metadata = {"identity": self.identity, "score": None if score is None else float(score)}
         metadata["digests"] = {name: _digest(part) for name, part in parts.items()}
         self.wait()
         with self._writing():
-            if not self._saving:
-                self._start()
-            if self._orbax is None:
-                _write_files(self.directory / str(step), parts, metadata)
-                return
-            import orbax.checkpoint as ocp
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.directory.glob("[0-9]*tmp*"):  # left by a killed run
+                shutil.rmtree(unfinished)
+            try:
+                self._finish_writing = _write_orbax(folder, parts, metadata)
+            except ImportError:
+                self._finish_writing = _write_files(folder, parts, metadata)
 
-            items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
-            items["metadata"] = ocp.args.JsonSave(metadata)
-            self._orbax.save(self.directory / str(step), args=ocp.args.Composite(**items), force=True)
+    def wait(self) -> None:
+        """Block until what was saved is on disk, then remove what is neither new nor best."""
+        finish, self._finish_writing = self._finish_writing, None
+        if finish is None:
+            return
+        with self._writing():
+            finish()
+            with suppress(ValueError):  # of a damaged one: nothing is removed
+                for step in set(self.steps()[:-2]) - {self.best()}:
+                    shutil.rmtree(self.directory / str(step))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Checkpoint `step` as arrays shaped and placed as in `like`."""
-        rest = {"step": like.step, "optimizer": like.optimizer}
-        state = self._read(step, {"params": like.params, "rest": rest})
-        return TrainState(params=state["params"], **state["rest"])
+        parts = self._read(step, _parts(like))
+        return TrainState(params=parts["params"], **parts["rest"])
 
     def restore_weights(self, step: int, like: nnx.State) -> nnx.State:
         """Only the parameters of checkpoint `step`, whatever devices it was written from.
@@ -81,35 +86,6 @@ class Checkpoints:
         `like` may be abstract (`nnx.split(nnx.eval_shape(make_model), nnx.Param)[1]`): they are put on one device.
         """
         return self._read(step, {"params": like})["params"]
-
-    def wait(self) -> None:
-        """Block until what was saved is on disk, then remove what is neither new nor best."""
-        if not self._saving:
-            return
-        with self._writing():
-            if self._orbax is not None:
-                self._orbax.wait_until_finished()
-            with suppress(ValueError):  # of a damaged one: nothing is removed
-                for step in set(self.steps()[:-2]) - {self.best()}:
-                    shutil.rmtree(self.directory / str(step))
-
-    def close(self) -> None:
-        """Finish writing."""
-        self.wait()
-        if self._orbax is not None:
-            self._orbax.close()
-        self._orbax, self._saving = None, False
-
-    def _start(self) -> None:
-        """Remove what a killed run left unfinished, and start Orbax if it is installed."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for path in self.directory.glob("[0-9]*tmp*"):
-            shutil.rmtree(path)
-        with suppress(ImportError):
-            import orbax.checkpoint as ocp
-
-            self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._saving = True
 
     def _metadata(self, step: int) -> dict[str, Any]:
         path = self.directory / str(step)
@@ -127,8 +103,8 @@ class Checkpoints:
                     f"the run its own --workdir, or restore the {name} it was made with."
                 )
         with _reading(path):
-            like = jax.tree.map(_placed, like)
-            parts = (_read_files if any(path.glob("*.safetensors")) else _read_orbax)(path, like)
+            read = _read_files if any(path.glob("*.safetensors")) else _read_orbax
+            parts = read(path, jax.tree.map(_placed, like))
             for name, part in parts.items():
                 if (got := _digest(part)) != (expected := metadata["digests"][name]):
                     raise ValueError(f"{name} was altered: expected sha256 {expected[:16]}…, got {got[:16]}…")
@@ -163,8 +139,30 @@ def _reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][-300:]
 
 
-def _write_files(folder: Path, parts: dict[str, Any], metadata: dict[str, Any]) -> None:
-    """A checkpoint without Orbax: under a temporary name, renamed when it is on disk."""
+def _parts(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "rest": {"step": state.step, "optimizer": state.optimizer}}
+
+
+def _write_orbax(folder: Path, parts: dict[str, Any], metadata: dict[str, Any]) -> Callable[[], None]:
+    """Start writing; the function that waits until it is done."""
+    import orbax.checkpoint as ocp
+
+    writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+    writer.save(folder, args=ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **items), force=True)
+    return writer.close
+
+
+def _read_orbax(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    items = {name: ocp.args.StandardRestore(part) for name, part in like.items()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return dict(reader.restore(folder, args=ocp.args.Composite(**items)).items())
+
+
+def _write_files(folder: Path, parts: dict[str, Any], metadata: dict[str, Any]) -> Callable[[], None]:
+    """Write under a temporary name, and rename when it is on disk; nothing is left to wait for."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     (temporary / "metadata").mkdir(parents=True)
     for name, part in parts.items():
@@ -175,10 +173,10 @@ def _write_files(folder: Path, parts: dict[str, Any], metadata: dict[str, Any]) 
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     temporary.rename(folder)
+    return lambda: None
 
 
 def _read_files(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """Parts of a checkpoint without Orbax, placed as in `like`."""
     parts = {}
     for name, part in like.items():
         tensors = load_file(folder / f"{name}.safetensors")
@@ -187,18 +185,9 @@ def _read_files(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     return parts
 
 
-def _read_orbax(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """Parts of a checkpoint that Orbax wrote, placed as in `like`."""
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        items = {name: ocp.args.StandardRestore(part) for name, part in like.items()}
-        return dict(reader.restore(folder, args=ocp.args.Composite(**items)).items())
-
-
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    """All arrays with their paths as text."""
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    """All leaves with their paths as text."""
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -210,7 +199,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 def _digest(tree: Any) -> str:
     """sha256 over the paths and bytes of all arrays."""
     digest = hashlib.sha256()
-    for name, leaf in _named(tree):
-        digest.update(name.encode())
+    for key, leaf in _named(tree):
+        digest.update(key.encode())
         digest.update(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1))
     return digest.hexdigest()

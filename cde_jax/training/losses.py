@@ -14,16 +14,12 @@ def info_nce(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Masked InfoNCE over cosine scores: the mean over queries of −log softmax of the positive.
 
-    Args:
-      queries: one vector per query, any dtype, normalised in here.
-      documents: document i < B is query i's positive, the rest are hard negatives; normalised in here.
-      keep: False where a column must not count as a negative (a false negative, paper eq. 4). The positive always
-        counts, whatever `keep` says. None keeps all.
-      temperature: τ; scores are cosine / τ.
+    Vectors of any dtype are normalised in here; scores are cosine / τ. Document i < B is query i's positive, the rest
+    are hard negatives. `keep` is False where a column must not count as a negative (a false negative, paper eq. 4); the
+    positive always counts; None keeps all.
 
-    Returns:
-      The loss and metrics, float32 scalars: `accuracy` (share of queries whose positive scores highest among the
-      columns that count), `positive` and `negative` (mean cosine), `masked` (share of negatives left out).
+    Returns the loss and metrics, float32 scalars: `accuracy` (share of queries whose positive scores highest among the
+    columns that count), `positive` and `negative` (mean cosine), `masked` (share of negatives left out).
     """
     count = queries.shape[0]
     cosine = normalise(queries) @ normalise(documents).T  # [B, N]

@@ -1,7 +1,7 @@
 """The mesh and every PartitionSpec: the G plan batches of a step are split over the devices, parameters are copied."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, pairwise
 from typing import Any
 
 import jax
@@ -13,21 +13,17 @@ from jaxtyping import Array, Int, Shaped
 _DATA = "data"
 
 
-def make_mesh(count: int = 0) -> Mesh:
-    """The first `count` devices (0: all) along the one data axis."""
+def make_mesh(count: int = 0, batches_per_step: int = 0) -> Mesh:
+    """The first `count` devices (0: all) along the one data axis; ValueError if they cannot share G evenly."""
     devices = jax.devices()
     if count > len(devices):
         raise ValueError(f"train.devices asks for {count}, there are {len(devices)} devices; lower it, or 0 for all")
-    return Mesh(np.asarray(devices[: count or None]), (_DATA,))
-
-
-def check_divides(mesh: Mesh, batches_per_step: int) -> None:
-    """G must be a multiple of the number of devices: a plan batch is never split between two of them."""
-    if batches_per_step % mesh.size:
+    if batches_per_step % (size := count or len(devices)):
         raise ValueError(
-            f"train.batches_per_step is {batches_per_step}, which cannot be shared evenly by {mesh.size} devices: a "
-            f"plan batch stays on one device; choose a multiple of {mesh.size}"
+            f"train.batches_per_step is {batches_per_step}, which cannot be shared evenly by {size} devices: a plan "
+            f"batch stays on one device; choose a multiple of {size}"
         )
+    return Mesh(np.asarray(devices[:size]), (_DATA,))
 
 
 def shard_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
@@ -35,14 +31,10 @@ def shard_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
     return jax.device_put(batch, NamedSharding(mesh, P(_DATA)))
 
 
-def prefetch_to_device(mesh: Mesh, batches: Iterable[dict[str, Any]], ahead: int = 1) -> Iterator[dict[str, Any]]:
-    """`shard_batch` of each batch in order, started `ahead` batches early: copied while the steps before still run."""
-    pending: deque[dict[str, Any]] = deque()
-    for batch in batches:
-        pending.append(shard_batch(mesh, batch))
-        if len(pending) > ahead:
-            yield pending.popleft()
-    yield from pending
+def prefetch_to_device(mesh: Mesh, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """`shard_batch` of each batch in order, started one batch early: copied while the step before still runs."""
+    sharded = (shard_batch(mesh, batch) for batch in batches)
+    return (batch for batch, _ in pairwise(chain(sharded, [None])))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
@@ -53,8 +45,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 def on_each_device(mesh: Mesh, function: Callable, copied: int, split: int) -> Callable:
     """`function` run by each device on all of its first `copied` arguments and its part of the other `split` ones.
 
-    It must return values that are equal on all devices, through `mean_over_devices` or `gather_over_devices`. Gradients
-    inside are local: nothing is communicated elsewhere.
+    It must return what is equal on all devices, by the two functions below; nothing else is communicated.
     """
     specs = (P(),) * copied + (P(_DATA),) * split
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)

@@ -7,7 +7,6 @@ A batch is a dict of arrays with the axis G (plan batches of the step) first, as
   "keep": bool [G, B, N], False where a document is no negative of a query.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from cde_jax.config import Train
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
 from cde_jax.training import sharding
-from cde_jax.training.accounting import step_flops
+from cde_jax.training.accounting import step_counts
 from cde_jax.training.losses import info_nce
 
 _STREAMS = ("params", "context", "dropout", "data")
@@ -58,24 +57,15 @@ def make_optimizer(train: Train, steps: int) -> tuple[optax.GradientTransformati
     warmup, peak = min(train.warmup_steps, steps), train.learning_rate
     warm = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     schedule = optax.join_schedules([warm, optax.linear_schedule(peak, 0.0, max(steps - warmup, 1))], [warmup])
+    matrices = partial(nnx.map_state, lambda path, _: path[-1] in ("kernel", "embedding"))
+    first_stage = partial(nnx.map_state, lambda path, _: path[0] == "first_stage")
     parts = [
         optax.clip_by_global_norm(train.clip_norm),
-        optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=train.weight_decay, mask=_matrices),
+        optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=train.weight_decay, mask=matrices),
     ]
     if train.first_stage_rate != 1:
-        parts.append(optax.masked(optax.scale(train.first_stage_rate), _first_stage))
+        parts.append(optax.masked(optax.scale(train.first_stage_rate), first_stage))
     return optax.chain(*parts), schedule
-
-
-def _matrices(params: nnx.State) -> nnx.State:
-    names = ("kernel", "embedding")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(getattr(entry, "key", None) in names for entry in path), params
-    )
-
-
-def _first_stage(params: nnx.State) -> nnx.State:
-    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[0], "key", None) == "first_stage", params)
 
 
 def embed_plan_batch(
@@ -133,14 +123,22 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """Build the step on a mesh; `key` is the run's dropout stream.
 
-    The state is donated. Metrics are float32 scalars, `losses`, one per plan batch [G], the int32 scalars of
-    `count_tokens`, and `flops`.
+    The state is donated. Metrics are float32 scalars, `losses`, one per plan batch [G], and what `step_counts` counts.
     """
 
+    def device_loss(params: nnx.State, keys: Key[Array, " g"], batch: Batch):
+        """Mean loss of the g plan batches on this device, with metrics."""
+        model, keep = nnx.merge(graph, params), batch["keep"]
+        # [g, B, D], [g, N, D]
+        queries, documents = jax.lax.map(lambda xs: embed_plan_batch(model, *xs, train), (batch, keys))
+        if train.share_negatives:
+            documents, keep = _all_documents(documents, keep)
+        losses, metrics = jax.vmap(partial(info_nce, temperature=train.temperature))(queries, documents, keep)
+        return losses.mean(), (losses, jax.tree.map(jnp.mean, metrics))
+
     def device_gradients(params: nnx.State, keys: Key[Array, " g"], batch: Batch):
-        device_loss = partial(_device_loss, graph=graph, train=train)
-        (_, metrics), gradients = jax.value_and_grad(device_loss, has_aux=True)(params, keys, batch)
-        losses = sharding.gather_over_devices(metrics.pop("losses"))
+        (_, (losses, metrics)), gradients = jax.value_and_grad(device_loss, has_aux=True)(params, keys, batch)
+        losses = sharding.gather_over_devices(losses)
         return *sharding.mean_over_devices((gradients, metrics)), losses
 
     gradients_of = sharding.on_each_device(mesh, device_gradients, copied=1, split=2)
@@ -151,8 +149,7 @@ def make_train_step(
         gradients, metrics, losses = gradients_of(state.params, keys, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= count_tokens(batch) | {
-            "flops": count_flops(nnx.merge(graph, params), batch, train),
+        metrics |= step_counts(nnx.merge(graph, params).config, batch, train) | {
             "loss": losses.mean(),
             "losses": losses,
             "gradient_norm": optax.tree.norm(gradients),
@@ -161,19 +158,6 @@ def make_train_step(
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
     return train_step
-
-
-def _device_loss(
-    params: nnx.State, keys: Key[Array, " g"], batch: Batch, *, graph: nnx.GraphDef, train: Train
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean loss of the g plan batches on this device, with metrics."""
-    model = nnx.merge(graph, params)
-    queries, documents = jax.lax.map(lambda xs: embed_plan_batch(model, *xs, train), (batch, keys))  # [g, B or N, D]
-    keep = batch["keep"]
-    if train.share_negatives:
-        documents, keep = _all_documents(documents, keep)
-    losses, metrics = jax.vmap(partial(info_nce, temperature=train.temperature))(queries, documents, keep)
-    return losses.mean(), jax.tree.map(jnp.mean, metrics) | {"losses": losses}
 
 
 def _all_documents(
@@ -189,28 +173,3 @@ def _all_documents(
     columns = jax.vmap(lambda start: jnp.roll(gathered, -start, axis=0))(starts)
     others = jnp.ones((*keep.shape[:2], gathered.shape[0] - count), bool)
     return columns, jnp.concatenate([keep, others], axis=-1)
-
-
-def count_tokens(batch: Batch) -> dict[str, Int[Array, ""]]:
-    """The tokens of a step's texts, and those that it computes, padding included: int32 scalars."""
-    masks = [mask for name in ("texts", "context") if name in batch for mask in batch[name]["mask"]]
-    # [G, chunks, c, ℓ]: chunks without a token are skipped
-    computed = sum(mask.any(axis=(2, 3)).sum(dtype=jnp.int32) * math.prod(mask.shape[2:]) for mask in masks)
-    tokens = sum(mask.sum(dtype=jnp.int32) for mask in masks)
-    return {"tokens": jnp.asarray(tokens, jnp.int32), "computed_tokens": jnp.asarray(computed, jnp.int32)}
-
-
-def count_flops(model: Biencoder | ContextualEncoder, batch: Batch, train: Train) -> Float[Array, ""]:
-    """Model FLOPs of a step (`accounting.step_flops`): they follow the texts' own lengths, so they differ by batch."""
-    batches, queries, documents = batch["keep"].shape
-    context = text_sizes(batch, "context") if isinstance(model, ContextualEncoder) else None
-    scores = batches * queries * documents * (batches if train.share_negatives else 1)
-    frozen = train.first_stage_rate == 0
-    flops = step_flops(model.config, text_sizes(batch, "texts"), context, scores=scores, first_stage_frozen=frozen)
-    return jnp.asarray(flops, jnp.float32)
-
-
-def text_sizes(batch: Batch, name: str) -> Int[Array, "G m"]:
-    """Tokens of each of "texts" (queries, then documents) or "context"; 0 for a missing one."""
-    sizes = [mask.sum(axis=3, dtype=jnp.int32).reshape(mask.shape[0], -1) for mask in batch[name]["mask"]]
-    return jnp.take_along_axis(jnp.concatenate(sizes, axis=1), batch[name]["place"], axis=1)
