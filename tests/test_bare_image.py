@@ -1,6 +1,8 @@
 """Training and ranking on a bare accelerator image: jax, flax, optax, numpy, safetensors, jaxtyping, nothing else."""
 
+import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -84,24 +86,39 @@ for stage in ("train", "rank"):
 """
 
 
-def test_a_carried_work_directory_is_trained_and_ranked_there_and_scored_here(tmp_path, caplog):
-    data, workdir, start = write_data(tmp_path / "data"), tmp_path / "work", tmp_path / "start"
-    changes = {"train__steps": 2, "evaluate__development": "held2", "evaluate__baselines": False}
+def test_a_carried_work_directory_is_trained_as_at_home_and_ranked_there_and_scored_here(tmp_path, caplog):
+    data, start, home, carried = (tmp_path / name for name in ("data", "start", "home", "carried"))
+    write_data(data)
     shutil.copytree(data / "held", data / "held2")
+    changes = {"evaluate__development": "held2", "evaluate__baselines": False}
     config = config_of(data, data__evaluation=(f"{data}/held", f"{data}/held2"), **changes)
     config.model.init.first_stage = str(start)
-    list(run(config, workdir, "prepare"))
+    list(run(config, home, "prepare"))
     encoder = EncoderConfig(150, 16, 1, 2, 32, max_positions=32)
     model = Biencoder(BiencoderConfig(encoder), rngs=nnx.Rngs(0))
-    save_pretrained(model, start, tokenizer=workdir / "store/tokenizer", settings=TextSettings("", "", 8, 16))
-    write_json(tmp_path / "work.json", config.to_dict())
+    save_pretrained(model, start, tokenizer=home / "store/tokenizer", settings=TextSettings("", "", 8, 16))
+    shutil.copytree(home, carried)
+    list(run(config, home, "train"))
+
+    write_json(tmp_path / "carried.json", config.to_dict())
     shutil.move(data, tmp_path / "elsewhere")
-    command = [sys.executable, "-c", TRAIN_AND_RANK, str(workdir), f"{MISSING} packaging tensorflow_datasets"]
+    command = [sys.executable, "-c", TRAIN_AND_RANK, str(carried), f"{MISSING} packaging tensorflow_datasets"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     shutil.move(tmp_path / "elsewhere", data)
+    np.testing.assert_allclose(losses(carried), losses(home), rtol=1e-5)
+    assert sorted(os.listdir(carried / "checkpoints")) == sorted(os.listdir(home / "checkpoints")) == ["4", "6"]
+    assert (carried / "checkpoints/6/params.safetensors").exists()
+
     with caplog.at_level(logging.INFO, logger="cde_jax"):
-        (said,) = run(config, workdir, "evaluate")
+        (said,) = run(config, carried, "evaluate")
     assert "the rankings of this model are there: kept" in caplog.text
     assert "| held " in said and "held2" not in said
-    assert list(run(config, workdir, "export")) == [f"exported to {workdir / 'export'}"]
+    list(run(config, carried, "train"))  # all steps are done: nothing is trained again
+    assert list(run(config, carried, "export")) == [f"exported to {carried / 'export'}"]
+    assert len(losses(carried)) == 6
+
+
+def losses(workdir: Path) -> list[float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
