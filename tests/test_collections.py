@@ -7,7 +7,7 @@ import pytest
 from tiny_published import SETS, nomic_paired
 
 from cde_jax.data.files import fingerprint
-from cde_jax.data.sources import collections, formats
+from cde_jax.data.sources import collections, tfds_pairs
 from cde_jax.data.sources.collections import COLLECTIONS, PREFIXES
 
 
@@ -24,7 +24,7 @@ def test_the_table_has_every_set_of_every_group():
         "msmarco-hard-negatives": 1,
         "beir": 7,
     }
-    assert list(groups()) == collections.groups()
+    assert tuple(groups()) == collections.GROUPS
 
 
 def test_every_entry_is_legal():
@@ -67,7 +67,7 @@ def test_the_table_says_what_the_publishers_do():
 
 def test_each_format_has_a_reader_and_a_set_in_the_tests():
     used = {each.format for each in COLLECTIONS.values()}
-    assert used == set(formats.READERS) == {COLLECTIONS[name].format for name in SETS}
+    assert used == set(tfds_pairs.READERS) == {COLLECTIONS[name].format for name in SETS}
 
 
 def test_a_group_stands_for_its_sets_and_names_are_taken_once_in_order():

@@ -85,7 +85,7 @@ def test_models_and_steps_run_on_a_bare_image(file):
         ("faiss", {"batching/neighbours.py"}),
         ("tensorflow_datasets", {"data/sources/tfds_pairs.py"}),
         ("datasets", {"data/sources/huggingface.py"}),
-        ("pyarrow", {"data/sources/formats.py"}),
+        ("pyarrow", {"data/sources/huggingface.py"}),
         ("matplotlib", {"stages/report.py"}),
         ("orbax", {"training/checkpoint.py"}),
         ("mteb", {"evaluation/mteb.py"}),

@@ -168,9 +168,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
 ENDLESS = """
 import itertools, random, sys
 from pathlib import Path
-from cde_jax.data.sources import formats, tfds_pairs
+from cde_jax.data.sources import tfds_pairs
 rows = ((str(i), random.randbytes(10_000).hex(), ()) for i in itertools.count())
-formats.READERS["nomic"] = lambda *_: rows
+tfds_pairs.READERS["nomic"] = lambda *_: rows
 root = Path(sys.argv[1])
 list(tfds_pairs.read_pairs([sys.argv[2]], root, root / "cache"))
 """
@@ -277,7 +277,7 @@ def test_a_broken_shard_is_named_by_file_and_line_and_leaves_nothing(tmp_path, d
         ("msmarco/msmarco", "qrels.train.tsv", "7\t0\t3\tx\n", r":1: expected an integer score, got 'x'"),
         ("msmarco/msmarco", "qrels.train.tsv", "7\t0\t99\t1\n", r"qrels.*:1: names '99', which is not among the 30 of"),
         ("msmarco/msmarco", "qrels.train.tsv", "8\t0\t3\t1\n", r":1: names '8', which is not among the 3 of .*queries"),
-        ("msmarco/msmarco", "collection.tsv", "0\ta\n1\tb\n0\tc\n", r"collection\.tsv: the id '0' is there twice"),
+        ("msmarco/msmarco", "collection.tsv", "0\ta\n1\tb\n0\tc\n", r"collection\.tsv:3: the id '0' is there twice"),
         ("msmarco/msmarco", "collection.tsv", "\n", r"names '3', which is not among the 0 of .*collection\.tsv"),
         (
             "msmarco/msmarco",
@@ -285,7 +285,12 @@ def test_a_broken_shard_is_named_by_file_and_line_and_leaves_nothing(tmp_path, d
             "0\ta\n1 b\n",
             r"collection\.tsv:2: expected an id and a text with a tab",
         ),
-        ("msmarco/msmarco", "collection.tsv", b"0\ta\n1\t\xff\n", r"collection\.tsv:2: not UTF-8"),
+        (
+            "msmarco/msmarco",
+            "collection.tsv",
+            b"0\ta\n1\t\xff\n",
+            r"collection\.tsv:1: from here not readable \('utf-8'",
+        ),
         ("beir/scifact", "corpus.jsonl", '{"_id": "x", "text": "t"}\n{"_id": ', r"corpus\.jsonl:2: broken JSON"),
         ("beir/scifact", "corpus.jsonl", '{"id": "x"}', r"corpus\.jsonl:1: expected the key '_id', found \['id'\]"),
         ("beir/scifact", "corpus.jsonl", "[]", r"corpus\.jsonl:1: expected a JSON object, got list"),

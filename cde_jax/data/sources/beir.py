@@ -6,13 +6,12 @@ or without a header line. Only queries that have qrels are kept, as BEIR's own r
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cde_jax.data.files import NewFolder, explain_os_errors, given_path
+from cde_jax.data.files import NewFolder, given_path, write_file
 from cde_jax.data.sources.jsonl import json_lines, text_field, text_lines
 
 _HEADERS = ("score", "relevance", "rel", "label", "grade")  # of the third column
@@ -28,18 +27,14 @@ class EvaluationSet:
     qrels: dict[str, dict[str, int]]
 
 
-def set_name(folder: str | Path) -> str:
-    """The name of the set in a folder: the folder's own."""
-    return Path(os.path.abspath(given_path(folder, "evaluation set"))).name
-
-
 def read_sets(folders: Sequence[str | Path]) -> list[EvaluationSet]:
     """Read several BEIR folders. Two of one name, by which results are kept, are a ValueError before any is read."""
-    for name, count in Counter(map(set_name, folders)).items():
-        if count > 1:
-            same = [str(folder) for folder in folders if set_name(folder) == name]
+    names = [_name(folder) for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            same = [str(folder) for folder in folders if _name(folder) == name]
             raise ValueError(
-                f"expected evaluation sets of different names, got {count} of the name {name!r}: {same}; "
+                f"expected evaluation sets of different names, got {len(same)} of the name {name!r}: {same}; "
                 "rename a folder"
             )
     return [read(folder) for folder in folders]
@@ -51,13 +46,9 @@ def read(folder: str | Path) -> EvaluationSet:
     Raises ValueError with file and line for missing files, broken lines, doubled ids, qrels that name unknown ids or
     a pair twice, and for qrels in which nothing is relevant.
     """
-    folder, name = given_path(folder, "evaluation set"), set_name(folder)
-    corpus: dict[str, str] = {}
-    for place, entry in json_lines(_existing(folder, "corpus.jsonl", "corpus.jsonl.gz")):
-        _insert(corpus, *document(entry, place), place)
-    queries: dict[str, str] = {}
-    for place, entry in json_lines(_existing(folder, "queries.jsonl", "queries.jsonl.gz")):
-        _insert(queries, text_field(entry, "_id", place), text_field(entry, "text", place), place)
+    folder = given_path(folder, "evaluation set")
+    corpus = dict(_texts(_existing(folder, "corpus.jsonl", "corpus.jsonl.gz"), document))
+    queries = dict(_texts(_existing(folder, "queries.jsonl", "queries.jsonl.gz"), _query))
     path = _existing(folder, "qrels.tsv", "qrels/test.tsv")
     qrels: dict[str, dict[str, int]] = {}
     for place, query, identifier, relevance in qrels_lines(path):
@@ -66,19 +57,38 @@ def read(folder: str | Path) -> EvaluationSet:
                 raise ValueError(f"{place}: names the {kind} {key!r}, which is not among the {len(known)} read")
         if identifier in qrels.setdefault(query, {}):
             raise ValueError(
-                f"{place}: the query {query!r} with the document {identifier!r} was there before; each "
-                "pair needs one line"
+                f"{place}: the query {query!r} with the document {identifier!r} was there before; each pair needs one "
+                "line"
             )
         qrels[query][identifier] = relevance
     if not any(relevance > 0 for relevant in qrels.values() for relevance in relevant.values()):
         raise ValueError(f"{path}: expected lines of query id, document id and score with scores above 0, found none")
-    return EvaluationSet(name, {query: queries[query] for query in qrels}, corpus, qrels)
+    return EvaluationSet(_name(folder), {query: queries[query] for query in qrels}, corpus, qrels)
+
+
+def _name(folder: str | Path) -> str:
+    return Path(os.path.abspath(given_path(folder, "evaluation set"))).name
+
+
+def _texts(path: Path, parse: Callable[[dict[str, Any], str], tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Id and text of every line; an id that was there before is a ValueError."""
+    known = set()
+    for place, entry in json_lines(path):
+        identifier, text = parse(entry, place)
+        if identifier in known:
+            raise ValueError(f"{place}: the _id {identifier!r} was there before; ids must differ")
+        known.add(identifier)
+        yield identifier, text
 
 
 def document(entry: dict[str, Any], place: str) -> tuple[str, str]:
     """Id and text of a line of corpus.jsonl. Published sets have documents without text, so these are kept."""
     title = text_field(entry, "title", place, empty=True) if entry.get("title") is not None else ""
     return text_field(entry, "_id", place), f"{title} {text_field(entry, 'text', place, empty=True)}".strip()
+
+
+def _query(entry: dict[str, Any], place: str) -> tuple[str, str]:
+    return text_field(entry, "_id", place), text_field(entry, "text", place)
 
 
 def qrels_lines(path: Path, columns: int = 3) -> Iterator[tuple[str, str, str, int]]:
@@ -103,26 +113,23 @@ def qrels_lines(path: Path, columns: int = 3) -> Iterator[tuple[str, str, str, i
 
 def write(evaluation_set: EvaluationSet, folder: str | Path) -> None:
     """Write a BEIR folder (qrels in qrels/test.tsv); it appears whole or not at all."""
+    s, header = evaluation_set, {"query-id": {"corpus-id": "score"}}
     lines = {
-        "corpus.jsonl": (_line({"_id": k, "title": "", "text": v}) for k, v in evaluation_set.corpus.items()),
-        "queries.jsonl": (_line({"_id": k, "text": v}) for k, v in evaluation_set.queries.items()),
+        "corpus.jsonl": (_line(_id=key, title="", text=text) for key, text in s.corpus.items()),
+        "queries.jsonl": (_line(_id=key, text=text) for key, text in s.queries.items()),
         "qrels/test.tsv": (
             f"{query}\t{document}\t{score}\n"
-            for query, relevant in {"query-id": {"corpus-id": "score"}, **evaluation_set.qrels}.items()
+            for query, relevant in (header | s.qrels).items()
             for document, score in relevant.items()
         ),
     }
-    with NewFolder(folder, marker="corpus.jsonl") as new, explain_os_errors(folder):
-        (new.path / "qrels").mkdir()
+    with NewFolder(folder, marker="corpus.jsonl") as new:
         for name, content in lines.items():
-            with open(new.path / name, "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_file(new.path / name, "".join(content).encode())
         new.put_in_place()
 
 
-def _line(entry: dict[str, str]) -> str:
+def _line(**entry: str) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
@@ -133,9 +140,3 @@ def _existing(folder: Path, *names: str) -> Path:
         if (folder / name).is_symlink():
             raise ValueError(f"{folder / name}: expected a file, got a link to nothing; repair it")
     raise ValueError(f"{folder}: expected {' or '.join(names)}, found neither; give a folder in BEIR's layout")
-
-
-def _insert(texts: dict[str, str], key: str, text: str, place: str) -> None:
-    if key in texts:
-        raise ValueError(f"{place}: the _id {key!r} was there before; ids must differ")
-    texts[key] = text

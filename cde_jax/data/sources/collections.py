@@ -29,7 +29,7 @@ class Collection:
     `columns` name the query, the document and, if there are three, the hard negatives of a line.
     """
 
-    format: str  # a key of formats.READERS
+    format: str  # a key of tfds_pairs.READERS
     files: tuple[str, ...]
     query_prefix: str
     document_prefix: str
@@ -116,11 +116,7 @@ def _table() -> dict[str, Collection]:
 
 
 COLLECTIONS = _table()  # "group/set" → Collection
-
-
-def groups() -> list[str]:
-    """The first parts of the names, in the table's order."""
-    return list(dict.fromkeys(full.split("/")[0] for full in COLLECTIONS))
+GROUPS = tuple(dict.fromkeys(full.split("/")[0] for full in COLLECTIONS))
 
 
 def select(names: Iterable[str]) -> dict[str, Collection]:
@@ -128,7 +124,7 @@ def select(names: Iterable[str]) -> dict[str, Collection]:
 
     No names, or one that is not in the table, is a ValueError that offers the nearest.
     """
-    known = f"known are {', '.join(groups())}, or one set of them"
+    known = f"known are {', '.join(GROUPS)}, or one set of them"
     names = as_list(names, "collections")
     if not names:
         raise ValueError(f"expected names of collections, got none; {known}")
@@ -137,7 +133,7 @@ def select(names: Iterable[str]) -> dict[str, Collection]:
         named = {full: each for full, each in COLLECTIONS.items() if name in (full, full.split("/")[0])}
         if not named:
             full_names = {full.split("/")[1]: full for full in reversed(COLLECTIONS)}
-            near = difflib.get_close_matches(name, [*groups(), *COLLECTIONS, *full_names], n=1)
+            near = difflib.get_close_matches(name, [*GROUPS, *COLLECTIONS, *full_names], n=1)
             advice = f"did you mean {full_names.get(near[0], near[0])}?" if near else known
             raise ValueError(f"unknown collection {name!r}; {advice}")
         chosen |= named
@@ -146,9 +142,9 @@ def select(names: Iterable[str]) -> dict[str, Collection]:
 
 def domains(names: Iterable[str]) -> dict[str, str]:
     """ "group/set" → the domain of its pairs: the set's name, or in full where two chosen sets share it."""
-    short = {full: full.split("/")[1] for full in select(names)}
-    shared = [name for name in short.values() if list(short.values()).count(name) > 1]
-    return {full: full if name in shared else name for full, name in short.items()}
+    chosen = select(names)
+    sets = [full.split("/")[1] for full in chosen]
+    return {full: full if sets.count(name) > 1 else name for full, name in zip(chosen, sets, strict=True)}
 
 
 def prefixes(names: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -12,27 +12,28 @@ or memory-mapped. Rows without text are left out, counted and logged.
 """
 
 import functools
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from glob import has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cde_jax.data.files import digests, file_digest, given_path, matches
+from cde_jax.data.files import digests, file_digest, matches
 from cde_jax.data.pairs import InputLog, Pair
-from cde_jax.data.sources.formats import parquet_columns, parquet_rows, rows, texts
-from cde_jax.data.tokens import as_list
+from cde_jax.data.sources.jsonl import as_text, numbered
+from cde_jax.data.tokens import as_list, has_text
 
 FIELDS = ("query", "document", "negatives", "domain")
-_REQUIRED = ("query", "document")
-_log = logging.getLogger(__name__)
+Row = tuple[str, str, tuple[str, ...]]  # query, document, hard negatives
+_BATCH = 256  # rows of a Parquet file decoded at a time
 
 
 class _Table(NamedTuple):
-    """One file or data set: its default domain, its columns, and what reads them."""
+    """One file or data set: its name in the log, its default domain, its columns, and what reads them."""
 
+    name: str
     domain: str
     columns: Sequence[str]
     read: Any  # columns → ("place", row)s
@@ -47,13 +48,37 @@ def read_pairs(paths: Iterable[str], columns: Iterable[str] = (), log: InputLog 
     data set's name. Unknown and missing columns are a ValueError that lists those present, before anything is read.
     `log` gains the pairs of each file or data set, and what was left out.
     """
-    chosen = _chosen(columns)
-    tables = [
-        (prefix + name, table, _mapping(table, chosen))
-        for prefix, path in _given(paths)
-        for name, table in _tables(path)
-    ]
+    chosen: dict[str, str] = {}
+    for text in as_list(columns, "columns"):
+        field, _, column = (part.strip() for part in text.partition("="))
+        if not column or field not in FIELDS or field in chosen:
+            raise ValueError(f"column {text!r}: expected FIELD=COLUMN, with FIELD once each of {', '.join(FIELDS)}")
+        chosen[field] = column
+    tables = []
+    for prefix, path in _given(paths):
+        for table in _tables(path):
+            mapping = {field: chosen.get(field, field) for field in FIELDS}
+            needed = dict.fromkeys(mapping[field] for field in ("query", "document", *chosen))
+            if absent := [column for column in needed if column not in table.columns]:
+                raise ValueError(
+                    f"{table.domain}: expected the columns {absent}, found {list(table.columns)}; name the columns of "
+                    "the fields, for example query=question"
+                )
+            tables.append((table._replace(name=prefix + table.name), mapping))
     return _read(tables, InputLog() if log is None else log)
+
+
+def _read(tables: list[tuple[_Table, dict[str, str]]], log: InputLog) -> Iterator[Pair]:
+    for table, mapping in tables:
+        left_out: Counter[str] = Counter()
+        count = 0
+        for place, row in table.read([column for column in dict.fromkeys(mapping.values()) if column in table.columns]):
+            query, document, negatives, domain = (row.get(mapping[field]) for field in FIELDS)
+            domain = "".join(texts(domain, "domain", place)) or table.domain
+            for texts_of_row in rows(query, document, negatives, place, left_out):
+                count += 1
+                yield Pair(domain, *texts_of_row)
+        log.finish(table.name, count, left_out)
 
 
 def identity(paths: Iterable[str]) -> dict[str, str]:
@@ -63,7 +88,7 @@ def identity(paths: Iterable[str]) -> dict[str, str]:
     """
     known: dict[str, str] = {}
     for prefix, path in _given(paths):
-        name, config, split = _split(path)
+        name, _, split, title = _parse(path)
         folder = Path(name).expanduser()
         if files := _parquet_files(path):
             own = {file_name: file_digest(file) for file_name, file in files.items()}
@@ -71,71 +96,81 @@ def identity(paths: Iterable[str]) -> dict[str, str]:
             relative = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
             # Hidden ones aside, such as those that the Hub's client keeps beside a copy.
             visible = [folder / file for file in relative if not any(part.startswith(".") for part in file.parts)]
-            own = {"(data set)": f"{_title(name, config)}#{split}"} | digests(visible, folder)
+            own = {"(data set)": f"{title}#{split}"} | digests(visible, folder)
         else:
-            own = {f"{_title(name, config)}#{split}": _commit(name)}
+            own = {f"{title}#{split}": _commit(name)}
         known |= {prefix + key: value for key, value in own.items()}
     return known
 
 
+def rows(query: Any, documents: Any, negatives: Any, place: str, left_out: Counter) -> Iterator[Row]:
+    """One row for each document that has text, if the query has; documents and negatives are texts or lists of them.
+
+    Rows without text are left out and counted: published sets have some, and they are not the reader's to repair.
+    """
+    queries = texts(query, "query", place)
+    if len(queries) > 1:
+        raise ValueError(f"{place}: expected one text as the query, got {len(queries)}")
+    if not has_text("".join(queries)):
+        left_out["rows whose query has no text"] += 1
+        return
+    hard = texts(negatives, "hard negatives", place)
+    kept = tuple(filter(has_text, hard))
+    left_out["hard negatives without text"] += len(hard) - len(kept)
+    for document in texts(documents, "document", place) or [""]:
+        if has_text(document):
+            yield queries[0], document, kept
+        else:
+            left_out["rows whose document has no text"] += 1
+
+
+def texts(value: Any, name: str, place: str) -> list[str]:
+    """A text, a list of texts or None as a list; anything else is a ValueError."""
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    return [as_text(each, name, place, empty=True) for each in values]
+
+
+def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file: row n", row) of a Parquet file's columns, n from 1, with a batch in memory at a time."""
+    number = 0
+    with _parquet(path) as file:
+        names = file.schema_arrow.names
+        if absent := [name for name in columns if name not in names]:
+            raise ValueError(f"{path}: expected the columns {absent}, found {names}")
+        for batch in file.iter_batches(batch_size=_BATCH, columns=list(columns)):
+            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
+                yield f"{path}: row {number}", row
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not readable as Parquet ({error}); fetch it again") from None
+
+
 def _given(paths: Iterable[str]) -> list[tuple[str, str]]:
-    """The paths, and what precedes the names of their files: their number, if there are several."""
-    paths = as_list(paths, "paths", (str, Path))
-    if not paths:
-        raise ValueError("expected paths of data sets, got none; name a data set, a folder or Parquet files")
-    for path in paths:
-        given_path(path)
-    return [(f"{number}:" if len(paths) > 1 else "", str(path)) for number, path in enumerate(paths, 1)]
+    return numbered(paths, "expected paths of data sets, got none; name a data set, a folder or Parquet files")
 
 
-def _chosen(columns: Iterable[str]) -> dict[str, str]:
-    """Field → column, from "FIELD=COLUMN"."""
-    chosen: dict[str, str] = {}
-    for text in as_list(columns, "columns"):
-        field, equals, column = (part.strip() for part in text.partition("="))
-        if not equals or not column or field not in FIELDS or field in chosen:
-            raise ValueError(f"column {text!r}: expected FIELD=COLUMN, with FIELD once each of {', '.join(FIELDS)}")
-        chosen[field] = column
-    return chosen
-
-
-def _mapping(table: _Table, chosen: dict[str, str]) -> dict[str, str]:
-    """Field → column, of those that this table has."""
-    mapping = {field: chosen.get(field, field) for field in FIELDS}
-    wanted = [column for field, column in mapping.items() if field in chosen or field in _REQUIRED]
-    if absent := [column for column in wanted if column not in table.columns]:
-        raise ValueError(
-            f"{table.domain}: expected the columns {absent}, found {list(table.columns)}; name the columns of the "
-            "fields, for example query=question"
-        )
-    return {field: column for field, column in mapping.items() if column in table.columns}
-
-
-def _read(tables: list[tuple[str, _Table, dict[str, str]]], log: InputLog) -> Iterator[Pair]:
-    for name, table, mapping in tables:
-        left_out: Counter[str] = Counter()
-        count = 0
-        for place, row in table.read(list(dict.fromkeys(mapping.values()))):
-            query, document, negatives, domain = (row[mapping[field]] if field in mapping else None for field in FIELDS)
-            domain = "".join(texts(domain, "domain", place)) or table.domain
-            for texts_of_row in rows(query, document, negatives, place, left_out):
-                count += 1
-                yield Pair(domain, *texts_of_row)
-        log.finish(name, count, left_out)
-
-
-def _tables(path: str) -> list[tuple[str, _Table]]:
-    """Name and content of each file of a path, or of its data set."""
+def _tables(path: str) -> list[_Table]:
+    """Each Parquet file of a path, or its data set."""
     tables = []
     for file_name, file in _parquet_files(path).items():
+        with _parquet(file) as opened:
+            columns = opened.schema_arrow.names
         stem = re.sub(r"-\d+-of-\d+$", "", file.stem)  # arguana-00000-of-00002 → arguana
-        tables.append((file_name, _Table(stem, parquet_columns(file), functools.partial(parquet_rows, file))))
+        tables.append(_Table(file_name, stem, columns, functools.partial(parquet_rows, file)))
     if not tables:
-        name, config, split = _split(path)
+        name, config, split, title = _parse(path)
         data = _data_set(path, name, config, split)
         columns = data.column_names or list(next(iter(data), {}))
-        title = _title(name, config)
-        tables = [(f"{title}#{split}", _Table(title, columns, functools.partial(_rows, data, path)))]
+        tables = [_Table(f"{title}#{split}", title, columns, functools.partial(_rows, data, path))]
     return tables
 
 
@@ -149,20 +184,18 @@ def _parquet_files(path: str) -> dict[str, Path]:
     return files
 
 
-def _split(path: str) -> tuple[str, str | None, str]:
-    """(name or folder, configuration, split) of `NAME[:CONFIG][#SPLIT]`."""
-    if Path(path).expanduser().exists():
-        return path, None, "train"
-    name, _, split = path.partition("#")
-    name, _, config = name.partition(":")
-    return name, config or None, split or "train"
+def _parse(path: str) -> tuple[str, str | None, str, str]:
+    """(name or folder, configuration, split, title) of `NAME[:CONFIG][#SPLIT]`.
 
-
-def _title(name: str, config: str | None) -> str:
-    """The domain of a data set: the folder's own name, wherever it lies, or that on the Hub."""
+    The title, the domain of a data set, has the folder's own name, wherever it lies, or that on the Hub.
+    """
+    name, config, split = path, "", ""
+    if not Path(path).expanduser().exists():
+        name, _, split = path.partition("#")
+        name, _, config = name.partition(":")
     folder = Path(name).expanduser()
-    name = folder.resolve().name if folder.exists() else name
-    return f"{name}:{config}" if config else name
+    title = folder.resolve().name if folder.exists() else name
+    return name, config or None, split or "train", f"{title}:{config}" if config else title
 
 
 def _data_set(path: str, name: str, config: str | None, split: str) -> Any:

@@ -47,13 +47,10 @@ def find(paths: str | Path | Iterable[str | Path], log: InputLog | None = None) 
     not readable, is a ValueError; other files of a folder are noted in `log`.
     """
     log = InputLog() if log is None else log
-    paths = [paths] if isinstance(paths, str | Path) else as_list(paths, "paths", (str, Path))
-    if not paths:
-        raise ValueError("expected paths of .jsonl files, got none; name a file, a folder or a pattern")
+    paths = [paths] if isinstance(paths, str | Path) else paths
     files: dict[Path, str] = {}
-    for number, path in enumerate(paths, 1):
-        prefix = f"{number}:" if len(paths) > 1 else ""
-        named = _files(given_path(path), prefix, log)
+    for prefix, path in numbered(paths, "expected paths of .jsonl files, got none; name a file, a folder or a pattern"):
+        named = _files(Path(path).expanduser(), prefix, log)
         if not named:
             skipped = [name for name in log.skipped if name.startswith(prefix)]
             raise ValueError(
@@ -61,19 +58,30 @@ def find(paths: str | Path | Iterable[str | Path], log: InputLog | None = None) 
                 f"{f' (other files: {skipped[:5]})' if skipped else ''}; correct the path"
             )
         for name, file in named.items():
-            if not os.access(file, os.R_OK):
-                raise ValueError(f"{file}: this process may not read it; change its permissions or move it away")
-            if file.stat().st_size == 0:
-                raise ValueError(f"{file}: the file is empty; expected one JSON object a line")
-            files.setdefault(file, prefix + name)
+            files.setdefault(file, name)
     return {name: file for file, name in files.items()}
+
+
+def numbered(paths: Iterable[str | Path], none: str) -> list[tuple[str, str]]:
+    """The paths, each after what precedes the names of its files: its number, if there are several.
+
+    Anything but a list of paths is a ValueError, and so is an empty one, with the message `none`.
+    """
+    paths = as_list(paths, "paths", (str, Path))
+    if not paths:
+        raise ValueError(none)
+    for path in paths:
+        given_path(path)
+    return [(f"{number}:" if len(paths) > 1 else "", str(path)) for number, path in enumerate(paths, 1)]
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
     """("file:line", line) of every line of a UTF-8 file that is not blank, through gzip if it ends in .gz."""
     number = 0
     try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(
+            path, "rt", encoding="utf-8", newline="\n"
+        ) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", line
@@ -83,23 +91,29 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of every line that is not blank; a file without any is a ValueError."""
-    empty = True
+    """("file:line", object) of every line that is not blank; a file without any is a ValueError.
+
+    So are broken JSON, something else than an object, and doubled keys.
+    """
+    place = ""
     for place, line in text_lines(path):
-        empty = False
-        yield place, json_object(line, place)
-    if empty:
+        try:
+            entry = json.loads(line, object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: broken JSON ({error}); expected one object a line") from None
+        if not isinstance(entry, dict):
+            raise ValueError(f"{place}: expected a JSON object, got {type(entry).__name__}")
+        yield place, entry
+    if not place:
         raise ValueError(f"{path}: expected one JSON object a line, found no lines")
 
 
-def json_object(line: str | bytes, place: str) -> dict[str, Any]:
-    """The object of a line of JSON; broken JSON, something else and doubled keys are ValueErrors."""
-    try:
-        entry = json.loads(line, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: broken JSON ({error}); expected one object a line") from None
-    if not isinstance(entry, dict):
-        raise ValueError(f"{place}: expected a JSON object, got {type(entry).__name__}")
+def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = {}
+    for key, value in items:
+        if key in entry:
+            raise ValueError(f"the key {key!r} is there twice")
+        entry[key] = value
     return entry
 
 
@@ -128,30 +142,26 @@ def as_text(value: Any, key: str, place: str, *, empty: bool = False) -> str:
     return value
 
 
-def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    entry = dict(items)
-    if len(entry) < len(items):
-        names = [name for name, _ in items]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return entry
-
-
 def _files(path: Path, prefix: str, log: InputLog) -> dict[str, Path]:
-    """Name → file of one path, sorted by name."""
+    """Name, after the prefix, → file of one path, sorted by name."""
     if path.is_dir():
         entries, endings = {file.relative_to(path).as_posix(): file for file in sorted(_below(path))}, _ENDINGS
     else:
         entries, endings = matches(path), ("",)  # what is named may have any ending
     files = {}
-    for name, entry in entries.items():
-        if entry.is_dir():
+    for name, file in entries.items():
+        if file.is_dir():
             log.skip(prefix + name, "a folder, or a link to one; name it as a path of its own")
         elif not name.lower().endswith(endings):
             log.skip(prefix + name, f"its name does not end in {' or '.join(_ENDINGS)}")
-        elif not entry.is_file():
-            raise ValueError(f"{entry}: expected a file, got a link to nothing or a special file; remove it")
+        elif not file.is_file():
+            raise ValueError(f"{file}: expected a file, got a link to nothing or a special file; remove it")
+        elif not os.access(file, os.R_OK):
+            raise ValueError(f"{file}: this process may not read it; change its permissions or move it away")
+        elif file.stat().st_size == 0:
+            raise ValueError(f"{file}: the file is empty; expected one JSON object a line")
         else:
-            files[name] = entry
+            files[prefix + name] = file
     return files
 
 
@@ -178,11 +188,10 @@ def _read(files: dict[str, Path], log: InputLog) -> Iterator[Pair]:
 
 def _pair(entry: dict[str, Any], place: str, default_domain: str) -> Pair:
     for key in entry:
-        if key not in _KEYS:
-            meant = key.strip().lower()
-            meant = _MISTAKEN.get(meant, meant)
-            if meant in _KEYS:
-                raise ValueError(f"{place}: unknown key {key!r}; did you mean {meant!r}?")
+        meant = key.strip().lower()
+        meant = _MISTAKEN.get(meant, meant)
+        if meant in _KEYS and key != meant:
+            raise ValueError(f"{place}: unknown key {key!r}; did you mean {meant!r}?")
     query, document = text_field(entry, "query", place), text_field(entry, "document", place)
     domain = default_domain if entry.get("domain") is None else text_field(entry, "domain", place)
     negatives = entry.get("negatives")

@@ -6,16 +6,25 @@
     builder = CollectionPairs(data_dir=DATA, config="bge.arguana")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=FOLDER))
     builder.as_data_source("train")[0]  # {"query": b"…", "document": b"…", "negatives": [b"…"]}
+
+| format | published files |
+|---|---|
+| nomic | `shard-00000.jsonl.gz`: lines with the set's columns and `metadata.objective`, the columns that make pairs |
+| bge | Parquet with `query`, and lists `pos` and `neg`; each of several positives makes a pair |
+| msmarco | TSV: passages and queries as id and text, qrels as query id, 0, passage id, relevance |
+| msmarco-hard-negatives | the same passages and queries; lines of `qid`, ids `pos`, ids `neg` by who found them |
+| beir | `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`), TSV qrels with a header line |
+
+A text of another type or a broken line is a ValueError that begins with file and line.
 """
 
 import contextlib
-import errno
 import io
 import logging
-import os
+import math
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,14 +33,29 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from cde_jax.data.files import NewFolder, digests, explain_os_errors, given_path, read_json, sync, write_json
+from cde_jax.data.files import (
+    NewFolder,
+    digests,
+    explain_os_errors,
+    given_path,
+    read_json,
+    sync,
+    temporary_database,
+    write_json,
+)
 from cde_jax.data.pairs import InputLog, Pair
-from cde_jax.data.sources.collections import COLLECTIONS, domains, find, prefixes, select
-from cde_jax.data.sources.formats import Shard, parts, shards
+from cde_jax.data.sources import beir
+from cde_jax.data.sources.collections import COLLECTIONS, Collection, domains, find, prefixes, select
+from cde_jax.data.sources.huggingface import Row, parquet_rows, rows
+from cde_jax.data.sources.jsonl import field, json_lines, text_lines
 
 __all__ = ["CollectionPairs", "identity", "prefixes", "read_pairs"]
 
 READER_VERSION = 1  # part of the identity: raise it when the same files give other pairs than before
+# Of MS MARCO's mined negatives, those are taken that a cross-encoder scores lower than the positives by this margin
+# (nearer ones are often unmarked positives), and so many of each system, as in BEIR's recipe and the paper's code.
+CROSS_ENCODER_MARGIN = 3.0
+PER_SYSTEM = 5
 _SOURCE = "source.json"  # beside the data set: what it was built from, and what was left out
 _BLOCK = 256  # rows read at a time
 _BAR_AFTER = 3.0  # seconds of work on a shard before a progress bar shows
@@ -67,9 +91,16 @@ class CollectionPairs(tfds.core.ShardBasedBuilder):
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Any]]:
         name = self.builder_config.name.replace(".", "/")
-        readers = shards(COLLECTIONS[name], find(name, Path(dl_manager.manual_dir)), self.left_out)
-        titles = [f"{name} {i}/{len(readers)}" for i in range(1, len(readers) + 1)]
-        return {"train": [partial(_examples, *each) for each in zip(readers, titles, strict=True)]}
+        read = partial(
+            READERS[COLLECTIONS[name].format], COLLECTIONS[name], self.left_out, Path(dl_manager.download_dir)
+        )
+        shards = _shards(name, Path(dl_manager.manual_dir))
+        return {
+            "train": [
+                partial(_examples, partial(read, *files), f"{name} {number}/{len(shards)}")
+                for number, files in enumerate(shards, 1)
+            ]
+        }
 
 
 def read_pairs(
@@ -95,11 +126,17 @@ def identity(names: Iterable[str], folder: str | Path) -> dict[str, str]:
     return {"(rules)": str(READER_VERSION)} | digests(dict.fromkeys(files), folder)
 
 
-def _examples(part: Shard, title: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _shards(name: str, folder: Path) -> list[list[Path]]:
+    """The files of each shard of a set: one alone where a file has all of its texts, else all together."""
+    files = find(name, folder)
+    return [[file] for file in files] if COLLECTIONS[name].format in ("nomic", "bge") else [files]
+
+
+def _examples(read: Callable[[], Iterator[Row]], title: str) -> Iterator[tuple[int, dict[str, Any]]]:
     example: dict[str, Any] = {}
     # TFDS keeps all that a shard yields until it is written, so it is given one example that is filled anew.
     keyed = (0, example)
-    for query, document, negatives in tqdm(part(), title, unit=" pairs", delay=_BAR_AFTER, leave=False):
+    for query, document, negatives in tqdm(read(), title, unit=" pairs", delay=_BAR_AFTER, leave=False):
         example.update(query=query, document=document, negatives=list(negatives))
         yield keyed
 
@@ -108,18 +145,14 @@ def _read(chosen: dict[str, str], folder: Path, cache: Path, log: InputLog) -> I
     for name, domain in chosen.items():
         builder, left_out = _built(name, folder, cache / name)
         lengths = builder.info.splits["train"].shard_lengths
-        for number, length in enumerate(lengths):
-            if not length:
-                continue
-            # Shard by shard: a source holds the index of all that it spans.
-            part = f"train[{number}shard:{number + 1}shard]"
-            source = builder.as_data_source(part, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-            for start in range(0, length, _BLOCK):
-                for record in source.__getitems__(range(start, min(start + _BLOCK, length))):
-                    yield _pair(domain, record)
-        files = parts(COLLECTIONS[name], [path.relative_to(folder) for path in find(name, folder)])
-        for paths, length in zip(files, lengths, strict=True):
-            log.finish(" + ".join(path.as_posix() for path in paths), length)
+        for number, (files, length) in enumerate(zip(_shards(name, folder), lengths, strict=True)):
+            if length:  # shard by shard: a source holds the index of all that it spans
+                part = f"train[{number}shard:{number + 1}shard]"
+                source = builder.as_data_source(part, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+                for start in range(0, length, _BLOCK):
+                    for record in source.__getitems__(range(start, min(start + _BLOCK, length))):
+                        yield _pair(domain, record)
+            log.finish(" + ".join(path.relative_to(folder).as_posix() for path in files), length)
         if left_out:
             log.left_out[name] = left_out
 
@@ -145,7 +178,7 @@ def _built(name: str, folder: Path, target: Path) -> tuple[CollectionPairs, dict
 
 
 def _build(name: str, folder: Path, target: Path, source: dict[str, Any]) -> None:
-    with NewFolder(target, marker=_SOURCE) as new, _full_disk_explained(target):
+    with NewFolder(target, marker=_SOURCE) as new, explain_os_errors(target):
         builder = CollectionPairs(data_dir=new.path, config=name.replace("/", "."))
         settings = tfds.download.DownloadConfig(manual_dir=folder)
         with contextlib.redirect_stdout(io.StringIO()):  # where TFDS announces a download
@@ -163,14 +196,117 @@ def _build(name: str, folder: Path, target: Path, source: dict[str, Any]) -> Non
         _log.warning("%s: %d pairs; left out: %s", name, count, left_out)
 
 
+# The readers of a shard: collection, counts of what is left out, folder for temporary files, files → rows.
+
+
+def _nomic(collection: Collection, left_out: Counter, _: Path, file: Path) -> Iterator[Row]:
+    columns = list(collection.columns)
+    objective = "triplet" if len(columns) == 3 else "paired"
+    for place, entry in json_lines(file):
+        metadata = entry.get("metadata")
+        published = metadata.get("objective") if isinstance(metadata, dict) else None
+        if isinstance(published, dict) and columns not in (published.get(objective) or []):
+            raise ValueError(
+                f"{place}: expected the {objective} objective with columns {columns}, the line's metadata has "
+                f"{published}; is this another set's file?"
+            )
+        query, document, *negatives = (field(entry, column, place) for column in columns)
+        yield from rows(query, document, negatives[0] if negatives else None, place, left_out)
+
+
+def _bge(collection: Collection, left_out: Counter, _: Path, file: Path) -> Iterator[Row]:
+    for place, row in parquet_rows(file, collection.columns):
+        yield from rows(*(row[column] for column in collection.columns), place, left_out)
+
+
+def _qrels(parse: Any, columns: int, _: Collection, left_out: Counter, folder: Path, *files: Path) -> Iterator[Row]:
+    documents, queries, qrels = files
+    with _texts_by_id(documents, parse, folder) as document_of, _texts_by_id(queries, parse, folder) as query_of:
+        for place, query, document, relevance in beir.qrels_lines(qrels, columns):
+            if relevance > 0:
+                yield from rows(query_of(query, place), document_of(document, place), None, place, left_out)
+
+
+def _msmarco_hard_negatives(
+    _: Collection, left_out: Counter, folder: Path, passages: Path, queries: Path, mined: Path
+) -> Iterator[Row]:
+    with (
+        _texts_by_id(passages, _tsv_texts, folder) as document_of,
+        _texts_by_id(queries, _tsv_texts, folder) as query_of,
+    ):
+        for place, entry in json_lines(mined):
+            positives = _ids_and_scores(field(entry, "pos", place), "pos", place)
+            systems = field(entry, "neg", place)
+            if not isinstance(systems, dict):
+                raise ValueError(f"{place}: expected lists of ids by system as 'neg', got {systems!r:.60}")
+            if not positives:
+                left_out["queries without a positive"] += 1
+                continue
+            # Without scores the limit is NaN, and nothing is above it.
+            limit = min(score for _, score in positives) - CROSS_ENCODER_MARGIN
+            chosen: dict[str, None] = {}
+            for name, ranked in systems.items():
+                scored = _ids_and_scores(ranked, name, place)
+                new = [i for i, score in scored if i not in chosen and not score > limit]
+                chosen |= dict.fromkeys(new[:PER_SYSTEM])
+            query = query_of(str(field(entry, "qid", place)), place)
+            documents = [document_of(identifier, place) for identifier, _ in positives]
+            yield from rows(query, documents, [document_of(i, place) for i in chosen], place, left_out)
+
+
+def _ids_and_scores(items: Any, name: str, place: str) -> list[tuple[str, float]]:
+    """Passage ids and cross-encoder scores (NaN where the file has none: it is published with and without)."""
+    if not isinstance(items, list):
+        raise ValueError(f"{place}: expected a list as {name!r}, got {items!r:.60}")
+    return [
+        (str(field(item, "pid", place)), float(field(item, "ce-score", place)))
+        if isinstance(item, dict)
+        else (str(item), math.nan)
+        for item in items
+    ]
+
+
 @contextlib.contextmanager
-def _full_disk_explained(target: Path) -> Iterator[None]:
-    """As `explain_os_errors`; ArrayRecord reports a full disk by a RuntimeError with the system's words."""
-    with explain_os_errors(target):
-        try:
-            yield
-        except RuntimeError as error:
-            for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                if os.strerror(code) in str(error):
-                    raise OSError(code, str(error)) from error
-            raise
+def _texts_by_id(
+    path: Path, read: Callable[[Path], Iterator[tuple[str, str, str]]], folder: Path
+) -> Iterator[Callable[[str, str], str]]:
+    """A function (id, place that names it) → text, of a file that `read` gives as ("file:line", id, text); on disk.
+
+    Two texts of one id, and an id that is not there, are ValueErrors.
+    """
+    count = 0
+    with temporary_database(folder) as execute:
+        execute("CREATE TABLE texts (id TEXT UNIQUE, text TEXT)")
+        for place, identifier, text in read(path):
+            count += 1
+            if not execute("INSERT OR IGNORE INTO texts VALUES (?, ?)", [identifier, text]).rowcount:
+                raise ValueError(f"{place}: the id {identifier!r} is there twice; ids must differ")
+
+        def text_of(identifier: str, place: str) -> str:
+            row = execute("SELECT text FROM texts WHERE id = ?", [identifier]).fetchone()
+            if row is None:
+                raise ValueError(f"{place}: names {identifier!r}, which is not among the {count} of {path}")
+            return row[0]
+
+        yield text_of
+
+
+def _tsv_texts(path: Path) -> Iterator[tuple[str, str, str]]:
+    for place, line in text_lines(path):
+        identifier, tab, text = line.rstrip("\r\n").partition("\t")
+        if not tab:
+            raise ValueError(f"{place}: expected an id and a text with a tab between, got {line!r:.80}")
+        yield place, identifier, text
+
+
+def _json_texts(path: Path) -> Iterator[tuple[str, str, str]]:
+    return ((place, *beir.document(entry, place)) for place, entry in json_lines(path))
+
+
+READERS = {
+    "nomic": _nomic,
+    "bge": _bge,
+    "msmarco": partial(_qrels, _tsv_texts, 4),
+    "msmarco-hard-negatives": _msmarco_hard_negatives,
+    "beir": partial(_qrels, _json_texts, 3),
+}
