@@ -340,12 +340,12 @@ def test_padded_rows_hold_each_row_cut_to_length(rows, length, data):
         np.cumsum([0, *map(len, rows)], dtype=np.int64),
     )
     chosen = data.draw(st.lists(st.integers(-1, len(rows) - 1), max_size=5))
-    ids, mask = ragged.padded(np.array(chosen, np.int64), length, fill=7)
+    ids, mask = ragged.padded(np.array(chosen, np.int64), length)
     assert ids.shape == mask.shape == (len(chosen), length)
     for row, i in enumerate(chosen):
         expected = rows[i][:length] if i >= 0 else []
         assert ids[row, : len(expected)].tolist() == expected
-        assert (ids[row, len(expected) :] == 7).all()
+        assert (ids[row, len(expected) :] == 0).all()
         assert mask[row].sum() == len(expected) and mask[row, : len(expected)].all()
     with pytest.raises(IndexError):
         ragged.padded(np.array([len(rows)]), length)

@@ -19,7 +19,7 @@ from tiny_published import SETS, gz_lines, lines, nomic, nomic_triplet
 from cde_jax.data.files import read_json
 from cde_jax.data.pairs import InputLog
 from cde_jax.data.sources import tfds_pairs
-from cde_jax.data.sources.collections import find
+from cde_jax.data.sources.collections import find, prefixes
 
 TRIPLETS = "nomic-supervised/medi_wiki"
 
@@ -57,7 +57,7 @@ def test_sets_of_one_name_have_their_full_names_as_domains(tmp_path):
     count = len(SETS["msmarco/msmarco"](tmp_path)) + len(SETS["msmarco-hard-negatives/msmarco"](tmp_path))
     found = list(tfds_pairs.read_pairs(names, tmp_path, tmp_path / "cache"))
     assert len(found) == count
-    assert {pair.domain for pair in found} == set(tfds_pairs.prefixes(names)) == {f"{name}/msmarco" for name in names}
+    assert {pair.domain for pair in found} == set(prefixes(names)) == {f"{name}/msmarco" for name in names}
 
 
 def test_the_data_set_is_one_that_tfds_reads(tmp_path):

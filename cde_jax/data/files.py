@@ -60,7 +60,7 @@ class NewFolder:
     def __exit__(self, *_: object) -> None:
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
-            self.path = None
+        self.path = None
         os.close(self._lock)
 
     def put_in_place(self) -> None:
@@ -179,22 +179,18 @@ def read_json(path: str | Path, kind: type | None = None, keys: Sequence[str] = 
         raise ValueError(f"{path}: not readable as JSON ({error}); it was truncated or altered") from None
     kind = dict if keys else kind
     if kind is not None and not isinstance(content, kind):
-        expected, got = f"a JSON {_JSON_NAMES.get(kind, kind.__name__)}", f"{type(content).__name__}: {content!r:.60}"
+        name = {dict: "object", list: "array", str: "string"}[kind]
+        problem = f"expected a JSON {name}, got {type(content).__name__}: {content!r:.60}"
     elif missing := [key for key in keys if key not in content]:
-        expected, got = f"the keys {list(keys)}", f"none of the name {missing[0]!r}"
+        problem = f"expected the keys {list(keys)}, got none of the name {missing[0]!r}"
     else:
         return content
-    raise ValueError(f"{path}: expected {expected}, got {got}; it was altered, or is another file of that name")
-
-
-_JSON_NAMES = {dict: "object", list: "array", str: "string"}
+    raise ValueError(f"{path}: {problem}; it was altered, or is another file of that name")
 
 
 def as_json(value: Any) -> Any:
     """The `default` of `json.dumps`: numpy values as numbers and lists, paths as text."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Path):
         return str(value)

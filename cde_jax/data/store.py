@@ -47,15 +47,12 @@ def check_finite(
 
     name: what the rows are, e.g. "documents". numbers: what the user knows each row by; None: its index.
     """
-    bad = [
-        start + np.flatnonzero(~np.isfinite(vectors[start : start + _BLOCK]).all(axis=1))
-        for start in range(0, len(vectors), _BLOCK)
-    ]
-    rows = np.concatenate([np.zeros(0, np.int64), *bad])
-    if len(rows):
-        first = rows[0] if numbers is None else numbers[rows[0]]
+    blocks = (vectors[start : start + _BLOCK] for start in range(0, len(vectors) or 1, _BLOCK))
+    bad = np.flatnonzero(~np.concatenate([np.isfinite(block).all(axis=1) for block in blocks]))
+    if len(bad):
+        first = bad[0] if numbers is None else numbers[bad[0]]
         raise ValueError(
-            f"{name}: expected finite vectors, got NaN or infinity in {len(rows)} of {len(vectors)} rows (first: row "
+            f"{name}: expected finite vectors, got NaN or infinity in {len(bad)} of {len(vectors)} rows (first: row "
             f"{first}); {advice}"
         )
 
@@ -81,11 +78,11 @@ class Ragged(NamedTuple):
         return self.row(i).tobytes().decode("utf-8")
 
     def padded(
-        self, rows: Int[np.ndarray, "m"], length: int, *, fill: int = 0
+        self, rows: Int[np.ndarray, "m"], length: int
     ) -> tuple[Int32[np.ndarray, "m length"], Bool[np.ndarray, "m length"]]:
-        """The named rows cut or padded to `length`: ids int32 and mask bool (True = token), [m, length].
+        """The named rows cut, or padded with zeros, to `length`: ids, and a mask that is True for tokens.
 
-        A row number of −1 is "no row": all `fill`, all False. Other numbers outside 0..n−1 raise IndexError.
+        A row number of −1 is "no row": all zeros, all False. Other numbers outside 0..n−1 raise IndexError.
         """
         if len(rows) and (rows.min() < -1 or rows.max() >= self.count()):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {self.count()} rows (−1 = no row)")
@@ -95,7 +92,7 @@ class Ragged(NamedTuple):
         sizes = np.where(rows < 0, 0, ends - starts)
         columns = np.arange(length)
         mask = columns < sizes[:, None]  # [m, length]
-        ids = np.full(mask.shape, fill, np.int32)
+        ids = np.zeros(mask.shape, np.int32)
         ids[mask] = self.values[(starts[:, None] + columns)[mask]]
         return ids, mask
 
@@ -132,11 +129,10 @@ class StoreWriter(NewFolder):
                 self._files[name] = open(self.path / path.name, "wb", buffering=0), hashlib.sha256()  # noqa: SIM115
             self._arrays[name] = {"dtype": dtype.str, "shape": [0, *array.shape[1:]], "bytes": 0}
         entry, (file, digest) = self._arrays[name], self._files[name]
-        if entry["dtype"] != dtype.str or entry["shape"][1:] != list(array.shape[1:]):
-            raise ValueError(
-                f"{name}: every append needs dtype {entry['dtype']} and trailing shape {entry['shape'][1:]}, "
-                f"got {dtype.str} and {list(array.shape[1:])}"
-            )
+        expected, got = (entry["dtype"], entry["shape"][1:]), (dtype.str, list(array.shape[1:]))
+        if got != expected:
+            wanted = "dtype {} and trailing shape {}".format(*expected)
+            raise ValueError(f"{name}: every append needs {wanted}, got {got[0]} and {got[1]}")
         content = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)  # [bytes]
         with explain_os_errors(path):
             files.write_all(file, content)
@@ -198,22 +194,22 @@ class Store:
         A file is hashed once in a process as long as its size and time of change stay the same. Raises ValueError
         naming the file, what was expected and found, and what to do.
         """
-        directory = Path(directory)
-        path = directory / "manifest.json"
+        path = Path(directory) / "manifest.json"
         if not path.exists():
             raise ValueError(f"{directory}: expected a store, found no manifest.json; run the stage that writes it")
         manifest = read_json(path, keys=_RESERVED)
+        digest = fingerprint({key: value for key, value in manifest.items() if key != "manifest_sha256"})
         if manifest["format"] != FORMAT:
             raise ValueError(f"{path}: expected store format {FORMAT}, got {manifest['format']}; {_REBUILD}")
         if kind is not None and manifest["kind"] != kind:
             raise ValueError(f"{path}: expected kind {kind!r}, got {manifest['kind']!r}; name the {kind} store")
-        expected = manifest["manifest_sha256"]
-        got = fingerprint({key: value for key, value in manifest.items() if key != "manifest_sha256"})
-        if got != expected:
-            raise ValueError(f"{path}: expected digest {expected}, got {got}: it was altered; {_REBUILD}")
+        if digest != manifest["manifest_sha256"]:
+            raise ValueError(
+                f"{path}: expected digest {manifest['manifest_sha256']}, got {digest}: it was altered; {_REBUILD}"
+            )
         for name, entry in manifest["arrays"].items():
-            _check_file(directory / f"{name}.bin", entry, verify)
-        return cls(directory, manifest)
+            _check_file(path.with_name(f"{name}.bin"), entry, verify)
+        return cls(Path(directory), manifest)
 
     @property
     def fingerprint(self) -> str:
@@ -240,19 +236,17 @@ _verified: dict[str, tuple[int, int, str]] = {}  # file → time of change (ns),
 
 
 def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: the manifest names this file, it is missing; {_REBUILD}") from None
+    if not path.exists():
+        raise ValueError(f"{path}: the manifest names this file, it is missing; {_REBUILD}")
+    status = path.stat()
+    state = (status.st_mtime_ns, status.st_size, entry["sha256"])
     if status.st_size != entry["bytes"]:
         raise ValueError(
             f"{path}: expected {entry['bytes']} bytes, got {status.st_size}: truncated or altered; {_REBUILD}"
         )
-    state = (status.st_mtime_ns, status.st_size, entry["sha256"])
     if not verify or _verified.get(str(path.absolute())) == state:
         return
-    digest = files.file_digest(path)
-    if digest != entry["sha256"]:
+    if (digest := files.file_digest(path)) != entry["sha256"]:
         raise ValueError(f"{path}: expected sha256 {entry['sha256']}, got {digest}: altered; {_REBUILD}")
     if time.time_ns() - status.st_mtime_ns > _CLOCK_STEP:
         _verified[str(path.absolute())] = state

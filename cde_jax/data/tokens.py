@@ -34,13 +34,10 @@ class _Folding(dict):
         character = chr(code)
         category = unicodedata.category(character)
         if category[0] in "PZC" or category in ("Sk", "So"):
-            folded = " "
+            character = " "
         elif category[0] == "S":  # + < = $: "C" and "C++" differ, "a=b" and "a = b" do not
-            folded = f" {character} "
-        else:
-            folded = character
-        self[code] = folded
-        return folded
+            character = f" {character} "
+        return self.setdefault(code, character)
 
 
 _FOLDING = _Folding()
@@ -63,22 +60,19 @@ def has_text(text: str) -> bool:
 
 def as_list(values: Any, name: str, kinds: type | tuple[type, ...] = str) -> list[Any]:
     """`values` as a list of texts (or other `kinds`). ValueError for a single text, a set, a mapping or other items."""
+    items = list(values) if isinstance(values, Iterable) else []
+    wrong = next((number for number, item in enumerate(items) if not isinstance(item, kinds)), None)
     if isinstance(values, str | bytes):
-        raise ValueError(f"{name}: expected a list of texts, got a single one, {values!r:.60}; write [text]")
-    if isinstance(values, Set | Mapping):
-        raise ValueError(
-            f"{name}: expected a list of texts, got a {type(values).__name__}, whose order is arbitrary; give a list, "
-            "for example sorted(…)"
-        )
-    if not isinstance(values, Iterable):
-        raise ValueError(f"{name}: expected a list of texts, got {type(values).__name__}")
-    values = list(values)
-    for number, value in enumerate(values):
-        if not isinstance(value, kinds):
-            raise ValueError(
-                f"{name}: expected a list of texts, got {type(value).__name__} as item {number}: {value!r:.60}"
-            )
-    return values
+        problem = f"a single one, {values!r:.60}; write [text]"
+    elif isinstance(values, Set | Mapping):
+        problem = f"a {type(values).__name__}, whose order is arbitrary; give a list, for example sorted(…)"
+    elif not isinstance(values, Iterable):
+        problem = type(values).__name__
+    elif wrong is not None:
+        problem = f"{type(items[wrong]).__name__} as item {wrong}: {items[wrong]!r:.60}"
+    else:
+        return items
+    raise ValueError(f"{name}: expected a list of texts, got {problem}")
 
 
 class Tokenizer:
@@ -108,11 +102,12 @@ class Tokenizer:
         import tokenizers
 
         folder = given_path(name_or_path, "tokenizer")
-        if (folder / "tokenizer.json").exists():
+        file = folder / "tokenizer.json"
+        if file.exists():
             try:
-                backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+                backend = tokenizers.Tokenizer.from_file(str(file))
             except Exception as error:  # the library raises a bare Exception
-                raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); write it again") from None
+                raise ValueError(f"{file}: not a tokenizer ({error}); write it again") from None
             return cls(backend, _specials_of_folder(folder, backend))
         if isinstance(name_or_path, Path) or len(folder.parts) > 2:  # no name on a hub
             raise ValueError(f"{folder}: expected a folder with tokenizer.json, there is none; it was moved or deleted")
@@ -120,17 +115,16 @@ class Tokenizer:
 
         try:
             loaded = AutoTokenizer.from_pretrained(str(name_or_path))
-            backend = loaded.backend_tokenizer
+            # A copy: the loaded object may be shared, and settings are changed above.
+            backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
         except Exception as error:  # hub, connection, file and parsing errors share no base class
             reason = next(iter(str(error).strip().splitlines()), "no message")
             raise ValueError(
-                f"tokenizer {str(name_or_path)!r}: not a folder with tokenizer.json, not in the local cache and not "
-                f"to be fetched now ({type(error).__name__}: {reason}); give the path of a folder, or connect to the "
+                f"tokenizer {str(name_or_path)!r}: not a folder with tokenizer.json, not in the local cache and not to "
+                f"be fetched now ({type(error).__name__}: {reason}); give the path of a folder, or connect to the "
                 "network once"
             ) from None
-        specials = {key: str(value) for key, value in loaded.special_tokens_map.items() if isinstance(value, str)}
-        # A copy: the loaded object may be shared, and settings are changed above.
-        return cls(tokenizers.Tokenizer.from_str(backend.to_str()), specials)
+        return cls(backend, {name: str(v) for name, v in loaded.special_tokens_map.items() if isinstance(v, str)})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -167,17 +161,12 @@ class Tokenizer:
                 "their parts; texts become long sequences. Use %d or more",
                 *(vocab_size, smallest, vocab_size - smallest, 10 * smallest),
             )
-        fixed = [*SPECIALS.values(), *sorted(alphabet), *(f"##{c}" for c in sorted(alphabet))]
         model = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIALS["unk_token"]))
         overlong = pre_tokenizers.Split(tokenizers.Regex(rf"^.{{{LONGEST_WORD + 1},}}$"), "removed")
         model.normalizer, model.pre_tokenizer = normalizer, pre_tokenizers.Sequence([pieces, overlong])
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
-            special_tokens=fixed,
-            initial_alphabet=alphabet,
-            limit_alphabet=len(alphabet),
-            show_progress=False,
-        )
+        fixed = [*SPECIALS.values(), *sorted(alphabet), *(f"##{c}" for c in sorted(alphabet))]
+        settings = {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet), "show_progress": False}
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, **settings)
         model.train_from_iterator(iter(texts), trainer)
         return cls(_bert(model.get_vocab()), SPECIALS)
 
@@ -200,17 +189,14 @@ class Tokenizer:
     ) -> tuple[list[Int32[np.ndarray, "_"]], Int64[np.ndarray, "n"]]:
         """As `encode`, and the lengths before cutting. A single text or a set of texts is a ValueError."""
         if max_length <= self._before + self._after:
-            raise ValueError(
-                f"max_length {max_length}: expected more than the {self._before + self._after} special tokens"
-            )
-        rows, lengths = [], []
-        for encoding in self.backend.encode_batch_fast(as_list(texts, "texts")):
-            ids = np.array(encoding.ids, np.int32)
-            lengths.append(len(ids))
-            if len(ids) > max_length:
-                ids = np.concatenate([ids[: max_length - self._after], ids[len(ids) - self._after :]])
-            rows.append(ids)
-        return rows, np.array(lengths, np.int64)
+            specials = self._before + self._after
+            raise ValueError(f"max_length {max_length}: expected more than the {specials} special tokens")
+        encodings = self.backend.encode_batch_fast(as_list(texts, "texts"))
+        rows = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        lengths = np.array([len(ids) for ids in rows], np.int64)
+        for i in np.flatnonzero(lengths > max_length):
+            rows[i] = np.concatenate([rows[i][: max_length - self._after], rows[i][lengths[i] - self._after :]])
+        return rows, lengths
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json; `load` and `AutoTokenizer` read the same tokenizer."""

@@ -68,10 +68,10 @@ def open_source(config: Config, workdir: Path) -> Source:
     elif d.source == "huggingface":
         read, inputs = partial(huggingface.read_pairs, d.paths, d.columns), huggingface.identity(d.paths)
     elif d.source == "tfds":
-        from cde_jax.data.sources import tfds_pairs  # takes seconds to import
+        from cde_jax.data.sources import collections, tfds_pairs  # takes seconds to import
 
         read = partial(tfds_pairs.read_pairs, d.collections, d.paths[0], workdir / COLLECTIONS)
-        inputs, prefixes = tfds_pairs.identity(d.collections, d.paths[0]), tfds_pairs.prefixes(d.collections)
+        inputs, prefixes = tfds_pairs.identity(d.collections, d.paths[0]), collections.prefixes(d.collections)
     else:
         packages = docstrings.core_packages() if d.packages == "core" else docstrings.installed_packages()
         if missing := sorted(set(d.held_out) - set(packages)):

@@ -161,16 +161,14 @@ def find(name: str, folder: str | Path) -> list[Path]:
     wanted: list[Path] = []
     for pattern in COLLECTIONS[name].files:
         wanted += _numbered(name, folder, pattern) if "*" in pattern else [folder / pattern]
-    missing = [str(path.relative_to(folder)) for path in wanted if not path.is_file()]
-    if missing:
+    if missing := [str(path.relative_to(folder)) for path in wanted if not path.is_file()]:
         rest = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
             f"{name}: {len(missing)} of its {len(wanted)} files are not in {folder}: {', '.join(missing[:5])}{rest}; "
             "fetch them, or correct the folder"
         )
-    for path in wanted:
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path}: the file is empty; fetch it again")
+    if empty := [path for path in wanted if path.stat().st_size == 0]:
+        raise ValueError(f"{empty[0]}: the file is empty; fetch it again")
     return wanted
 
 

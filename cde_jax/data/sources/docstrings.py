@@ -70,8 +70,8 @@ def installed_packages() -> tuple[str, ...]:
 
 
 def identity(packages: Sequence[str], standard_library: bool) -> dict[str, str]:
-    """Package → versions of the distributions that provide it, Python's version (it decides what can be parsed), and
-    the reader's: two equal identities give the same pairs.
+    """Package → versions of the distributions that provide it, and the versions of Python (it decides what can be
+    parsed) and of this reader: two equal identities give the same pairs.
     """
     owners = importlib.metadata.packages_distributions()
     versions = {"(rules)": str(READER_VERSION), "(python)": platform.python_version()}
@@ -99,12 +99,13 @@ def read_pairs(
 
     A package that is not installed is a ValueError, before anything is read.
     """
-    sources = [(name, _files_of(name)) for name in sorted(set(as_list(packages, "packages")))]
+    names = sorted(set(as_list(packages, "packages")))
     if standard_library:
-        sources += [(name, _files_of(name)) for name in _standard_names() if _spec(name) is not None]
-    if not sources:
+        names += [name for name in _standard_names() if _spec(name) is not None]
+    if not names:
         raise ValueError("expected packages to read, got none; name some or read the standard library")
-    return _read(sources, {} if counts is None else counts, InputLog() if log is None else log)
+    files = [(name, _files_of(name)) for name in names]
+    return _read(files, {} if counts is None else counts, InputLog() if log is None else log)
 
 
 def evaluation_set(domain: str, pairs: Iterable[Pair]) -> EvaluationSet:
@@ -140,18 +141,14 @@ def split_docstring(docstring: str) -> tuple[str, str]:
     return " ".join(" ".join(lines[start:end]).split()), " ".join(" ".join(lines[end:]).split())
 
 
-def _words(text: str) -> int:
-    return sum(1 for word in text.split() if _WORD.search(word))
-
-
 def _read(
-    sources: list[tuple[str, list[tuple[str, Path]]]], counts: MutableMapping[str, int], log: InputLog
+    packages: list[tuple[str, list[tuple[str, Path]]]], counts: MutableMapping[str, int], log: InputLog
 ) -> Iterator[Pair]:
     names = ("files", "unreadable files", "docstrings", "too short", "repeated queries", "repeated texts", "pairs")
     counts.update({name: counts.get(name, 0) for name in names})
     queries: set[int] = set()
     texts: set[int] = set()
-    for domain, files in sources:
+    for domain, files in packages:
         before = counts["pairs"]
         for module, path in files:
             counts["files"] += 1
@@ -166,24 +163,27 @@ def _read(
                 query, rest = split_docstring(docstring)
                 if _words(query) < QUERY_WORDS or _words(rest) < REST_WORDS:
                     counts["too short"] += 1
-                    continue
-                query_key, rest_key = text_key(query), text_key(rest)
-                if query_key in queries or rest_key in texts:
-                    counts["repeated texts" if rest_key in texts else "repeated queries"] += 1
-                    continue
-                queries.add(query_key)
-                texts.add(rest_key)
-                counts["pairs"] += 1
-                yield Pair(domain, query, f"{name} {rest}")
+                elif (rest_key := text_key(rest)) in texts:
+                    counts["repeated texts"] += 1
+                elif (query_key := text_key(query)) in queries:
+                    counts["repeated queries"] += 1
+                else:
+                    queries.add(query_key)
+                    texts.add(rest_key)
+                    counts["pairs"] += 1
+                    yield Pair(domain, query, f"{name} {rest}")
         log.finish(domain, counts["pairs"] - before)
+
+
+def _words(text: str) -> int:
+    return sum(1 for word in text.split() if _WORD.search(word))
 
 
 def _parse(path: Path) -> ast.Module:
     collecting = gc.isenabled()
     gc.disable()  # a tree is many small objects and no cycle: the collector takes a third of the time for nothing
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's strings
             return ast.parse(path.read_bytes())
     finally:
         if collecting:
@@ -208,27 +208,21 @@ def _spec(package: str) -> importlib.machinery.ModuleSpec | None:
 
 
 def _files_of(package: str) -> list[tuple[str, Path]]:
+    """(module's public name, file), sorted by relative path, without tests and copies of other packages."""
     spec = _spec(package)
     if spec is None:
         raise ValueError(f"package {package!r} is not installed; install it or take it out of the packages to read")
     if spec.submodule_search_locations is None:
         return [(package, Path(spec.origin))] if (spec.origin or "").endswith(".py") else []
-    folders = sorted(set(spec.submodule_search_locations))  # several for a namespace package
-    return [entry for folder in folders for entry in _files_below(Path(folder), package)]
-
-
-def _files_below(folder: Path, package: str) -> list[tuple[str, Path]]:
-    """(module's public name, file), sorted by relative path, without tests and copies of other packages."""
     files = []
-    for path in folder.rglob("*.py"):
-        parts = path.relative_to(folder).with_suffix("").parts
-        last = parts[-1]
-        if _SKIPPED.intersection(parts) or last == "conftest" or last.startswith("test_") or last.endswith("_test"):
-            continue
-        # What users call scipy.signal.butter is written in scipy/signal/_filter_design.py.
-        public = [part for part in parts if not part.startswith("_")]
-        files.append((parts, ".".join([package, *public]), path))
-    return [(module, path) for _, module, path in sorted(files)]
+    for folder in set(spec.submodule_search_locations):  # several for a namespace package
+        for path in Path(folder).rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if not _SKIPPED.intersection(parts) and not re.fullmatch(r"conftest|test_.*|.*_test", parts[-1]):
+                # What users call scipy.signal.butter is written in scipy/signal/_filter_design.py.
+                public = [part for part in parts if not part.startswith("_")]
+                files.append((folder, parts, ".".join([package, *public]), path))
+    return [(module, path) for _, _, module, path in sorted(files)]
 
 
 def _standard_names() -> list[str]:

@@ -14,7 +14,7 @@ or memory-mapped. Rows without text are left out, counted and logged.
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from glob import has_magic
 from pathlib import Path
@@ -31,12 +31,13 @@ _BATCH = 256  # rows of a Parquet file decoded at a time
 
 
 class _Table(NamedTuple):
-    """One file or data set: its name in the log, its default domain, its columns, and what reads them."""
+    """A file or a data set: its name in the log, its default domain, its columns, and what reads their rows."""
 
     name: str
     domain: str
+    path: str | Path
     columns: Sequence[str]
-    read: Any  # columns → ("place", row)s
+    read: Callable[[list[str]], Iterable[dict[str, Any]]]
 
 
 def read_pairs(paths: Iterable[str], columns: Iterable[str] = (), log: InputLog | None = None) -> Iterator[Pair]:
@@ -54,25 +55,25 @@ def read_pairs(paths: Iterable[str], columns: Iterable[str] = (), log: InputLog 
         if not column or field not in FIELDS or field in chosen:
             raise ValueError(f"column {text!r}: expected FIELD=COLUMN, with FIELD once each of {', '.join(FIELDS)}")
         chosen[field] = column
-    tables = []
-    for prefix, path in _given(paths):
-        for table in _tables(path):
-            mapping = {field: chosen.get(field, field) for field in FIELDS}
-            needed = dict.fromkeys(mapping[field] for field in ("query", "document", *chosen))
-            if absent := [column for column in needed if column not in table.columns]:
-                raise ValueError(
-                    f"{table.domain}: expected the columns {absent}, found {list(table.columns)}; name the columns of "
-                    "the fields, for example query=question"
-                )
-            tables.append((table._replace(name=prefix + table.name), mapping))
-    return _read(tables, InputLog() if log is None else log)
+    mapping = {field: chosen.get(field, field) for field in FIELDS}
+    needed = dict.fromkeys(mapping[field] for field in ("query", "document", *chosen))
+    tables = [table._replace(name=prefix + table.name) for prefix, path in _given(paths) for table in _tables(path)]
+    for table in tables:
+        if absent := [column for column in needed if column not in table.columns]:
+            raise ValueError(
+                f"{table.domain}: expected the columns {absent}, found {list(table.columns)}; name the columns of the "
+                "fields, for example query=question"
+            )
+    return _read(tables, mapping, InputLog() if log is None else log)
 
 
-def _read(tables: list[tuple[_Table, dict[str, str]]], log: InputLog) -> Iterator[Pair]:
-    for table, mapping in tables:
+def _read(tables: list[_Table], mapping: dict[str, str], log: InputLog) -> Iterator[Pair]:
+    for table in tables:
         left_out: Counter[str] = Counter()
         count = 0
-        for place, row in table.read([column for column in dict.fromkeys(mapping.values()) if column in table.columns]):
+        present = [column for column in dict.fromkeys(mapping.values()) if column in table.columns]
+        for number, row in enumerate(table.read(present), 1):
+            place = f"{table.path}: row {number}"
             query, document, negatives, domain = (row.get(mapping[field]) for field in FIELDS)
             domain = "".join(texts(domain, "domain", place)) or table.domain
             for texts_of_row in rows(query, document, negatives, place, left_out):
@@ -130,16 +131,14 @@ def texts(value: Any, name: str, place: str) -> list[str]:
     return [as_text(each, name, place, empty=True) for each in values]
 
 
-def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file: row n", row) of a Parquet file's columns, n from 1, with a batch in memory at a time."""
-    number = 0
+def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file's columns, with a batch in memory at a time."""
     with _parquet(path) as file:
         names = file.schema_arrow.names
         if absent := [name for name in columns if name not in names]:
             raise ValueError(f"{path}: expected the columns {absent}, found {names}")
         for batch in file.iter_batches(batch_size=_BATCH, columns=list(columns)):
-            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
-                yield f"{path}: row {number}", row
+            yield from batch.to_pylist()
 
 
 @contextmanager
@@ -161,16 +160,16 @@ def _given(paths: Iterable[str]) -> list[tuple[str, str]]:
 def _tables(path: str) -> list[_Table]:
     """Each Parquet file of a path, or its data set."""
     tables = []
-    for file_name, file in _parquet_files(path).items():
+    for name, file in _parquet_files(path).items():
         with _parquet(file) as opened:
             columns = opened.schema_arrow.names
-        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)  # arguana-00000-of-00002 → arguana
-        tables.append(_Table(file_name, stem, columns, functools.partial(parquet_rows, file)))
+        domain = re.sub(r"-\d+-of-\d+$", "", file.stem)  # arguana-00000-of-00002 → arguana
+        tables.append(_Table(name, domain, file, columns, functools.partial(parquet_rows, file)))
     if not tables:
         name, config, split, title = _parse(path)
         data = _data_set(path, name, config, split)
         columns = data.column_names or list(next(iter(data), {}))
-        tables = [_Table(f"{title}#{split}", title, columns, functools.partial(_rows, data, path))]
+        tables = [_Table(f"{title}#{split}", title, path, columns, data.select_columns)]
     return tables
 
 
@@ -215,11 +214,6 @@ def _data_set(path: str, name: str, config: str | None, split: str) -> Any:
         return datasets.load_dataset(source, config, split=split, streaming=True, revision=commit)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not readable as a data set ({error}); a path is NAME[:CONFIG][#SPLIT]") from error
-
-
-def _rows(data: Any, path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, row in enumerate(data.select_columns(list(columns)), 1):
-        yield f"{path}: row {number}", row
 
 
 @functools.cache

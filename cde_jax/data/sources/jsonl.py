@@ -180,8 +180,7 @@ def _read(files: dict[str, Path], log: InputLog) -> Iterator[Pair]:
     for name, file in files.items():
         default = re.sub(r"(\.jsonl)?(\.gz)?$", "", file.name, flags=re.IGNORECASE)
         count = 0
-        for place, entry in json_lines(file):
-            count += 1
+        for count, (place, entry) in enumerate(json_lines(file), 1):  # noqa: B007
             yield _pair(entry, place, default)
         log.finish(name, count)
 

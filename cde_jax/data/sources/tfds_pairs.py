@@ -45,11 +45,9 @@ from cde_jax.data.files import (
 )
 from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources import beir
-from cde_jax.data.sources.collections import COLLECTIONS, Collection, domains, find, prefixes, select
+from cde_jax.data.sources.collections import COLLECTIONS, Collection, domains, find, select
 from cde_jax.data.sources.huggingface import Row, parquet_rows, rows
 from cde_jax.data.sources.jsonl import field, json_lines, text_lines
-
-__all__ = ["CollectionPairs", "identity", "prefixes", "read_pairs"]
 
 READER_VERSION = 1  # part of the identity: raise it when the same files give other pairs than before
 # Of MS MARCO's mined negatives, those are taken that a cross-encoder scores lower than the positives by this margin
@@ -215,8 +213,8 @@ def _nomic(collection: Collection, left_out: Counter, _: Path, file: Path) -> It
 
 
 def _bge(collection: Collection, left_out: Counter, _: Path, file: Path) -> Iterator[Row]:
-    for place, row in parquet_rows(file, collection.columns):
-        yield from rows(*(row[column] for column in collection.columns), place, left_out)
+    for number, row in enumerate(parquet_rows(file, collection.columns), 1):
+        yield from rows(*(row[column] for column in collection.columns), f"{file}: row {number}", left_out)
 
 
 def _qrels(parse: Any, columns: int, _: Collection, left_out: Counter, folder: Path, *files: Path) -> Iterator[Row]:
