@@ -9,7 +9,7 @@ import pytest
 from conftest import shared
 from threadpoolctl import threadpool_limits
 
-from cde_jax.batching import cluster, kmeans
+from cde_jax.batching import cluster
 from cde_jax.batching.cluster import paired_kmeans
 from cde_jax.config import Batching
 from cde_jax.data.store import unit_rows
@@ -21,7 +21,7 @@ def cluster_domains(queries, documents, groups, *, seed=3, **settings):
     """`cluster.cluster_domains` by the settings given by name."""
     names = {"dimensions": "cluster_dimensions", "rows": "cluster_rows"}
     settings = {names.get(name, name): value for name, value in settings.items()}
-    return cluster.cluster_domains(queries, documents, groups, Batching(**settings), seed)
+    return list(cluster.cluster_domains(queries, documents, groups, Batching(**settings), seed))
 
 
 def blobs(n, k, width, *, noise=0.1, seed=0):
@@ -85,7 +85,7 @@ def test_same_seed_same_bits_and_more_tries_are_never_worse():
 
 
 def test_many_pairs_go_through_growing_samples_repeatably(monkeypatch):
-    monkeypatch.setattr(kmeans, "FIRST_PAIRS", 60)
+    monkeypatch.setattr(cluster, "FIRST_PAIRS", 60)
     queries, documents, _ = blobs(700, 5, 8, noise=0.9)
     found = [paired_kmeans(queries, documents, 5, **SETTINGS) for _ in range(2)]
     assert found[0].centroids.tobytes() == found[1].centroids.tobytes()
@@ -244,7 +244,7 @@ def test_memory_does_not_grow_with_a_domain_but_for_its_assignments(tmp_path, mo
 def test_the_bits_do_not_depend_on_the_number_of_cores(monkeypatch):
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores to choose from")
-    monkeypatch.setattr(kmeans, "BLOCK_SCORES", 1)
+    monkeypatch.setattr(cluster, "BLOCK_SCORES", 1)
     monkeypatch.setattr(cluster, "BLOCK", 64)
     queries, documents, _ = blobs(700, 9, 70, noise=0.9)
     found, cores = [], os.sched_getaffinity(0)

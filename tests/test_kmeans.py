@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cde_jax.batching import kmeans
-from cde_jax.batching.kmeans import assign, lloyd, plus_plus, rotate
+from cde_jax.batching import cluster
+from cde_jax.batching.cluster import assign, lloyd, plus_plus, rotate
 from cde_jax.data.store import unit_rows
 
 
@@ -41,7 +41,7 @@ def test_the_nearest_centroid_is_the_one_of_both_rows_written_out(n, k, width, s
 def test_many_centroids_are_gone_through_in_tiles(monkeypatch):
     pairs, centroids = normal(300, 8), normal(50, 8, seed=1)
     whole = assign(pairs, centroids)
-    monkeypatch.setattr(kmeans, "TILE", 7)
+    monkeypatch.setattr(cluster, "TILE", 7)
     np.testing.assert_array_equal(assign(pairs, centroids)[0], whole[0])
     np.testing.assert_array_equal(assign(pairs, np.concatenate([centroids] * 2))[0], whole[0])  # the first of equals
 
@@ -56,7 +56,7 @@ def test_iterations_are_lloyds_on_both_rows(n, k, steps, seed):
         labels = (rows @ centroids.T).argmax(axis=1)
         if len(set(labels.tolist())) < k:
             return  # a cluster became empty and was filled: tested below
-        centroids = unit_rows(np.stack([rows[labels == cluster].sum(axis=0) for cluster in range(k)]))
+        centroids = unit_rows(np.stack([rows[labels == number].sum(axis=0) for number in range(k)]))
     np.testing.assert_allclose(rotate(found), centroids, atol=1e-4)
 
 
@@ -89,7 +89,7 @@ def test_starts_are_rows_far_apart():
 
 
 def test_starts_after_the_first_are_drawn_at_once_and_differ(monkeypatch):
-    monkeypatch.setattr(kmeans, "SEQUENTIAL", 4)
+    monkeypatch.setattr(cluster, "SEQUENTIAL", 4)
     pairs = np.repeat(normal(30, 8), 2, axis=0)  # each row twice: a row that is chosen leaves its copy no weight
     start = plus_plus(pairs, 25, np.random.default_rng(0))
     assert np.isin(np.abs(start).round(5), np.abs(pairs).round(5)).all()
@@ -99,6 +99,6 @@ def test_starts_after_the_first_are_drawn_at_once_and_differ(monkeypatch):
 
 @pytest.mark.parametrize(("n", "k"), [(10, 3), (4097, 5), (100_000, 196), (2_000_000, 3000)])
 def test_samples_grow_by_at_most_the_ratio_to_all_pairs(n, k):
-    sizes = kmeans.sample_sizes(n, k)
-    assert sizes[-1] == n and sizes[0] >= min(n, kmeans.PAIRS_PER_CLUSTER * k)
-    assert all(a < b <= (kmeans.GROWTH + 0.01) * a for a, b in pairwise(sizes))
+    sizes = cluster.sample_sizes(n, k)
+    assert sizes[-1] == n and sizes[0] >= min(n, cluster.PAIRS_PER_CLUSTER * k)
+    assert all(a < b <= (cluster.GROWTH + 0.01) * a for a, b in pairwise(sizes))

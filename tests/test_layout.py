@@ -82,7 +82,7 @@ def test_models_and_steps_run_on_a_bare_image(file):
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
-        ("faiss", {"batching/neighbours.py"}),
+        ("faiss", {"batching/negatives.py"}),
         ("tensorflow_datasets", {"data/sources/tfds_pairs.py"}),
         ("datasets", {"data/sources/huggingface.py"}),
         ("pyarrow", {"data/sources/huggingface.py"}),

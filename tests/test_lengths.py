@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cde_jax.batching.lengths import choose_layout, choose_lengths, split_by_length, to_chunks
+from cde_jax.batching.loader import choose_layout, choose_lengths, split_by_length, to_chunks
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=30).map(np.array)
 BATCHES = st.lists(SIZES, min_size=1, max_size=5)
@@ -54,7 +54,7 @@ def test_every_text_is_in_one_chunk_that_it_fits_and_only_the_last_has_room_left
 def test_texts_are_found_again_at_their_places(batches, most, tokens, wider):
     texts = max(map(len, batches))
     sizes = np.stack([np.pad(one, (0, texts - len(one))) for one in batches])  # [G, m]
-    width = sizes.max() + wider
+    width = max(1, sizes.max()) + wider
     random = np.random.default_rng(0)
     mask = np.arange(width) < sizes[..., None]
     ids = np.where(mask, random.integers(1, 99, mask.shape), 0).astype(np.int32)

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cde_jax.batching import negatives, neighbours
-from cde_jax.batching.negatives import TextKeys, mine_hard_negatives
+from cde_jax.batching import negatives
+from cde_jax.batching.negatives import TextKeys
+from cde_jax.config import Batching
 
 repeatable = settings(max_examples=100, derandomize=True, deadline=None)
 
@@ -14,6 +15,12 @@ repeatable = settings(max_examples=100, derandomize=True, deadline=None)
 def different(n):
     """Keys of n different texts."""
     return np.arange(1, n + 1, dtype=np.uint64)
+
+
+def mine_hard_negatives(queries, documents, rows, keys, *, first, last, margin):
+    """`negatives.mine_hard_negatives` by the settings given by name."""
+    settings = Batching(hard_negatives=1, mine_first=first, mine_last=last, mine_margin=margin)
+    return negatives.mine_hard_negatives(queries, documents, rows, keys, settings, seed=0)
 
 
 def cosines(query, documents):
@@ -52,9 +59,9 @@ def test_mined_documents_are_those_of_the_definition(n, extra, first, more, marg
     last = first + more
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(negatives, "MINED_BLOCK", 7)
-        keys = TextKeys.of(query_keys, document_keys)
-        mined = mine_hard_negatives(queries, documents, rows, keys, first, last, margin, seed=0)
-    assert mined.shape == (len(rows), last - first + 1)
+        keys = TextKeys(query_keys, document_keys)
+        mined = mine_hard_negatives(queries, documents, rows, keys, first=first, last=last, margin=margin)
+    assert mined.shape == (len(rows), max(0, min(last, len(rows)) - first + 1))
     for row, found in zip(rows.tolist(), mined.tolist(), strict=True):
         expected, f = ranked(row, rows.tolist(), queries, documents, query_keys, document_keys)
         own = cosines(queries[row], documents[row : row + 1])[0]
@@ -75,8 +82,8 @@ def test_more_answers_than_are_skipped_leave_places_empty_and_never_an_answer(mo
     queries = np.repeat(random.normal(size=(1, 4)), 20, axis=0)
     documents = np.concatenate([queries[:10] + 0.01 * random.normal(size=(10, 4)), random.normal(size=(10, 4))])
     query_keys = np.concatenate([np.full(10, 1), np.arange(2, 12)]).astype(np.uint64)
-    keys = TextKeys.of(query_keys, different(20))
-    mined = mine_hard_negatives(queries, documents, np.arange(20), keys, first=1, last=9, margin=0.0, seed=0)
+    keys = TextKeys(query_keys, different(20))
+    mined = mine_hard_negatives(queries, documents, np.arange(20), keys, first=1, last=9, margin=0.0)
     assert (mined[:10, :2] >= 10).all() and (mined[:10, 2:] == -1).all()
 
 
@@ -85,17 +92,17 @@ def test_mining_many_pairs_finds_nearly_the_same(monkeypatch):
     heaps = random.normal(size=(100, 8))[random.integers(100, size=3000)]
     queries = heaps + 0.4 * random.normal(size=heaps.shape)
     documents = queries + 0.1 * random.normal(size=heaps.shape)
-    keys = TextKeys.of(different(3000), different(3000))
-    window = {"first": 3, "last": 12, "margin": 0.02, "seed": 0}
+    keys = TextKeys(different(3000), different(3000))
+    window = {"first": 3, "last": 12, "margin": 0.02}
     exact = mine_hard_negatives(queries, documents, np.arange(3000), keys, **window)
-    monkeypatch.setattr(neighbours, "EXACT_POINTS", 500)
+    monkeypatch.setattr(negatives, "EXACT_POINTS", 500)
     mined = mine_hard_negatives(queries, documents, np.arange(3000), keys, **window)
     assert (mined >= 0).mean() > 0.5 and not np.array_equal(mined, exact)
     both = np.mean([len(set(a) & set(b)) / len(set(a)) for a, b in zip(exact.tolist(), mined.tolist(), strict=True)])
     assert both > 0.9
     np.testing.assert_array_equal(mined, mine_hard_negatives(queries, documents, np.arange(3000), keys, **window))
-    monkeypatch.setattr(neighbours, "PROBED", 1)
-    mined = mine_hard_negatives(queries, documents, np.arange(3000), keys, first=1, last=200, margin=-2.0, seed=0)
+    monkeypatch.setattr(negatives, "PROBED", 1)
+    mined = mine_hard_negatives(queries, documents, np.arange(3000), keys, first=1, last=200, margin=-2.0)
     assert (mined[:, -1] == -1).any()  # a list does not hold so many
     for row, found in enumerate(mined.tolist()):
         found = [document for document in found if document >= 0]
@@ -103,14 +110,14 @@ def test_mining_many_pairs_finds_nearly_the_same(monkeypatch):
 
 
 def test_vectors_with_nan_are_refused():
-    documents, keys = np.eye(3), TextKeys.of(different(3), different(3))
+    documents, keys = np.eye(3), TextKeys(different(3), different(3))
     documents[1] = np.nan
     with pytest.raises(ValueError, match="first: row 1"):
-        mine_hard_negatives(np.eye(3), documents, np.arange(3), keys, first=1, last=1, margin=0.0, seed=0)
+        mine_hard_negatives(np.eye(3), documents, np.arange(3), keys, first=1, last=1, margin=0.0)
 
 
 def test_a_document_exactly_at_the_margin_is_mined():
-    keys = TextKeys.of(different(3), different(3))  # others' documents have cosine 0, a query's own 1
+    keys = TextKeys(different(3), different(3))  # others' documents have cosine 0, a query's own 1
     for margin, count in ((1.0, 6), (1.0001, 0)):
-        mined = mine_hard_negatives(np.eye(3), np.eye(3), np.arange(3), keys, first=1, last=2, margin=margin, seed=0)
+        mined = mine_hard_negatives(np.eye(3), np.eye(3), np.arange(3), keys, first=1, last=2, margin=margin)
         assert (mined >= 0).sum() == count

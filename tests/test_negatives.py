@@ -29,9 +29,12 @@ def keys(random, count, different):
 def test_positives_of_a_query_are_the_documents_of_all_pairs_with_its_text(seed, n, different, extra):
     random = np.random.default_rng(seed)
     query_keys, document_keys = keys(random, n, different), keys(random, n + extra, different)
-    known = TextKeys.of(query_keys, document_keys)
+    known = TextKeys(query_keys, document_keys)
     true = set(zip(query_keys.tolist(), document_keys[:n].tolist(), strict=True))
-    assert list(zip(known.positive_queries.tolist(), known.positive_documents.tolist(), strict=True)) == sorted(true)
+    everywhere = [[(q, d) in true for d in document_keys.tolist()] for q in query_keys.tolist()]
+    np.testing.assert_array_equal(known.is_positive(np.arange(n), np.arange(n + extra)[None]), everywhere)
+    different_answers = [len({d for q, d in true if q == query}) for query in query_keys.tolist()]
+    np.testing.assert_array_equal(known.positive_texts(np.arange(n)), different_answers)
     rows, documents = random.integers(n, size=6), random.integers(n + extra, size=9)
     for asked in (documents[None], np.stack([random.permutation(documents) for _ in rows])):
         texts = document_keys[np.broadcast_to(asked, (6, 9))].tolist()
@@ -48,7 +51,7 @@ def batch_of(seed, batch, hard, width=4):
     queries = random.normal(size=(batch, width)).astype(np.float16)
     documents = random.normal(size=(columns, width)).astype(np.float16)
     documents[random.integers(columns)] = documents[0]
-    text_keys = TextKeys.of(keys(random, n, batch + 1), keys(random, n + batch * hard, columns + 1))
+    text_keys = TextKeys(keys(random, n, batch + 1), keys(random, n + batch * hard, columns + 1))
     return queries, documents, np.concatenate([np.arange(batch), np.arange(n, n + batch * hard)]), text_keys
 
 
@@ -91,14 +94,14 @@ def test_a_document_as_good_as_the_positive_is_a_false_negative_at_margin_zero()
     queries = np.random.default_rng(1).normal(size=(3, 33)).astype(np.float16)
     documents = np.repeat(np.random.default_rng(2).normal(size=(1, 33)), 3, axis=0).astype(np.float16)
     scores, different = cosine(queries, documents), np.arange(3, dtype=np.uint64)
-    mask = partial(false_negative_mask, scores, np.arange(3), np.arange(3), TextKeys.of(different, different))
+    mask = partial(false_negative_mask, scores, np.arange(3), np.arange(3), TextKeys(different, different))
     np.testing.assert_array_equal(mask(margin=0.0), np.eye(3, dtype=bool))
     assert mask(margin=0.01).all()
 
 
 def test_a_document_exactly_at_the_margin_is_a_false_negative():
     scores, different = np.array([[0.5, 0.75], [0.0, 0.5]]), np.arange(2, dtype=np.uint64)
-    mask = partial(false_negative_mask, scores, np.arange(2), np.arange(2), TextKeys.of(different, different))
+    mask = partial(false_negative_mask, scores, np.arange(2), np.arange(2), TextKeys(different, different))
     assert mask(margin=0.25).tolist() == [[True, False], [True, True]]
     assert mask(margin=0.2500001).all()
 
@@ -121,7 +124,7 @@ def test_cosine_is_exact_so_that_order_and_place_change_no_bit(seed, width, dtyp
 
 
 def test_zero_vectors_are_no_trouble():
-    different = TextKeys.of(*(np.arange(2, dtype=np.uint64),) * 2)
+    different = TextKeys(*(np.arange(2, dtype=np.uint64),) * 2)
     scores = cosine(np.zeros((2, 3)), np.zeros((2, 3)))
     assert false_negative_mask(scores, np.arange(2), np.arange(2), different, margin=0.1).all()
 
@@ -140,7 +143,7 @@ def choose(rows, count, listed, query_keys, document_keys, *, mined=None, pool=N
         count,
         np.empty((len(rows), 0), np.int64) if mined is None else mined,
         np.arange(n) if pool is None else pool,
-        TextKeys.of(query_keys, document_keys, ragged(listed)),
+        TextKeys(query_keys, document_keys, ragged(listed)),
         random or np.random.default_rng(0),
     )
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from cde_jax.batching import neighbours
-from cde_jax.batching.neighbours import build_index, load_faiss, nearest_documents, search_selected
+from cde_jax.batching import negatives
+from cde_jax.batching.negatives import build_index, load_faiss, nearest_documents, search_selected
 
 repeatable = settings(max_examples=60, derandomize=True, deadline=None)
 
@@ -44,8 +44,8 @@ def test_neighbours_are_those_of_a_sort_of_all(n, others, count, small_pieces, d
     queries, documents = (random.integers(-2, 3, (n + others, 3)).astype(dtype) for _ in range(2))  # equal ones, zeros
     with pytest.MonkeyPatch.context() as patch:
         if small_pieces:  # so that a query's neighbours come from several indexes
-            patch.setattr(neighbours, "INDEX_BYTES", 3 * 3 * 4)
-            patch.setattr(neighbours, "READ_BYTES", 2 * 3 * 4)
+            patch.setattr(negatives, "INDEX_BYTES", 3 * 3 * 4)
+            patch.setattr(negatives, "READ_BYTES", 2 * 3 * 4)
         ids, scores = nearest_documents(queries, documents, rows, count, seed=0)
     found = min(count, n)
     expected = cosines(queries[rows], documents[rows])
@@ -61,8 +61,8 @@ def test_neighbours_are_those_of_a_sort_of_all(n, others, count, small_pieces, d
 def test_inverted_lists_find_nearly_all(monkeypatch, pieces):
     points, rows = clustered(4000, seed=3).astype(np.float16), np.arange(4000)
     exact, _ = nearest_documents(points, points, rows, 10, seed=0)
-    monkeypatch.setattr(neighbours, "EXACT_POINTS", 500)
-    monkeypatch.setattr(neighbours, "INDEX_BYTES", -(-4000 // pieces) * 8 * 4)
+    monkeypatch.setattr(negatives, "EXACT_POINTS", 500)
+    monkeypatch.setattr(negatives, "INDEX_BYTES", -(-4000 // pieces) * 8 * 4)
     ids, scores = nearest_documents(points, points, rows, 10, seed=0)
     shared = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), exact.tolist(), strict=True)])
     assert 0.95 < shared < 1  # below 1, or the lists were not used at all
@@ -71,15 +71,15 @@ def test_inverted_lists_find_nearly_all(monkeypatch, pieces):
     again = nearest_documents(points, points, rows, 10, seed=0)
     np.testing.assert_array_equal(again[0], ids)
     np.testing.assert_array_equal(again[1], scores)
-    monkeypatch.setattr(neighbours, "PROBED", 1)
+    monkeypatch.setattr(negatives, "PROBED", 1)
     ids, scores = nearest_documents(points, points, rows, 100, seed=0)
     assert (ids < 0).any() and ((ids < 0) == np.isinf(scores)).all()  # a few lists do not hold so many
 
 
 def test_neighbours_do_not_depend_on_the_number_of_threads(monkeypatch):
     points, found = clustered(5000, width=24, seed=5), []
-    monkeypatch.setattr(neighbours, "EXACT_POINTS", 500)
-    monkeypatch.setattr(neighbours, "THREADED_WORK", 0)
+    monkeypatch.setattr(negatives, "EXACT_POINTS", 500)
+    monkeypatch.setattr(negatives, "THREADED_WORK", 0)
     for threads in (1, 2, 3):
         with threadpool_limits(threads):
             found.append(nearest_documents(points, points, np.arange(5000), 10, seed=0))
@@ -89,7 +89,7 @@ def test_neighbours_do_not_depend_on_the_number_of_threads(monkeypatch):
 
 
 def test_an_index_reads_its_points_in_pieces(monkeypatch):
-    monkeypatch.setattr(neighbours, "READ_BYTES", 7 * 8 * 4)
+    monkeypatch.setattr(negatives, "READ_BYTES", 7 * 8 * 4)
     points = clustered(100)
     index = build_index(points.__getitem__, 100, 8, (0,), cosine=False)
     distances = ((points[:, None] - points[None]) ** 2).sum(axis=2)
@@ -98,8 +98,8 @@ def test_an_index_reads_its_points_in_pieces(monkeypatch):
 
 @pytest.mark.parametrize("exact_points", [1000, 100])
 def test_the_nearest_selected_point_is_found_however_few_are_left(monkeypatch, exact_points):
-    monkeypatch.setattr(neighbours, "EXACT_POINTS", exact_points)
-    monkeypatch.setattr(neighbours, "PROBED", 4)
+    monkeypatch.setattr(negatives, "EXACT_POINTS", exact_points)
+    monkeypatch.setattr(negatives, "PROBED", 4)
     points = clustered(600, seed=4)
     index, selected = build_index(points.__getitem__, 600, 8, (0,), cosine=False), bytearray(b"\xff") * 76
     left, nearer = set(range(600)), 0

@@ -10,7 +10,6 @@ from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cde_jax.batching import pack
 from cde_jax.batching.pack import (
     SMALL_DOMAINS,
     Group,
@@ -50,17 +49,14 @@ def test_centroids_are_plain_means_of_documents():
     np.testing.assert_array_equal(document_centroids(documents, np.array([0, 1]), np.array([2, 0])), [[0, 5], [1, 0]])
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 7, 50])
-def test_centroids_do_not_depend_on_how_many_rows_are_read_at_once(monkeypatch, rows_at_once):
+def test_centroids_are_those_of_each_cluster_s_rows():
     random = np.random.default_rng(0)
     documents, rows = random.normal(size=(60, 3)).astype(np.float16), random.permutation(60)[:50]
     assignments = np.concatenate([np.arange(9), random.integers(9, size=41)])
-    expected = document_centroids(documents, assignments, rows)
-    monkeypatch.setattr(pack, "CENTROID_ROWS", rows_at_once)
-    np.testing.assert_array_equal(document_centroids(documents, assignments, rows), expected)
+    centroids = document_centroids(documents, assignments, rows)
     for cluster in range(9):
         mean = documents[rows[assignments == cluster]].astype(np.float64).mean(axis=0)
-        np.testing.assert_allclose(expected[cluster], mean, rtol=1e-12)
+        np.testing.assert_allclose(centroids[cluster], mean, rtol=1e-12)
 
 
 @repeatable
@@ -129,8 +125,8 @@ def test_an_epoch_has_each_row_as_often_as_its_weight_says(n, batch_size, weight
     assignments = np.unique(random.integers(5, size=n), return_inverse=True)[1]
     rows = np.sort(random.choice(1000, n, replace=False))
     centroids = document_centroids(random.normal(size=(n, 3)), assignments, np.arange(n)) if tsp else None
-    group = Group("all", (0,), rows, weight, assignments)
-    batches = epoch_batches(group, centroids, batch_size, random)
+    group = Group("all", (0,), rows, weight, assignments, centroids=centroids)
+    batches = epoch_batches(group, batch_size, random)
     assert batches.shape == (epoch_size(group, batch_size), batch_size)
     assert (len(batches) > 0) == (weight > 0)
     assert abs(len(batches) - weight * (n // batch_size)) <= (0.5 if len(batches) > 1 else 1)
@@ -148,17 +144,15 @@ def test_weight_one_is_a_single_arrangement():
         random = np.random.default_rng(5)
         expected = arrange(rows, assignments, points, 5, random)
         again = np.random.default_rng(5)
-        group = Group("all", (0,), rows, assignments=assignments)
-        np.testing.assert_array_equal(epoch_batches(group, points, 5, again), expected)
+        group = Group("all", (0,), rows, assignments=assignments, centroids=points)
+        np.testing.assert_array_equal(epoch_batches(group, 5, again), expected)
         assert random.random() == again.random()  # and the same random numbers are left for what follows
 
 
 def test_half_of_a_domain_is_not_always_the_same_half():
     rows, assignments = np.arange(40), np.arange(40) // 10
     group = Group("all", (0,), rows, 0.5, assignments)
-    halves = {
-        tuple(sorted(epoch_batches(group, None, 4, np.random.default_rng(e)).ravel().tolist())) for e in range(20)
-    }
+    halves = {tuple(sorted(epoch_batches(group, 4, np.random.default_rng(e)).ravel().tolist())) for e in range(20)}
     assert len(halves) == 20 and all(len(half) == 20 for half in halves)
     assert set().union(*halves) == set(range(40))
 

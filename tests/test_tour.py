@@ -9,8 +9,7 @@ from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cde_jax.batching import neighbours as neighbours_module
-from cde_jax.batching import pack
+from cde_jax.batching import negatives, pack
 from cde_jax.batching.pack import greedy_tour
 
 repeatable = settings(max_examples=60, derandomize=True, deadline=None)
@@ -29,12 +28,12 @@ def plain_tour(points, start):
 
 @contextmanager
 def graph_of(neighbours, **module):
-    """Tours on a graph of so many neighbours, however few the points; `module`: constants of `neighbours.py`."""
+    """Tours on a graph of so many neighbours, however few the points; `module`: constants of `negatives.py`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pack, "EXACT_TOUR", 0)
         patch.setattr(pack, "NEIGHBOURS", neighbours)
         for name, value in module.items():
-            patch.setattr(neighbours_module, name, value)
+            patch.setattr(negatives, name, value)
         yield
 
 
@@ -66,7 +65,7 @@ def test_tour_never_holds_all_pairs_of_centroids():
     assert peak < 1500 * 1500  # a boolean for each pair would be more
 
 
-@pytest.mark.parametrize("start", [-1, 3])
+@pytest.mark.parametrize("start", [-1, 3, 4])
 def test_tour_from_a_start_that_is_not_there(start):
     with pytest.raises(ValueError, match=f"start in 0…2 for 3 centroids, got {start}"):
         greedy_tour(np.eye(3), start)
@@ -139,8 +138,8 @@ def test_more_neighbours_leave_fewer_searches(monkeypatch):
 def test_only_many_centroids_are_toured_on_a_graph(monkeypatch):
     points = clustered(400)
     exact = plain_tour(points, 5)
-    monkeypatch.setattr(neighbours_module, "EXACT_POINTS", 50)
-    monkeypatch.setattr(neighbours_module, "PROBED", 1)
+    monkeypatch.setattr(negatives, "EXACT_POINTS", 50)
+    monkeypatch.setattr(negatives, "PROBED", 1)
     monkeypatch.setattr(pack, "EXACT_TOUR", 400)
     assert greedy_tour(points, 5).tolist() == exact
     monkeypatch.setattr(pack, "EXACT_TOUR", 399)

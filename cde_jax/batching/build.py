@@ -7,18 +7,16 @@ same bytes.
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Int32, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Shaped
 from tqdm import tqdm
 
 from cde_jax.batching import negatives, pack
-from cde_jax.batching.cluster import cluster_domains
-from cde_jax.batching.neighbours import threads
-from cde_jax.batching.plan import BatchPlan, Difficulty
+from cde_jax.batching.cluster import Clusters, cluster_domains
+from cde_jax.batching.plan import BatchPlan
 from cde_jax.batching.surrogate import texts_fingerprint
 from cde_jax.config import Batching
 from cde_jax.data.files import fingerprint
@@ -29,7 +27,6 @@ log = logging.getLogger(__name__)
 # Separate the random numbers of one seed: of the arrangement, of hard negatives, of the statistics.
 EPOCH_STREAM, NEGATIVES_STREAM, STATISTICS_STREAM = 21, 22, 23
 BAR_AFTER = 3.0  # seconds of work before a progress bar shows
-BLOCK = 8192  # pairs whose hard negatives are checked at a time
 MOST_SCORES = 2**32  # of queries and documents in a batch: 32 GiB of float64
 MUCH_MASKED = 0.25  # share of masked negatives from which on there is a warning
 RANDOM_PAIRS = 4096  # drawn to estimate the similarity of a query and any document
@@ -97,15 +94,15 @@ def build_plan(
     Raises ValueError for vectors that are not finite or of other texts, settings that do not fit the data, and hard
     negatives that do not exist.
     """
-    filter_vectors = vectors if filter_vectors is None else filter_vectors
+    filter_vectors = filter_vectors or vectors
     names = [domain["name"] for domain in pairs.manifest["domains"]]
     groups, left_out = plan_groups(pairs.array("domain"), names, settings)
     _check_vectors(pairs, vectors, "vectors")
     if filter_vectors.fingerprint != vectors.fingerprint:
         _check_vectors(pairs, filter_vectors, "the filter's vectors")
     arrays = [store.array(name) for store in (vectors, filter_vectors) for name in ("queries", "documents")]
-    keys = (pairs.array("query_key"), pairs.array("document_key"), pairs.ragged("negatives"))
-    inputs = Inputs(*arrays, negatives.TextKeys.of(*keys), settings, seed)
+    keys = negatives.TextKeys(pairs.array("query_key"), pairs.array("document_key"), pairs.ragged("negatives"))
+    inputs = Inputs(*arrays, keys, settings, seed)
     _check_hard_negatives(groups, inputs)
     identity = {
         "pairs": pairs.fingerprint,
@@ -113,7 +110,7 @@ def build_plan(
         "filter_vectors": filter_vectors.fingerprint,
         "settings": settings.plan_settings(seed),
     }
-    difficulty, content = Difficulty(len(groups)), hashlib.sha256()
+    difficulty, content = np.zeros((len(groups), 2, 3)), hashlib.sha256()
     with StoreWriter(directory, "plan") as writer:  # opened first: a folder that cannot be written to is an error now
         groups = cluster_groups(groups, inputs)
         for name, array in plan_arrays(groups, inputs, difficulty):
@@ -125,92 +122,93 @@ def build_plan(
             "filter_surrogate": filter_vectors.manifest.get("surrogate"),
         }
         writer.finish(summary | identity | _summary(groups, names, left_out, inputs, difficulty))
-    if (masked := difficulty.means()["masked_share"] or 0) >= MUCH_MASKED:
+    plan = BatchPlan.load(directory)
+    if (masked := plan.manifest["difficulty"]["masked_share"] or 0) >= MUCH_MASKED:
         log.warning("%.1f %% of the negatives are masked: equal texts, or too small a filter_margin", 100 * masked)
-    return BatchPlan.load(directory)
+    return plan
 
 
 def cluster_groups(groups: Sequence[pack.Group], inputs: Inputs) -> list[pack.Group]:
     """The groups with their clusters, one of weight 0 without; with method "random" a group is one cluster."""
-    used = [group for group in groups if group.weight]
-    if inputs.settings.method == "random":
-        clustered = [group._replace(assignments=np.zeros(len(group.rows), np.int64)) for group in used]
+    settings, rows = inputs.settings, [group.rows for group in groups if group.weight]
+    if settings.method == "random":
+        results = (Clusters(np.zeros(len(each), np.int64), np.zeros((1, 0), np.float32), None) for each in rows)
     else:
-        rows = [group.rows for group in used]
-        results = cluster_domains(inputs.queries, inputs.documents, rows, inputs.settings, inputs.seed)
-        clustered = []
-        for group, clusters in zip(used, results, strict=True):
-            numbers, assignments = np.unique(clusters.assignments, return_inverse=True)
-            empty, objective = len(clusters.centroids) - len(numbers), clusters.objective
-            clustered.append(group._replace(assignments=assignments, empty=empty, objective=objective))
-    remaining = iter(clustered)
-    return [next(remaining) if group.weight else group for group in groups]
+        results = cluster_domains(inputs.queries, inputs.documents, rows, settings, inputs.seed)
+    clustered = list(groups)
+    for number, group in enumerate(groups):
+        if group.weight:
+            assignments, centroids, objective = next(results)
+            used, assignments = np.unique(assignments, return_inverse=True)
+            empty, means = len(centroids) - len(used), None
+            if settings.packing == "tsp":
+                means = pack.document_centroids(inputs.documents, assignments, group.rows)
+            found = {"assignments": assignments, "empty": empty, "objective": objective, "centroids": means}
+            clustered[number] = group._replace(**found)
+    return clustered
 
 
 def plan_arrays(
-    groups: Sequence[pack.Group], inputs: Inputs, difficulty: Difficulty
+    groups: Sequence[pack.Group], inputs: Inputs, difficulty: Float64[np.ndarray, "groups 2 3"]
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
-    """The arrays of `BatchPlan` in pieces with their names; each batch is added to `difficulty` as it is made."""
-    settings, keys = inputs.settings, inputs.keys
+    """The arrays of `BatchPlan` in pieces with their names; the sums of `_finish_batch` are added to `difficulty`."""
+    settings, seed, size = inputs.settings, inputs.seed, inputs.settings.batch_size
     clusters, first = np.full(len(inputs.queries), -1, np.int32), 0
-    for group in groups:
+    mined: dict[int, Int32[np.ndarray, "rows window"]] = {}
+    for number, group in enumerate(groups):
         if group.weight:
             clusters[group.rows] = first + group.assignments
             first += len(group.cluster_sizes)
+            vectors = inputs.filter_queries, inputs.filter_documents
+            mined[number] = negatives.mine_hard_negatives(*vectors, group.rows, inputs.keys, settings, seed)
     yield "clusters", clusters
-    tsp = settings.packing == "tsp"
-    centroids = [
-        pack.document_centroids(inputs.documents, group.assignments, group.rows) if tsp and group.weight else None
-        for group in groups
-    ]
-    mined = [_mine(group, inputs) for group in groups]
-    per_epoch = sum(pack.epoch_size(group, settings.batch_size) for group in groups)
-    with tqdm(total=settings.epochs * per_epoch, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
+    total, step = settings.epochs * sum(pack.epoch_size(group, size) for group in groups), 0
+    with tqdm(total=total, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
         for epoch in range(settings.epochs):
-            rows, numbers = _arrange_epoch(groups, centroids, epoch, inputs)
+            random = np.random.default_rng([seed, EPOCH_STREAM, epoch])
+            batches = [pack.epoch_batches(group, size, random) for group in groups]  # the same clusters arranged anew
+            order = random.permutation(sum(map(len, batches)))
+            numbers = np.repeat(np.arange(len(groups), dtype=np.int32), [len(part) for part in batches])[order]
+            rows = np.concatenate(batches)[order]
             yield "rows", rows
             yield "groups", numbers
-            with threads().limit(limits=1):  # more gain little on small matrices, and cost much on a busy machine
-                for step, batch, number in zip(count(epoch * per_epoch), rows, numbers.tolist(), strict=False):
-                    random = np.random.default_rng([inputs.seed, NEGATIVES_STREAM, step])
-                    pool = groups[number].rows
+            # More threads gain little on small matrices, and cost much on a busy machine.
+            with negatives.threads().limit(limits=1):
+                for batch, number in zip(rows, numbers.tolist(), strict=True):
+                    pool, random = groups[number].rows, np.random.default_rng([seed, NEGATIVES_STREAM, step])
                     candidates = mined[number][np.searchsorted(pool, batch)]  # [B, window]
-                    hard, given = negatives.choose_hard_negatives(
-                        batch, settings.hard_negatives, candidates, pool, keys, random
-                    )
-                    columns = np.concatenate([batch, hard.ravel()])  # [N]
-                    scores = negatives.cosine(inputs.filter_queries[batch], inputs.filter_documents[columns])  # [B, N]
-                    keep = negatives.false_negative_mask(scores, batch, columns, keys, settings.filter_margin, given)
-                    difficulty.add(number, scores, keep)
+                    hard, keep, sums = _finish_batch(batch, candidates, pool, inputs, random)
                     yield "hard_negatives", hard[None]
                     yield "keep_bits", np.packbits(keep, axis=-1)[None]
+                    difficulty[number] += sums
+                    step += 1
                     bar.update()
 
 
-def _mine(group: pack.Group, inputs: Inputs) -> Int32[np.ndarray, "rows window"]:
-    """Mined candidates of each row of the group, −1 for none; no columns where nothing is to be mined."""
-    settings, rows = inputs.settings, group.rows
-    first, last = settings.mine_first, min(settings.mine_last, len(rows))
-    if not (settings.hard_negatives and group.weight and 0 < first <= last):
-        return np.empty((len(rows), 0), np.int32)
-    vectors, margin = (inputs.filter_queries, inputs.filter_documents), settings.mine_margin
-    return negatives.mine_hard_negatives(*vectors, rows, inputs.keys, first, last, margin, inputs.seed)
+def _finish_batch(
+    rows: Int64[np.ndarray, " B"],
+    candidates: Int32[np.ndarray, "B window"],
+    pool: Int64[np.ndarray, " pool"],
+    inputs: Inputs,
+    random: np.random.Generator,
+) -> tuple[Int64[np.ndarray, "B K"], Bool[np.ndarray, "B N"], Float64[np.ndarray, "2 3"]]:
+    """Hard negatives and the mask of a batch; sums and numbers of what `_means` names."""
+    settings, keys = inputs.settings, inputs.keys
+    hard, given = negatives.choose_hard_negatives(rows, settings.hard_negatives, candidates, pool, keys, random)
+    columns = np.concatenate([rows, hard.ravel()])  # [N]
+    scores = negatives.cosine(inputs.filter_queries[rows], inputs.filter_documents[columns])  # [B, N]
+    keep = negatives.false_negative_mask(scores, rows, columns, keys, settings.filter_margin, given)
+    batch = len(rows)
+    kept = keep[:, :batch] & ~np.eye(batch, dtype=bool)
+    sums = scores[:, :batch].sum(where=kept), np.trace(scores), np.count_nonzero(~keep)
+    return hard, keep, np.array([sums, (np.count_nonzero(kept), batch, batch * (len(columns) - 1))], np.float64)
 
 
-def _arrange_epoch(
-    groups: Sequence[pack.Group], centroids: Sequence[Float[np.ndarray, "_ D"] | None], epoch: int, inputs: Inputs
-) -> tuple[Int64[np.ndarray, "S B"], Int32[np.ndarray, " S"]]:
-    """The rows of an epoch's batches and the numbers of their groups, shuffled: the same clusters arranged anew."""
-    random = np.random.default_rng([inputs.seed, EPOCH_STREAM, epoch])
-    batches = [
-        pack.epoch_batches(group, points, inputs.settings.batch_size, random)
-        for group, points in zip(groups, centroids, strict=True)
-        if group.weight
-    ]
-    used = [number for number, group in enumerate(groups) if group.weight]
-    numbers = np.repeat(np.array(used, np.int32), [len(part) for part in batches])
-    order = random.permutation(len(numbers))
-    return np.concatenate(batches)[order], numbers[order]
+def _means(sums: Float64[np.ndarray, "2 3"]) -> dict[str, float | None]:
+    """Mean cosine of a query with its in-batch negatives and with its positive; masked share of all negatives."""
+    names = ("in_batch_negative_similarity", "positive_similarity", "masked_share")
+    means = (round(total / number, 6) if number else None for total, number in sums.T.tolist())
+    return dict(zip(names, means, strict=True))
 
 
 def _summary(
@@ -218,7 +216,7 @@ def _summary(
     names: Sequence[str],
     left_out: pack.Group | None,
     inputs: Inputs,
-    difficulty: Difficulty,
+    difficulty: Float64[np.ndarray, "groups 2 3"],
 ) -> dict[str, Any]:
     """For a reader of the manifest: what an epoch is made of, what it leaves out, and how hard the batches are.
 
@@ -241,13 +239,13 @@ def _summary(
                 "empty_clusters": group.empty,
                 "median_cluster_size": _median_size(group.cluster_sizes),
                 "weight": group.weight,
-                "batches": batches[number],
-                "left_out": max(0, len(group.rows) - batches[number] * batch_size),
+                "batches": number,
+                "left_out": max(0, len(group.rows) - number * batch_size),
                 "objective": None if group.objective is None else round(group.objective, 6),
-                "difficulty": (means := difficulty.means(number)),
+                "difficulty": (means := _means(sums)),
                 "masked_share": means.pop("masked_share"),
             }
-            for number, group in enumerate(groups)
+            for group, number, sums in zip(groups, batches, difficulty, strict=True)
         ],
         "dropped": {
             "domains": [names[i] for i in left_out.domains] if left_out else [],
@@ -256,7 +254,7 @@ def _summary(
         "cluster_sizes": {f"{2**p}-{2 ** (p + 1) - 1}": int(n) for p, n in enumerate(powers) if n},
         "empty_clusters": sum(group.empty for group in groups),
         "median_cluster_size": _median_size(sizes),
-        "difficulty": difficulty.means() | {"random_pair_similarity": _random_similarity(inputs)},
+        "difficulty": _means(difficulty.sum(axis=0)) | {"random_pair_similarity": _random_similarity(inputs)},
     }
 
 
@@ -292,9 +290,7 @@ def _check_hard_negatives(groups: Sequence[pack.Group], inputs: Inputs) -> None:
     """Raises ValueError if a pair can have no hard negative; only pairs with many positives are looked at."""
     keys, hard = inputs.keys, inputs.settings.hard_negatives
     for group in [group for group in groups if hard and group.weight]:
-        start, end = keys.positive_range(group.rows)
         texts = len(np.unique(keys.documents[group.rows]))
-        doubtful = group.rows[end - start >= texts]  # their positives may be all texts of the group
-        for first in range(0, len(doubtful), BLOCK):
-            rows, random = doubtful[first : first + BLOCK], np.random.default_rng(0)
-            negatives.choose_hard_negatives(rows, hard, np.empty((len(rows), 0), np.int32), group.rows, keys, random)
+        doubtful = group.rows[keys.positive_texts(group.rows) >= texts]  # they may be all texts of the group
+        none = np.empty((len(doubtful), 0), np.int32)
+        negatives.choose_hard_negatives(doubtful, hard, none, group.rows, keys, np.random.default_rng(0))

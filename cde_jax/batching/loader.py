@@ -2,19 +2,23 @@
 
 It reads memory-mapped arrays and draws from a generator of its own, seeded by the run's seed and the place in the plan.
 So threads may call it ahead of time without sharing any state.
+
+Texts of many lengths become chunks of a few static lengths, chosen before training to pad the least. The texts of a
+plan batch, queries and documents together, are sorted by length and cut into chunks of about equally many tokens; a
+chunk is padded to what its longest text needs. The arrays have room for the most chunks of each length that any batch
+needs, and the training step skips empty ones: every step has the same shapes, and one program is compiled.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Int, Int32, Int64
 
-from cde_jax.batching.lengths import Layout, choose_layout, to_chunks
 from cde_jax.batching.pack import domain_groups
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.data.store import Ragged, Store
@@ -22,16 +26,19 @@ from cde_jax.data.store import Ragged, Store
 log = logging.getLogger(__name__)
 
 CONTEXT_STREAM = 31  # separates the draws of context from the other random numbers of the same seed
-SOURCES = ("batch", "domain")  # of context documents
 NO_DOCUMENT = -1  # a missing context document: all padding, mask all False
-MINIMUM = {
-    "batches_per_step": 1,
-    "context_size": 0,
-    "query_length": 1,
-    "document_length": 1,
-    "seed": 0,
-    "text_lengths": 1,
-}
+MULTIPLE = 8  # padded lengths are multiples of it
+# The default size of a chunk: 1/32 of a plan batch's tokens, for on average half of the last chunk is empty. Fewer than
+# 512 tokens do not keep even a CPU busy, but it is never more than a quarter of a plan batch.
+CHUNKS_PER_BATCH, MIN_TOKENS, MIN_CHUNKS = 32, 512, 4
+
+
+class Layout(NamedTuple):
+    """The chunks that the arrays of a plan batch have room for: three tuples with one entry per padded length."""
+
+    lengths: tuple[int, ...]  # tokens, ascending
+    texts: tuple[int, ...]  # per chunk
+    chunks: tuple[int, ...]
 
 
 @dataclass
@@ -47,19 +54,12 @@ class Loader:
     batches_per_step: int  # G
     context_size: int  # J; 0: no context
     context_source: str
-    query_length: int  # tokens kept
-    document_length: int
     seed: int
     text_lengths: int = 1  # number of padded lengths
-    chunk_tokens: int = 0  # of a chunk (`lengths`) of queries and documents; 0: chosen
+    chunk_tokens: int = 0  # of a chunk of queries and documents; 0: chosen
     context_chunk_tokens: int = 0
 
     def __post_init__(self):
-        for name, smallest in MINIMUM.items():
-            if (value := getattr(self, name)) < smallest:
-                raise ValueError(f"expected {name} ≥ {smallest}, got {value}; change it in the config")
-        if self.context_source not in SOURCES:
-            raise ValueError(f"expected context_source {' or '.join(SOURCES)}, got {self.context_source!r}")
         try:
             self.plan.verify(self.pairs.fingerprint, self.plan.manifest["settings"])
         except ValueError as error:
@@ -77,18 +77,22 @@ class Loader:
     @cached_property
     def layouts(self) -> dict[str, Layout]:
         """Chunks of "texts" and, unless context_size is 0, of "context"; computed by going through the plan once."""
-        places = range(len(self.plan))
-        layouts = {"texts": choose_layout(lambda: map(self._text_sizes, places), self.text_lengths, self.chunk_tokens)}
+
+        def sizes(name: str) -> Iterator[Int64[np.ndarray, " texts"]]:
+            for place in range(len(self.plan)):
+                yield np.concatenate([_sizes(tokens, rows) for tokens, rows in self._rows(name, place)])
+
+        layouts = {"texts": choose_layout(lambda: sizes("texts"), self.text_lengths, self.chunk_tokens)}
         if self.context_size:  # half as many lengths, for these are documents only
-            sizes = lambda: (_sizes(self._documents, self.context(p), self.document_length) for p in places)  # noqa: E731
-            layouts["context"] = choose_layout(sizes, -(-self.text_lengths // 2), self.context_chunk_tokens)
+            lengths = -(-self.text_lengths // 2)
+            layouts["context"] = choose_layout(lambda: sizes("context"), lengths, self.context_chunk_tokens)
         return layouts
 
     def batch(self, step: int) -> dict[str, Any]:
         """The arrays of one step, a pure function of `step` ≥ 0; after the plan's last batch its first comes again.
 
-        "texts": the B queries and then the N documents of each plan batch in chunks (`lengths.to_chunks`): "ids" int32
-        and "mask" bool [G, chunks, texts, ℓ] for each padded length ℓ, and "place" int32 [G, B + N]. "context", unless
+        "texts": the B queries and then the N documents of each plan batch in chunks (`to_chunks`): "ids" int32 and
+        "mask" bool [G, chunks, texts, ℓ] for each padded length ℓ, and "place" int32 [G, B + N]. "context", unless
         context_size is 0: the same of J context documents, a missing one being all False. "keep" bool [G, B, N].
         "plan_batch" int32 [G]: the batches' places in the plan. The shapes are the same at every step.
         """
@@ -99,14 +103,17 @@ class Loader:
 
     def _plan_batch(self, place: int) -> dict[str, Any]:
         """`batch`, of one plan batch and without the axis G."""
-        query_ids, query_mask = self._queries.padded(self.plan.rows[place], self.query_length)
-        document_ids, document_mask = self._documents.padded(self.plan.documents(place), self.document_length)
-        ids, mask = _concatenate(query_ids, document_ids), _concatenate(query_mask, document_mask)  # [B + N, L]
-        batch: dict[str, Any] = {"texts": to_chunks(ids, mask, self.layouts["texts"])}
-        if self.context_size:
-            context = self._documents.padded(self.context(place), self.document_length)
-            batch["context"] = to_chunks(*context, self.layouts["context"])
-        return batch | {"keep": self.plan.keep(place), "plan_batch": np.int32(place)}
+        batch: dict[str, Any] = {"keep": self.plan.keep(place), "plan_batch": np.int32(place)}
+        for name, layout in self.layouts.items():
+            padded = [tokens.padded(rows, layout.lengths[-1]) for tokens, rows in self._rows(name, place)]
+            batch[name] = to_chunks(*map(np.concatenate, zip(*padded, strict=True)), layout)
+        return batch
+
+    def _rows(self, name: str, place: int) -> list[tuple[Ragged, Int64[np.ndarray, "_"]]]:
+        """Which rows of which tokens are the "texts" or the "context" of a plan batch."""
+        if name == "context":
+            return [(self._documents, self.context(place))]
+        return [(self._queries, self.plan.rows[place]), (self._documents, self.plan.documents(place))]
 
     def context(self, place: int) -> Int64[np.ndarray, " J"]:
         """The context documents of plan batch `place`, by the seed and the place alone; −1 where there are too few."""
@@ -116,14 +123,7 @@ class Loader:
             documents = self._group_rows[self.plan.groups[place]]
         random = np.random.default_rng([self.seed, CONTEXT_STREAM, place])
         drawn = random.choice(documents, min(self.context_size, len(documents)), replace=False)
-        context = np.full(self.context_size, NO_DOCUMENT, np.int64)
-        context[: len(drawn)] = drawn
-        return context
-
-    def _text_sizes(self, place: int) -> Int64[np.ndarray, " texts"]:
-        """Tokens of a plan batch's queries and documents."""
-        queries = _sizes(self._queries, self.plan.rows[place], self.query_length)
-        return np.concatenate([queries, _sizes(self._documents, self.plan.documents(place), self.document_length)])
+        return np.pad(drawn, (0, self.context_size - len(drawn)), constant_values=NO_DOCUMENT)
 
     def iterate(self, start: int, stop: int, *, threads: int, prefetch: int) -> Iterator[dict[str, Any]]:
         """`batch(start)` … `batch(stop − 1)` in order; Grain's threads compute up to `prefetch` of them ahead.
@@ -145,6 +145,11 @@ class Loader:
             yield from batches
 
 
+def _sizes(tokens: Ragged, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+    """Number of tokens of each row; 0 of a missing one."""
+    return np.where(rows < 0, 0, tokens.offsets[rows + 1] - tokens.offsets[rows])
+
+
 def _stack(parts: list[Any]) -> Any:
     """Arrays, or dicts and tuples of them, of G plan batches as arrays [G, …]."""
     if isinstance(parts[0], dict):
@@ -154,16 +159,84 @@ def _stack(parts: list[Any]) -> Any:
     return np.stack(parts)
 
 
-def _sizes(ragged: Ragged, rows: Int64[np.ndarray, " rows"], length: int) -> Int64[np.ndarray, " rows"]:
-    """Tokens of the rows when they are cut to `length`; 0 of a missing one."""
-    at = np.maximum(rows, 0)
-    return np.where(rows < 0, 0, np.minimum(ragged.offsets[at + 1] - ragged.offsets[at], length))
+def choose_layout(batches: Callable[[], Iterable[Int[np.ndarray, " m"]]], lengths: int, tokens: int = 0) -> Layout:
+    """The layout of at most `lengths` lengths that holds every plan batch.
+
+    batches: gives the token counts of each plan batch's texts, of which there are some; called twice. tokens: per
+    chunk; 0: chosen by the average plan batch.
+    """
+    counts, number, largest = np.zeros(1, np.int64), 0, 1
+    for sizes in batches():
+        of_batch = np.bincount(sizes, minlength=len(counts))
+        of_batch[: len(counts)] += counts
+        counts, number, largest = of_batch, number + 1, max(largest, len(sizes))
+    chosen = choose_lengths(counts, lengths)
+    average = int(counts @ np.arange(len(counts))) // max(number, 1)
+    tokens = tokens or max(average // CHUNKS_PER_BATCH, min(average // MIN_CHUNKS, MIN_TOKENS))
+    texts = tuple(min(max(1, tokens // length), largest) for length in chosen)
+    chunks, fullest = np.zeros((2, len(chosen)), np.int64)  # of any batch; texts of any chunk
+    for sizes in batches():
+        used = np.zeros_like(chunks)
+        for k, rows in split_by_length(sizes, chosen, texts):
+            used[k] += 1
+            fullest[k] = max(fullest[k], len(rows))
+        chunks = np.maximum(chunks, used)
+    needed = np.flatnonzero(chunks)
+    return Layout(*(tuple(np.asarray(values)[needed].tolist()) for values in (chosen, fullest, chunks)))
 
 
-Tokens = Int32[np.ndarray, "_ _"] | Bool[np.ndarray, "_ _"]
+def choose_lengths(counts: Int64[np.ndarray, " sizes"], most: int) -> tuple[int, ...]:
+    """At most `most` padded lengths, ascending, with the fewest padded tokens for `counts[s]` texts of s tokens.
+
+    Multiples of 8, or the longest text's own length. Exact, by dynamic programming over the lengths.
+    """
+    longest = max(1, int(np.flatnonzero(counts).max(initial=0)))
+    candidates = np.array([*range(MULTIPLE, longest, MULTIPLE), longest])
+    shorter = np.cumsum(np.pad(counts, (0, 1)))[candidates]  # texts that fit each candidate
+    cost = shorter * candidates  # of all texts up to candidate j, at one length
+    came_from: list[Int64[np.ndarray, " candidates"]] = []
+    for _ in range(most - 1):
+        # One length more: the texts above candidate i run at candidate j.
+        step = cost[:, None] + (shorter[None, :] - shorter[:, None]) * candidates[None, :]  # [i, j]
+        came_from.append(step.argmin(axis=0))
+        cost = step.min(axis=0)
+    chosen = {at := len(candidates) - 1}
+    for before in reversed(came_from):
+        chosen.add(at := int(before[at]))
+    return tuple(candidates[sorted(chosen)].tolist())
 
 
-def _concatenate(queries: Tokens, documents: Tokens) -> Tokens:
-    """[B, Lq] and [N, Ld] as [B + N, the longer of both]."""
-    width = max(queries.shape[1], documents.shape[1])
-    return np.concatenate([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (queries, documents)])
+def split_by_length(
+    sizes: Int[np.ndarray, " m"], lengths: tuple[int, ...], texts: tuple[int, ...]
+) -> Iterator[tuple[int, Int64[np.ndarray, " rows"]]]:
+    """The chunks of a plan batch: which of `lengths`, and the indices of its texts, the longest first.
+
+    A chunk is filled up with shorter texts, so only the last one has room left.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    needed = np.searchsorted(lengths, sizes[order])
+    start = 0
+    while start < len(order):
+        k = int(needed[start])
+        rows = order[start : start + texts[k]]
+        start += len(rows)
+        yield k, rows
+
+
+def to_chunks(ids: Int32[np.ndarray, "m L"], mask: Bool[np.ndarray, "m L"], layout: Layout) -> dict[str, Any]:
+    """A plan batch's m texts, padded on the right to the longest of the layout's lengths or more, as chunks.
+
+    Returns "ids" (int32) and "mask" (bool), for each of the layout's lengths ℓ an array [chunks, texts, ℓ], and "place"
+    int32 [m]: the row of each text when the chunks of all lengths are concatenated. Rows without a text are all False.
+    """
+    shapes = list(zip(layout.chunks, layout.texts, layout.lengths, strict=True))
+    chunk_ids = tuple(np.zeros(shape, np.int32) for shape in shapes)
+    chunk_masks = tuple(np.zeros(shape, bool) for shape in shapes)
+    first = np.cumsum([0, *np.multiply(layout.chunks, layout.texts)])
+    place, used = np.empty(len(ids), np.int32), [0] * len(shapes)
+    for k, rows in split_by_length(mask.sum(axis=1), layout.lengths, layout.texts):
+        chunk_ids[k][used[k], : len(rows)] = ids[rows, : layout.lengths[k]]
+        chunk_masks[k][used[k], : len(rows)] = mask[rows, : layout.lengths[k]]
+        place[rows] = first[k] + used[k] * layout.texts[k] + np.arange(len(rows))
+        used[k] += 1
+    return {"ids": chunk_ids, "mask": chunk_masks, "place": place}

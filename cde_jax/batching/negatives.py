@@ -2,71 +2,72 @@
 
 A batch of B pairs with K hard negatives each has N = B(1+K) document columns: first the B positives (document i is
 query i's positive), then the hard negatives query by query (query 0's K, query 1's K, …). f is the surrogate's cosine.
+
+Nearest neighbours are searched with FAISS: exactly among up to EXACT_POINTS points; more are divided by k-means into
+LISTS·√n inverted lists, and a query is compared with the points of the PROBED lists nearest to it, so that a neighbour
+in another list is missed. The same arguments give the same results on any number of cores.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, UInt64
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64, Integer
 
-from cde_jax.batching.neighbours import nearest_documents
-from cde_jax.data.store import Ragged
+from cde_jax.config import Batching
+from cde_jax.data.store import Ragged, check_finite, unit_rows
 
 REDRAWS = 100  # of a random hard negative that may not be used; after that nearly all texts of the group are equal
 UNIT = 2.0**26  # steps of a coordinate in 0…1; a product of two fits float64's 53 bits, so cosines are exact
-BLOCK = 512  # documents compared at a time: they fit a processor's cache
 MINED_BLOCK = 8192  # queries whose mined documents are selected at a time
 MOST_SKIPPED = 32  # documents searched beyond the last rank, because a query's positives have no rank
 
+NEIGHBOUR_STREAM = 14  # separates the random numbers of the search from others of the same seed
+EXACT_POINTS = 2**15
+LISTS, PROBED = 4, 16
+# Of the k-means of the lists: rows per centroid, iterations. Compared with 64 and 10 it misses one in 500 of 16
+# neighbours and takes a fifth of the time.
+LIST_ROWS, LIST_ITERATIONS = 32, 4
+INDEX_BYTES = 2**31  # of float32 in one index; more points are searched one index after another
+READ_BYTES = 2**24  # of float32 read and searched at a time
+THREADED_WORK = 10**9  # multiply-adds below which threads cost more time than they save
 
-class TextKeys(NamedTuple):
+
+class TextKeys:
     """What the data says about n pairs and m ≥ n documents: which texts are equal, positives, hard negatives.
 
-    Equal texts have equal keys. The positives of a query are the documents of all pairs whose query has the same text.
+    The positives of a query are the documents of all pairs whose query has the same text.
     """
 
-    queries: UInt64[np.ndarray, " n"]
-    documents: UInt64[np.ndarray, " m"]
-    positive_queries: UInt64[np.ndarray, " p"]  # the different (query, positive), sorted by query, then by document
-    positive_documents: UInt64[np.ndarray, " p"]
-    listed: Ragged | None  # the data's own hard negatives of each pair, as document numbers
+    def __init__(
+        self, queries: Integer[np.ndarray, " n"], documents: Integer[np.ndarray, " m"], listed: Ragged | None = None
+    ):
+        """Equal texts have equal keys; documents from number n on are no pair's positive.
 
-    @classmethod
-    def of(
-        cls, queries: UInt64[np.ndarray, " n"], documents: UInt64[np.ndarray, " m"], listed: Ragged | None = None
-    ) -> "TextKeys":
-        """From the texts' keys; documents from number n on are no pair's positive."""
-        order = np.lexsort((documents[: len(queries)], queries))
-        positives = np.stack([queries[order], documents[order]])  # [2, n]
-        different = np.ones(len(order), bool)
-        different[1:] = (positives[:, 1:] != positives[:, :-1]).any(axis=0)
-        return cls(queries, documents, *positives[:, different], listed)
-
-    def positive_range(self, rows: Int[np.ndarray, " B"]) -> tuple[Int64[np.ndarray, " B"], Int64[np.ndarray, " B"]]:
-        """Start and end of the positives of each pair's query."""
-        return tuple(np.searchsorted(self.positive_queries, self.queries[rows], side) for side in ("left", "right"))
+        listed: the data's own hard negatives of each pair, as document numbers.
+        """
+        self.listed = listed
+        self.queries = np.unique(queries, return_inverse=True)[1]  # [n], the texts numbered from 0
+        self.documents = np.unique(documents, return_inverse=True)[1]  # [m]
+        self.count = int(self.documents.max(initial=0)) + 1  # different documents
+        self.positives = np.unique(self.queries * self.count + self.documents[: len(queries)])  # (query, document)
 
     def is_positive(self, rows: Int[np.ndarray, " B"], documents: Int[np.ndarray, "rows N"]) -> Bool[np.ndarray, "B N"]:
         """Whether document [i, j] has the text of a positive of pair i's query; documents: B rows, or one for all."""
-        (start, end), wanted = self.positive_range(rows), self.documents[documents]
-        last = len(self.positive_queries) - 1
-        result = (wanted == self.positive_documents[np.minimum(start, last)][:, None]) & (start < end)[:, None]
-        several = np.flatnonzero(end - start > 1)
-        if len(several):  # a binary search among each one's positives, all at once
-            wanted = np.broadcast_to(wanted, result.shape)[several]
-            low, high = (np.repeat(bound[several, None], result.shape[1], axis=1) for bound in (start, end))
-            while (low < high).any():
-                middle = (low + high) // 2
-                below, searching = self.positive_documents[np.minimum(middle, last)] < wanted, low < high
-                low, high = np.where(searching & below, middle + 1, low), np.where(searching & ~below, middle, high)
-            result[several] = (self.positive_documents[np.minimum(low, last)] == wanted) & (low < end[several, None])
-        return result
+        wanted = self.queries[rows][:, None] * self.count + self.documents[documents]  # [B, N]
+        place = np.searchsorted(self.positives, wanted)
+        return self.positives[np.minimum(place, len(self.positives) - 1)] == wanted
+
+    def positive_texts(self, rows: Int[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        """The number of different texts among the positives of each pair's query."""
+        return np.bincount(self.positives // self.count)[self.queries[rows]]
 
     def most_positives(self) -> int:
         """The largest number of documents that have the text of one query's positives."""
-        texts, times = np.unique(self.documents, return_counts=True)
-        _, query = np.unique(self.positive_queries, return_inverse=True)
-        return int(np.bincount(query, times[np.searchsorted(texts, self.positive_documents)]).max())
+        query, text = np.divmod(self.positives, self.count)
+        return int(np.bincount(query, np.bincount(self.documents)[text]).max())
 
 
 def false_negative_mask(
@@ -84,14 +85,12 @@ def false_negative_mask(
     exempt: hard negatives that equation 4 does not remove from their own query's row, as in the reference: the data
     says that they are negatives, and they are near on purpose.
     """
-    batch = len(rows)
     keep = ~keys.is_positive(rows, documents[None, :])
     if margin is not None:
         near = scores >= np.diagonal(scores)[:, None] + margin
-        if exempt is not None and exempt.size:
-            column = batch + np.arange(exempt.size).reshape(exempt.shape)  # [B, K]
-            row = np.broadcast_to(np.arange(batch)[:, None], exempt.shape)  # [B, K]
-            near[row[exempt], column[exempt]] = False
+        if exempt is not None:
+            query, place = np.nonzero(exempt)
+            near[query, len(rows) + query * exempt.shape[1] + place] = False
         keep &= ~near
     np.fill_diagonal(keep, True)
     return keep
@@ -102,11 +101,7 @@ def cosine(queries: Float[np.ndarray, "B D"], documents: Float[np.ndarray, "N D"
 
     Equal vectors get equal scores at any place in the batch, and no processor or number of threads changes a bit.
     """
-    units, scores = rounded_unit_rows(queries), np.empty((len(queries), len(documents)))
-    for start in range(0, len(documents), BLOCK):
-        block = slice(start, start + BLOCK)
-        np.matmul(units, rounded_unit_rows(documents[block]).T, out=scores[:, block])
-    return scores
+    return rounded_unit_rows(queries) @ rounded_unit_rows(documents).T
 
 
 def rounded_unit_rows(vectors: Float[np.ndarray, "m D"]) -> Float64[np.ndarray, "m D"]:
@@ -117,9 +112,7 @@ def rounded_unit_rows(vectors: Float[np.ndarray, "m D"]) -> Float64[np.ndarray, 
     rows = vectors.astype(np.float64)
     norms = np.sqrt(np.einsum("md,md->m", rows, rows))
     rows *= (UNIT / np.where(norms > 0, norms, 1))[:, None]
-    np.rint(rows, out=rows)
-    rows /= UNIT
-    return rows
+    return np.rint(rows, out=rows) / UNIT
 
 
 def mine_hard_negatives(
@@ -127,20 +120,22 @@ def mine_hard_negatives(
     documents: Float[np.ndarray, "m D"],
     rows: Int64[np.ndarray, " rows"],
     keys: TextKeys,
-    first: int,
-    last: int,
-    margin: float,
+    settings: Batching,
     seed: int,
 ) -> Int32[np.ndarray, "rows window"]:
-    """For each pair of a group the documents d′ of ranks `first`…`last` with f(q, d′) ≤ f(q, d) − `margin`.
+    """For each pair of a group the documents d′ of ranks `mine_first`…`mine_last` with f(q, d′) ≤ f(q, d) − margin.
 
     Documents near the query, but not as near as its own: the very nearest are often positives that nobody marked
     (NV-Retriever, arXiv 2407.15831, "TopK-MarginPos"). rows: the pairs of the group; only their documents are ranked, 1
     the nearest, without those that have the text of a positive of the query. Returns document numbers by rank, −1 where
-    the document is too near or no more are found. Ranks are exact where `nearest_documents` is.
+    the document is too near or no more are found; no columns where nothing is to be mined. Ranks are exact where
+    `nearest_documents` is.
     """
+    first, last = settings.mine_first, min(settings.mine_last, len(rows))
+    if not (settings.hard_negatives and 0 < first <= last):
+        return np.empty((len(rows), 0), np.int32)
     mined = np.full((len(rows), last - first + 1), -1, np.int32)
-    group = TextKeys.of(keys.queries[rows], keys.documents[rows])
+    group = TextKeys(keys.queries[rows], keys.documents[rows])
     count = min(len(rows), last + min(MOST_SKIPPED, group.most_positives()))
     ids, scores = nearest_documents(queries, documents, rows, count, seed)
     for start in range(0, len(rows), MINED_BLOCK):
@@ -150,7 +145,7 @@ def mine_hard_negatives(
         rank = np.cumsum(ranked, axis=1)
         q, d = (vectors[rows[block]].astype(np.float32) for vectors in (queries, documents))
         dot, qq, dd = (np.einsum("bd,bd->b", a, b) for a, b in ((q, d), (q, q), (d, d)))
-        limit = dot / np.where(qq * dd > 0, np.sqrt(qq * dd), 1) - margin
+        limit = dot / np.where(qq * dd > 0, np.sqrt(qq * dd), 1) - settings.mine_margin
         at, column = np.nonzero(ranked & (rank >= first) & (rank <= last) & (f <= limit[:, None]))
         mined[start + at, rank[at, column] - first] = rows[near[at, column]]
     return mined
@@ -172,10 +167,10 @@ def choose_hard_negatives(
     """
     chosen, given = _choose_candidates(rows, count, mined, keys, random)
     missing = np.argwhere(chosen < 0)  # [missing, 2]: row in the batch, place
-    texts = np.where(chosen < 0, 0, keys.documents[chosen])
+    texts = np.where(chosen < 0, -1, keys.documents[chosen])
     for draw in range(2 * REDRAWS):
         if not len(missing):
-            return chosen, given
+            break
         at, place = missing.T
         chosen[at, place] = pool[random.integers(len(pool), size=len(missing))]
         texts[at, place] = keys.documents[chosen[at, place]]
@@ -203,24 +198,122 @@ def _choose_candidates(
 ) -> tuple[Int64[np.ndarray, "B K"], Bool[np.ndarray, "B K"]]:
     """The data's own negatives in random order, then mined ones, each text once; −1 where there are no more."""
     chosen, given = np.full((len(rows), count), -1, np.int64), np.zeros((len(rows), count), bool)
-    starts, ends = keys.listed.offsets[rows], keys.listed.offsets[rows + 1]
-    sizes = ends - starts
-    listed_at = np.repeat(np.arange(len(rows)), sizes)  # the row of the batch of each listed negative
-    listed = keys.listed.values[np.repeat(ends - np.cumsum(sizes), sizes) + np.arange(len(listed_at))]
+    listed = [keys.listed.row(row) for row in rows.tolist()]
     mined_at, column = np.nonzero(mined >= 0)
-    at = np.concatenate([listed_at, mined_at])
-    document = np.concatenate([listed, mined[mined_at, column]])
-    is_mined = np.arange(len(at)) >= len(listed)
+    at = np.concatenate([np.repeat(np.arange(len(rows)), [len(own) for own in listed]), mined_at])  # row in the batch
+    document = np.concatenate([*listed, mined[mined_at, column]])
+    is_mined = np.arange(len(at)) >= len(at) - len(mined_at)
     order = np.lexsort((random.random(len(at)), is_mined, at))
     order = order[~keys.is_positive(rows[at], document[:, None])[order, 0]]
-    text = keys.documents[document]
-    by_text = order[np.lexsort((text[order], at[order]))]  # stable: of equal texts the first in `order` stays first
-    again = np.zeros(len(at), bool)
-    again[by_text[1:]] = (text[by_text[1:]] == text[by_text[:-1]]) & (at[by_text[1:]] == at[by_text[:-1]])
-    order = order[~again[order]]
+    _, first = np.unique(at[order] * keys.count + keys.documents[document[order]], return_index=True)  # of equal texts
+    order = order[np.sort(first)]
     at = at[order]
     rank = np.arange(len(at)) - np.searchsorted(at, at)  # among the candidates of the same row
-    first = rank < count
-    chosen[at[first], rank[first]] = document[order][first]
-    given[at[first], rank[first]] = ~is_mined[order][first]
+    at, rank, order = at[rank < count], rank[rank < count], order[rank < count]
+    chosen[at, rank], given[at, rank] = document[order], ~is_mined[order]
     return chosen, given
+
+
+def load_faiss() -> Any:
+    """The FAISS module. ImportError with what to install where there is none."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            f"FAISS cannot be imported ({error}), which preparing data needs: pip install 'cde_jax[cpu]', or "
+            "'cde_jax[cuda]' on NVIDIA GPUs"
+        ) from error
+    return faiss
+
+
+@functools.cache
+def threads() -> Any:
+    """What limits the threads of NumPy and FAISS. Cached: finding the libraries takes longer than a small tour."""
+    from threadpoolctl import ThreadpoolController
+
+    with suppress(ImportError):  # it only knows libraries that are loaded
+        load_faiss()
+    return ThreadpoolController()
+
+
+def nearest_documents(
+    queries: Float[np.ndarray, "n D"],
+    documents: Float[np.ndarray, "m D"],
+    rows: Int64[np.ndarray, " rows"],
+    count: int,
+    seed: int,
+) -> tuple[Int64[np.ndarray, "rows count"], Float32[np.ndarray, "rows count"]]:
+    """For each query of `rows` the `count` documents of `rows` of greatest cosine, best first, and their cosines.
+
+    Documents are indices into `rows`, −1 with cosine −∞ where fewer were found; equal cosines by index. Vectors may be
+    memory-mapped; memory: INDEX_BYTES, and 12 bytes per row and place. ValueError for vectors that are not finite.
+    """
+    n, width = len(rows), documents.shape[1]
+    best_ids, best = np.full((n, count), -1), np.full((n, count), -np.inf, np.float32)
+    for piece in _pieces(n, INDEX_BYTES, width):
+        points = rows[piece]
+        with threads().limit(limits=None if len(points) * n * width > THREADED_WORK else 1):
+            read = functools.partial(_read_unit, documents, points)
+            index = build_index(read, len(points), width, (seed, piece.start), cosine=True)
+            for block in _pieces(n, READ_BYTES, width):
+                scores, ids = index.search(_read_unit(queries, rows, block), count)  # [block, count]
+                scores[ids < 0] = -np.inf
+                ids[ids >= 0] += piece.start
+                ids, scores = np.hstack([best_ids[block], ids]), np.hstack([best[block], scores])
+                order = np.lexsort((ids, -scores), axis=1)[:, :count]
+                best_ids[block] = np.take_along_axis(ids, order, axis=1)
+                best[block] = np.take_along_axis(scores, order, axis=1)
+    return best_ids, best
+
+
+def build_index(
+    read: Callable[[Any], Float32[np.ndarray, "_ D"]], n: int, width: int, seed: tuple[int, ...], *, cosine: bool
+) -> Any:
+    """A FAISS index of the n points that `read` gives by index, by inner product (`cosine`) or Euclidean distance."""
+    faiss = load_faiss()
+    metric = faiss.METRIC_INNER_PRODUCT if cosine else faiss.METRIC_L2
+    index = faiss.IndexFlat(width, metric)
+    if n > EXACT_POINTS:
+        lists = round(LISTS * n**0.5)
+        random = np.random.default_rng([seed[0], NEIGHBOUR_STREAM, *seed[1:]])
+        sample = np.sort(random.choice(n, min(n, LIST_ROWS * lists), replace=False))
+        # At least one point per centroid: else FAISS prints a warning.
+        limits = {"min_points_per_centroid": 1, "max_points_per_centroid": LIST_ROWS, "niter": LIST_ITERATIONS}
+        kmeans = faiss.Kmeans(width, lists, seed=int(random.integers(2**31)), spherical=cosine, **limits)
+        kmeans.train(read(sample))
+        index.add(kmeans.centroids)
+        index = faiss.IndexIVFFlat(index, width, lists, metric)
+        index.nprobe = PROBED
+    for piece in _pieces(n, READ_BYTES, width):
+        index.add(read(piece))
+    return index
+
+
+def search_selected(index: Any, point: Float32[np.ndarray, " D"], selected: bytearray) -> int:
+    """The point of `index` nearest to `point` among those whose bit is set in `selected`; there must be one."""
+    faiss = load_faiss()
+    bits = np.frombuffer(selected, np.uint8)
+    selector = faiss.IDSelectorBitmap(bits.size, faiss.swig_ptr(bits))
+    if not isinstance(index, faiss.IndexIVF):
+        return int(index.search(point[None], 1, params=faiss.SearchParameters(sel=selector))[1][0, 0])
+    nearest, probed = -1, PROBED
+    while nearest < 0:  # none is selected in the lists searched: search more lists
+        assert probed < 4 * index.nlist, "no point is selected"
+        parameters = faiss.SearchParametersIVF(sel=selector, nprobe=min(probed, index.nlist))
+        nearest, probed = int(index.search(point[None], 1, params=parameters)[1][0, 0]), 4 * probed
+    return nearest
+
+
+def _pieces(rows: int, size: int, width: int) -> Iterator[slice]:
+    """Slices of at most `size` bytes of float32 vectors."""
+    step = max(1, size // (4 * width))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _read_unit(
+    vectors: Float[np.ndarray, "n D"], rows: Int64[np.ndarray, " rows"], chosen: slice | Int64[np.ndarray, " m"]
+) -> Float32[np.ndarray, "m D"]:
+    """The chosen of `rows` of the vectors as contiguous float32 unit rows; ValueError if they are not finite."""
+    block = np.array(vectors[rows[chosen]], np.float32, order="C")
+    check_finite("vectors", block, rows[chosen])
+    return unit_rows(block, np.sqrt(np.einsum("md,md->m", block, block)))

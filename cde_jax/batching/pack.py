@@ -3,28 +3,23 @@
 A domain of at least B pairs is a group. Smaller ones are merged into the group "(small domains)", which is left out if
 it has fewer than B pairs itself. In each epoch the clusters of a group are put in a new order, random or a greedy tour
 in which similar clusters follow each other; the rows of each cluster are shuffled, and the sequence is cut into
-⌊rows / B⌋ batches. The remainder (rows mod B) is left out of that epoch: one run of rows at a random batch boundary,
-because a tour reaches the same outliers last every time.
-
-A group of weight w (1 by default) has ⌊w⌋ such arrangements in an epoch, and of one more a random share of w − ⌊w⌋ of
-its batches, rounded. A weight above 0 gives at least one batch; a weight of 0 leaves the group out.
+⌊rows / B⌋ batches. A group of weight w (1 by default) has ⌊w⌋ such arrangements in an epoch, and of one more a random
+share of w − ⌊w⌋ of its batches, rounded: at least one batch unless w = 0.
 """
 
 import difflib
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int64
 
-from cde_jax.batching.neighbours import THREADED_WORK, build_index, search_selected, threads
+from cde_jax.batching.negatives import THREADED_WORK, build_index, search_selected, threads
 from cde_jax.config import parse_weight
 from cde_jax.data.store import check_finite
 
 SMALL_DOMAINS = "(small domains)"
-CENTROID_ROWS = 65_536  # document vectors in memory at a time, or a whole cluster if that is more
 EXACT_TOUR = 2**14  # centroids up to which a tour is exact
 NEIGHBOURS = 16  # of each centroid in the graph of larger tours
 
@@ -39,6 +34,7 @@ class Group(NamedTuple):
     assignments: Int64[np.ndarray, " rows"] | None = None  # the cluster of each row, numbered without empty ones
     empty: int = 0  # clusters without pairs
     objective: float | None = None  # of the k-means
+    centroids: Float[np.ndarray, "k D"] | None = None  # that a tour visits; None: the clusters come in random order
 
     @property
     def cluster_sizes(self) -> Int64[np.ndarray, " clusters"]:
@@ -54,16 +50,13 @@ def domain_groups(
     domain: the index into `names` of each pair. Raises ValueError if no batch of `batch_size` pairs can be made.
     """
     order = np.argsort(domain, kind="stable").astype(np.int64)
-    bounds = np.searchsorted(domain[order], np.arange(len(names) + 1))
-    rows_of = [order[start:end] for start, end in pairwise(bounds)]
+    rows_of = np.split(order, np.cumsum(np.bincount(domain, minlength=len(names)))[:-1])
     groups = [Group(names[i], (i,), rows) for i, rows in enumerate(rows_of) if len(rows) >= batch_size]
     small, left_out = tuple(i for i, rows in enumerate(rows_of) if 0 < len(rows) < batch_size), None
     if small:
-        merged = Group(SMALL_DOMAINS, small, np.sort(np.concatenate([rows_of[i] for i in small])))
-        if len(merged.rows) >= batch_size:
-            groups.append(merged)
-        else:
-            left_out = merged
+        left_out = Group(SMALL_DOMAINS, small, np.sort(np.concatenate([rows_of[i] for i in small])))
+        if len(left_out.rows) >= batch_size:
+            groups, left_out = [*groups, left_out], None
     if not groups:
         raise ValueError(
             f"expected at least one batch of {batch_size} pairs, got {len(domain)} pairs in {len(names)} domains and "
@@ -97,17 +90,15 @@ def epoch_size(group: Group, batch_size: int) -> int:
     return max(int(whole) * batches + math.floor(share * batches + 0.5), int(group.weight > 0))
 
 
-def epoch_batches(
-    group: Group, centroids: Float[np.ndarray, "k D"] | None, batch_size: int, random: np.random.Generator
-) -> Int64[np.ndarray, "batches B"]:
+def epoch_batches(group: Group, batch_size: int, random: np.random.Generator) -> Int64[np.ndarray, "batches B"]:
     """One epoch's batches of a clustered group: `epoch_size` of them, from as many arrangements as its weight needs.
 
-    centroids: of the tour, or None for a random order. A row occurs at most ⌈weight⌉ times, never twice in a batch.
+    A row occurs at most ⌈weight⌉ times, never twice in a batch.
     """
     missing = epoch_size(group, batch_size)
     parts = [np.empty((0, batch_size), np.int64)]
     while missing:
-        batches = arrange(group.rows, group.assignments, centroids, batch_size, random)
+        batches = arrange(group.rows, group.assignments, group.centroids, batch_size, random)
         if len(batches) > missing:
             batches = batches[np.sort(random.choice(len(batches), missing, replace=False))]
         parts.append(batches)
@@ -122,15 +113,18 @@ def arrange(
     batch_size: int,
     random: np.random.Generator,
 ) -> Int64[np.ndarray, "batches B"]:
-    """⌊n / B⌋ batches of one group: clusters in a random order or that of a tour from a random start, rows shuffled."""
+    """⌊n / B⌋ batches of one group: clusters in a random order or that of a tour from a random start, rows shuffled.
+
+    The remainder that is left out is a run of rows at a random batch boundary, because a tour reaches the same outliers
+    last every time.
+    """
     k = int(assignments.max()) + 1
     order = random.permutation(k) if centroids is None else greedy_tour(centroids, int(random.integers(k)))
-    position = np.empty(k, np.int64)  # of each cluster
-    position[order] = np.arange(k)
+    position = np.argsort(order)  # of each cluster
     sequence = rows[np.lexsort((random.random(len(rows)), position[assignments]))]
     batches, remainder = divmod(len(rows), batch_size)
     gap = int(random.integers(batches + 1)) * batch_size
-    return np.concatenate([sequence[:gap], sequence[gap + remainder :]]).reshape(batches, batch_size)
+    return np.delete(sequence, slice(gap, gap + remainder)).reshape(batches, batch_size)
 
 
 def document_centroids(
@@ -138,19 +132,11 @@ def document_centroids(
 ) -> Float64[np.ndarray, "k D"]:
     """The mean of each cluster's document vectors, which tours visit, as in the reference: batches contrast documents.
 
-    assignments: the cluster 0…k−1 of each of `rows`, none empty. CENTROID_ROWS are read at a time.
+    assignments: the cluster 0…k−1 of each of `rows`, none empty. One cluster is read at a time.
     """
-    sizes = np.bincount(assignments)
-    by_cluster = np.argsort(assignments, kind="stable")
-    means, ends, first = np.empty((len(sizes), documents.shape[1])), np.cumsum(sizes), 0
-    while first < len(sizes):
-        start = ends[first] - sizes[first]
-        last = max(first + 1, int(np.searchsorted(ends, start + CENTROID_ROWS, side="right")))  # at least one cluster
-        vectors = documents[rows[by_cluster[start : ends[last - 1]]]]
-        starts = ends[first:last] - sizes[first:last] - start  # of the clusters within `vectors`
-        means[first:last] = np.add.reduceat(vectors, starts, axis=0, dtype=np.float64)
-        first = last
-    return means / sizes[:, None]
+    by_cluster = rows[np.argsort(assignments, kind="stable")]
+    members = np.split(by_cluster, np.cumsum(np.bincount(assignments))[:-1])
+    return np.stack([documents[cluster].mean(axis=0, dtype=np.float64) for cluster in members])
 
 
 def greedy_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.ndarray, " k"]:

@@ -1,8 +1,7 @@
 """The static batch plan: every batch of every epoch, decided before training and written down (paper, section 3.1).
 
-A plan is a folder: `rows`, `hard_negatives`, `keep_bits`, `groups` and `clusters` as arrays, and a readable
-`manifest.json`: the pairs, surrogates and settings it was made from, what was merged or left out, and how hard its
-batches are. `build.build_plan` writes it.
+A plan is a store of the arrays below and a readable `manifest.json`: the pairs, surrogates and settings it was made
+from, what was merged or left out, and how hard its batches are. `build.build_plan` writes it.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32, Int64, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 
 from cde_jax.data.files import fingerprint
 from cde_jax.data.store import Store
@@ -83,28 +82,3 @@ class BatchPlan:
         store = Store.open(directory, kind="plan")
         arrays = {name: store.array(name) for name in ARRAYS}
         return cls(**arrays, manifest={k: v for k, v in store.manifest.items() if k not in STORE_KEYS})
-
-
-class Difficulty:
-    """How hard the batches of each of G groups are, by the surrogate's cosine, and how much of them is masked."""
-
-    def __init__(self, groups: int):
-        # Sum and number of: cosines of in-batch negatives, of positives; masked columns, of all but the positives.
-        self.sums = np.zeros((groups, 3, 2))
-
-    def add(self, group: int, scores: Float[np.ndarray, "B N"], keep: Bool[np.ndarray, "B N"]) -> None:
-        """One batch of group number `group`: its cosines and its mask."""
-        batch, columns = scores.shape
-        negatives = keep[:, :batch] & ~np.eye(batch, dtype=bool)
-        self.sums[group] += [
-            (scores[:, :batch].sum(where=negatives), np.count_nonzero(negatives)),
-            (np.trace(scores), batch),
-            (keep.size - np.count_nonzero(keep), batch * (columns - 1)),
-        ]
-
-    def means(self, group: int | None = None) -> dict[str, float | None]:
-        """Of one group or of all: mean cosine of a query with its in-batch negatives and its positive, masked share."""
-        sums = self.sums.sum(axis=0) if group is None else self.sums[group]
-        names = ("in_batch_negative_similarity", "positive_similarity", "masked_share")
-        means = [round(total / count, 6) if count else None for total, count in sums.tolist()]
-        return dict(zip(names, means, strict=True))

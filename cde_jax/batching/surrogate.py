@@ -8,7 +8,8 @@ import importlib.util
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ class Texts(Sequence[str]):
         return self.ragged.count()
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self.ragged.text(j) for j in range(*i.indices(len(self)))]
-        return self.ragged.text(i)
+        return [self.ragged.text(j) for j in range(len(self))[i]] if isinstance(i, slice) else self.ragged.text(i)
 
 
 class Lsa:
@@ -77,7 +76,7 @@ class Lsa:
     def load(cls, directory: str | Path) -> "Lsa":
         """Reads what `save` wrote: the same vectors bit for bit. A broken folder is a ValueError."""
         store = Store.open(directory, kind="lsa")
-        return cls(list(Texts(store.ragged("words"))), store.array("idf"), store.array("components"))
+        return cls(Texts(store.ragged("words")), store.array("idf"), store.array("components"))
 
 
 def lsa(queries: Any, documents: Any, *, width: int, seed: int) -> Lsa:
@@ -113,8 +112,7 @@ def lsa(queries: Any, documents: Any, *, width: int, seed: int) -> Lsa:
     # One thread rounds the same on any number of cores; a corpus of equal texts has no variance to explain.
     with threadpool_limits(1), np.errstate(invalid="ignore", divide="ignore"):
         svd.fit(counts)
-    components = np.zeros((width, counts.shape[1]), np.float32)
-    components[:fitted] = svd.components_
+    components = np.pad(svd.components_, ((0, width - fitted), (0, 0)))
     return Lsa(tfidf.get_feature_names_out().tolist(), tfidf.idf_, components)
 
 
@@ -203,10 +201,9 @@ def texts_fingerprint(pairs: Store) -> str:
 
 
 def vectors_fingerprint(pairs: Store, name: str, settings: dict[str, Any]) -> str:
-    """The fingerprint that `write_vectors` gives its store: a function of texts, model and settings.
+    """The fingerprint that `write_vectors` gives its store, from texts, model and settings, before anything is encoded.
 
-    Known before anything is encoded: vectors can be kept and shared by it. A model in a folder is known by its files
-    (`identity`, as settings["files"]), wherever the folder is.
+    A model in a folder is known by its files (`identity`, as settings["files"]), wherever the folder is.
     """
     model = name.partition(":")[0] if settings.get("files") else name
     return fingerprint({"kind": "vectors", "texts": texts_fingerprint(pairs), "surrogate": model, "settings": settings})
@@ -230,34 +227,30 @@ def write_vectors(
     from tqdm import tqdm
 
     folder, width = Path(directory).with_name(f".{Path(directory).name}.blocks"), None
+    blocks: list[tuple[str, Callable, range, Path]] = []  # array, vectors of rows and width, rows, folder
     encoders = encode if isinstance(encode, tuple) else (encode, encode)
-    sides = {
-        array: (encoders[i], Texts(pairs.ragged(text)), f"surrogate {name}, {array}")
-        for i, (array, text) in enumerate((("queries", "query_text"), ("documents", "document_text")))
-    }
-    for side in sides.values():  # one text each: models of two widths are found before anything is written
-        width = _encode(*side, range(1), width).shape[1]
+    for array, side, encoder in zip(("queries", "documents"), ("query_text", "document_text"), encoders, strict=True):
+        texts = Texts(pairs.ragged(side))
+        vectors = partial(_encode, encoder, texts, f"surrogate {name}, {array}")
+        width = vectors(range(1), width).shape[1]  # models of two widths are found before anything is written
+        for start in range(0, len(texts), BLOCK):
+            rows = range(start, min(start + BLOCK, len(texts)))
+            blocks.append((array, vectors, rows, folder / f"{array}-{start}"))
     metadata = {"fingerprint": vectors_fingerprint(pairs, name, settings), "width": width}
     digest = fingerprint(metadata | {"block": BLOCK})
-
-    def blocks() -> Iterator[tuple[str, range, Path]]:
-        for array, (_, texts, _) in sides.items():
-            for start in range(0, len(texts), BLOCK):
-                yield array, range(start, min(start + BLOCK, len(texts))), folder / f"{array}-{start}"
-
     with StoreWriter(directory, "vectors") as writer:  # opened first: no second process can write this store
-        done = sum(len(rows) for _, rows, block in blocks() if _is_whole(block, digest))
-        total = sum(len(rows) for _, rows, _ in blocks())
+        done = sum(len(rows) for _, _, rows, block in blocks if _is_whole(block, digest))
+        total = sum(len(rows) for _, _, rows, _ in blocks)
         if done:
             log.info("vectors of %s: %d of %d texts are there, continuing", name, done, total)
         with tqdm(total=total, initial=done, desc="vectors", unit=" texts", delay=BAR_AFTER, leave=False) as bar:
-            for array, rows, block in blocks():
+            for _, vectors, rows, block in blocks:
                 if not block.exists():
                     with StoreWriter(block, "block") as block_writer:
-                        block_writer.append("vectors", _encode(*sides[array], rows, width))
+                        block_writer.append("vectors", vectors(rows, width))
                         block_writer.finish({"fingerprint": digest})
                     bar.update(len(rows))
-        for array, _, block in blocks():
+        for array, _, _, block in blocks:
             writer.append(array, Store.open(block, kind="block", verify=False).array("vectors"))
         store = writer.finish({"texts": texts_fingerprint(pairs), "surrogate": name, "settings": settings} | metadata)
     shutil.rmtree(folder)

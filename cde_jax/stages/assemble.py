@@ -124,8 +124,6 @@ def make_loader(config: Config, plan: BatchPlan, pairs: Store, platform: str | N
         batches_per_step=t.batches_per_step,
         context_size=config.model.context_size if config.model.kind == "contextual" else 0,
         context_source=config.batching.context_source,
-        query_length=d.query_length,
-        document_length=d.document_length,
         seed=config.seed,
         text_lengths=t.text_lengths,
         chunk_tokens=t.document_chunk * d.document_length or default,
