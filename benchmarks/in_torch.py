@@ -19,7 +19,7 @@ from shapes import Shape, Texts, build, config_of, random_batch
 from torch.utils.checkpoint import checkpoint
 
 from cde_jax.interop import torch_module
-from cde_jax.interop.export_config import to_dict
+from cde_jax.interop.architectures import to_dict
 from cde_jax.interop.weight_mapping import biencoder_mapping, contextual_mapping, to_torch
 from cde_jax.interop.write import parameters
 
@@ -44,7 +44,7 @@ def exported(kind: str, shape: Shape) -> torch.nn.Module:
 
 
 def exported_with_context(shape: Shape, context: Float[np.ndarray, "J D"]) -> torch.nn.Module:
-    """The exported isolated module with a fixed context, as `interop.corpus_export` writes it; other random weights."""
+    """The isolated module as `interop.write.export_corpus` writes it, with a fixed context and other random weights."""
     model = build(config_of("isolated", shape, "float32"))
     prefix = model.prepare_context(context).prefix
     config = {"model": to_dict(model.config), "jax_only": [], "corpus_slots": prefix.keys.shape[1]}

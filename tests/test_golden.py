@@ -129,10 +129,9 @@ def test_second_stage_gives_the_references_hidden_states(tmp_path, case, numeric
     model, inputs, outputs = load(tmp_path, case, numerics)
     ids, mask = tokens(inputs, "text")
     cache = model.prepare_context(jnp.asarray(outputs["first_stage"]))
-    types = 0 if numerics == "training" else model.encoder.token_type(jnp.zeros((), jnp.int32))
-    close(cache.slots - types, outputs["base/prefix"])
+    close(cache.slots, outputs["base/prefix"])
     close(model.hidden(ids, mask, cache)[:, cache.slots.shape[-2] :], outputs["base/text_hidden_states"])
-    x, seen, positions = model.joint_sequence(model.embed_text(ids, mask), mask, cache.slots)
+    x, seen, positions = model.joint_sequence(model.encoder.embed_tokens(ids, mask), mask, cache.slots)
     compare_layers(layers(model.encoder, x, seen, model.encoder.angles(positions)), outputs, "base", seen)
 
 

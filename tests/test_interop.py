@@ -17,8 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from cde_jax.data.sources import jsonl
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.interop.architectures import reference_config
-from cde_jax.interop.export_config import backbone_keys
+from cde_jax.interop.architectures import backbone_keys, reference_config
 from cde_jax.interop.read import TextSettings, load_encoder, load_model, load_pretrained
 from cde_jax.interop.reference_model import ReferenceContextualConfig, ReferenceEncoderConfig
 from cde_jax.interop.weight_mapping import biencoder_mapping, contextual_mapping, encoder_mapping, to_torch

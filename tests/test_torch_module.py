@@ -17,12 +17,10 @@ transformers = pytest.importorskip("transformers")
 from test_interop import CONFIGS, LEARNED, ROTARY, SETTINGS, TEXTS, contextual, equal, random_model, tokenizer  # noqa: E402
 
 from cde_jax.data.tokens import Tokenizer  # noqa: E402
-from cde_jax.interop.architectures import reference_config  # noqa: E402
-from cde_jax.interop.corpus_export import export_corpus  # noqa: E402
-from cde_jax.interop.export_config import backbone_keys  # noqa: E402
+from cde_jax.interop.architectures import backbone_keys, reference_config  # noqa: E402
 from cde_jax.interop.read import load_model  # noqa: E402
 from cde_jax.interop.reference_model import ReferenceContextualConfig, ReferenceEncoderConfig  # noqa: E402
-from cde_jax.interop.write import save_pretrained  # noqa: E402
+from cde_jax.interop.write import export_corpus, save_pretrained  # noqa: E402
 from cde_jax.models.contextual import Biencoder, BiencoderConfig  # noqa: E402
 
 DOCUMENTS = ("a document about dogs", "another one", "the night in the city")

@@ -102,12 +102,8 @@ class Tokenizer:
         import tokenizers
 
         folder = given_path(name_or_path, "tokenizer")
-        file = folder / "tokenizer.json"
-        if file.exists():
-            try:
-                backend = tokenizers.Tokenizer.from_file(str(file))
-            except Exception as error:  # the library raises a bare Exception
-                raise ValueError(f"{file}: not a tokenizer ({error}); write it again") from None
+        if (folder / "tokenizer.json").exists():
+            backend = read_backend(folder)
             return cls(backend, _specials_of_folder(folder, backend))
         if isinstance(name_or_path, Path) or len(folder.parts) > 2:  # no name on a hub
             raise ValueError(f"{folder}: expected a folder with tokenizer.json, there is none; it was moved or deleted")
@@ -204,6 +200,16 @@ class Tokenizer:
         write_json(directory / "tokenizer.json", json.loads(self.backend.to_str()))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.specials}
         write_json(directory / "tokenizer_config.json", config)
+
+
+def read_backend(folder: Path) -> "tokenizers.Tokenizer":
+    """The library's tokenizer of `folder`/tokenizer.json; a ValueError for any other content."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises a bare Exception
+        raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer ({error}); write it again") from None
 
 
 def _bert(vocabulary: dict[str, int]) -> "tokenizers.Tokenizer":

@@ -1,12 +1,12 @@
 """Directories and hub names → models: exports of cde_jax, the reference's, NomicBERT, BERT, sentence-transformers.
 
 Weights come from safetensors only and without torch; what a directory holds is decided by its `config.json`
-(`architectures.py`), which tensor goes where by the tables of `weight_mapping.py`. Directories are untrusted.
+(`architectures.py`), which tensor goes where by the table of `weight_mapping.py`. Directories are untrusted.
 """
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,30 +14,34 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from cde_jax.interop.architectures import NUMERICS, is_reference, plain_encoder, reference_config
-from cde_jax.interop.export_config import from_dict
-from cde_jax.interop.modules import TextSettings, head, text_settings, transformer_folder, with_modules
-from cde_jax.interop.reference_model import ReferenceEncoderConfig, simplified
-from cde_jax.interop.tensors import Tensor, read_object, refuse_pickles, tensors
+from cde_jax.data.files import read_json
+from cde_jax.data.tokens import read_backend
+from cde_jax.interop.architectures import NUMERICS, encoder_config, from_dict, is_reference, reference_config
+from cde_jax.interop.modules import (
+    Tensor,
+    TextSettings,
+    head,
+    refuse_pickles,
+    tensors,
+    text_settings,
+    transformer_folder,
+    with_modules,
+)
+from cde_jax.interop.reference_model import Config, ModelConfig, ReferenceEncoderConfig, simplified
 from cde_jax.interop.weight_mapping import (
     TIED,
-    Entry,
+    Mapped,
     biencoder_mapping,
     check_bijection,
     contextual_mapping,
     from_torch,
-    torch_shapes,
 )
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import Encoder, EncoderConfig
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+)  # fmt: skip
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # what is fetched of a hub repository
 
 
@@ -83,7 +87,7 @@ def load_encoder_config(name_or_path: str | Path, layers: int | None = None) -> 
     return _open_encoder(name_or_path, layers)[0]
 
 
-def _open_encoder(name_or_path: str | Path, layers: int | None) -> tuple[EncoderConfig, list[Entry], dict[str, Tensor]]:
+def _open_encoder(name_or_path: str | Path, layers: int | None) -> tuple[EncoderConfig, Mapped, dict[str, Tensor]]:
     config, mapping, weights, _ = open_checkpoint(resolve(name_or_path))
     config = config.encoder
     if layers is not None and not 1 <= layers <= config.layers:
@@ -95,7 +99,7 @@ def _open_encoder(name_or_path: str | Path, layers: int | None) -> tuple[Encoder
             f"{name_or_path}: training starts from NomicBERT or BERT; pre-norm layers, geglu and glu, and partial or "
             f"interleaved rotary embeddings can be loaded for encoding only"
         )
-    return config, [e._replace(path=e.path.removeprefix("encoder.")) for e in mapping], weights
+    return config, {path.removeprefix("encoder."): names for path, names in mapping.items()}, weights
 
 
 def resolve(name_or_path: str | Path) -> Path:
@@ -124,7 +128,7 @@ def _download(name: str, files: Sequence[str]) -> Path:
 
 def open_checkpoint(
     directory: Path, numerics: str | None = None
-) -> tuple[BiencoderConfig | ContextualConfig, tuple[Entry, ...], dict[str, Tensor], TextSettings]:
+) -> tuple[ModelConfig, Mapped, dict[str, Tensor], TextSettings]:
     """Config, weight mapping, stored tensors and text settings of a directory; the tensors fit the config."""
     if numerics not in (None, *NUMERICS):
         raise ValueError(f"numerics: expected one of {', '.join(NUMERICS)}, or None, got {numerics!r}")
@@ -132,7 +136,7 @@ def open_checkpoint(
     if not (folder / "config.json").is_file():
         refuse_pickles(folder)
         raise ValueError(f"{folder}: expected a model directory with config.json and model.safetensors")
-    keys, weights = read_object(folder / "config.json"), _plain_names(tensors(folder))
+    keys, weights = read_json(folder / "config.json", dict), _plain_names(tensors(folder))
     try:
         config = _model_config(keys, numerics, directory, weights)
         if not is_reference(keys):
@@ -148,18 +152,22 @@ def open_checkpoint(
         raise error if str(directory) in str(error) else ValueError(f"{folder / 'config.json'}: {error}") from None
     if getattr(config, "tie_token_embeddings", False):
         weights = _untied(weights)
-    mapping = _mapping(config, weights, "embedder." if is_reference(keys) else "")
+    if isinstance(config, ContextualConfig):
+        mapping = contextual_mapping(config)
+    else:
+        names = "\n".join(weights)
+        naming = "bert" if ".attention.self." in names else "native" if ".self_attn." in names else "reference"
+        mapping = biencoder_mapping(config.encoder, naming, "embedder." if is_reference(keys) else "")
     state = nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
-    stored = {name: tensor.shape for name, tensor in weights.items()}
-    check_bijection(torch_shapes(mapping, shapes), stored, str(directory))
-    check_tokenizer(directory, config.encoder.vocab_size)
+    check_bijection(mapping, shapes, {name: tensor.shape for name, tensor in weights.items()}, str(directory))
+    check_tokenizer(directory, config)
     return config, mapping, weights, settings
 
 
 def _model_config(
     config: Mapping[str, Any], numerics: str | None, directory: Path, weights: Mapping[str, Tensor]
-) -> BiencoderConfig | ContextualConfig:
+) -> ModelConfig:
     own = config.get("cde_jax", {})
     if own.get("corpus_slots") or own.get("baked"):
         raise ValueError(
@@ -172,55 +180,50 @@ def _model_config(
     if own and numerics in (None, own["numerics"]) and not (reference and own["format"] == 1):
         return from_dict(own["model"])
     numerics = numerics or own.get("numerics")
-    if not is_reference(config):
-        return BiencoderConfig(plain_encoder(config, numerics))
-    null = "second_stage_model.sequence_dropout_null_embedding" in weights
-    return reference_config(config, numerics or "shipped", null=null, colon=partial(_colon, directory, config))
-
-
-def _mapping(config: BiencoderConfig | ContextualConfig, names: Iterable[str], prefix: str) -> tuple[Entry, ...]:
-    if isinstance(config, ContextualConfig):
-        return contextual_mapping(config)
-    names = "\n".join(names)
-    naming = "bert" if ".attention.self." in names else "native" if ".self_attn." in names else "reference"
-    return biencoder_mapping(config.encoder, naming, prefix)
+    if is_reference(config):
+        null = "second_stage_model.sequence_dropout_null_embedding" in weights
+        return reference_config(config, numerics or "shipped", null=null, colon=partial(_colon, directory, config))
+    if config.get("model_type") not in ("bert", "nomic_bert"):
+        raise ValueError(
+            f"unknown model_type {config.get('model_type')!r} (architecture {config.get('architecture')!r}); supported "
+            f"are cde-small-v1's layout (architecture: transductive or biencoder), nomic_bert (nomic-ai's and "
+            f"transformers' own keys), bert, and exports of cde_jax"
+        )
+    return BiencoderConfig(encoder_config(config, numerics))
 
 
 def load_parameters(
-    config: EncoderConfig | BiencoderConfig | ContextualConfig, mapping: Iterable[Entry], weights: Mapping[str, Tensor]
+    config: Config, mapping: Mapped, weights: Mapping[str, Tensor]
 ) -> Encoder | Biencoder | ContextualEncoder:
     """The module of `config` with parameters from `weights`; nothing is initialised at random."""
     graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
-    entries, filled = {entry.path: entry for entry in mapping}, []
+    filled = []
     for path, leaf in nnx.to_flat_state(state):
-        array = from_torch(entries[".".join(map(str, path))], leaf.shape, lambda name: weights[name].load())
+        array = from_torch(mapping, ".".join(map(str, path)), leaf.shape, lambda name: weights[name].load())
         filled.append((path, leaf.replace(jax.device_put(array, may_alias=True))))  # nobody else holds the array
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def check_tokenizer(directory: Path, rows: int) -> None:
-    """A ValueError if the tokenizer beside the weights has ids that the embedding table has no row for."""
-    if not (directory / "tokenizer.json").is_file():
-        return
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:  # where only JAX is installed: nothing is tokenized there
-        return
-    try:
-        vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
-    except Exception as error:  # the library raises a bare Exception
-        raise ValueError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error}); write it again") from None
-    highest = max(vocabulary.values(), default=-1)
-    if highest >= rows:
-        raise ValueError(
-            f"{directory}: its tokenizer has ids up to {highest}, the model's word embeddings have {rows} rows (0 to "
-            f"{rows - 1}); put the tokenizer there that the model was trained with"
-        )
+def check_tokenizer(directory: Path, config: ModelConfig) -> None:
+    """`check_vocabulary` of the tokenizer beside the weights, if there is one."""
+    with suppress(ImportError):  # where only JAX is installed: nothing is tokenized there
+        if (directory / "tokenizer.json").is_file():
+            check_vocabulary(
+                max(read_backend(directory).get_vocab().values(), default=-1) + 1, config, f"{directory}: "
+            )
+
+
+def check_vocabulary(tokens: int, config: ModelConfig, where: str = "") -> None:
+    """A ValueError for a tokenizer of more ids than a table of word embeddings, whose look-ups would be clipped."""
+    rows = min(config.encoder.vocab_size, getattr(config, "first_stage", config).encoder.vocab_size)
+    if tokens > rows:
+        problem = f"{where}the tokenizer has ids up to {tokens - 1}, the model's word embeddings have {rows} rows"
+        raise ValueError(f"{problem}: give the tokenizer that the model was trained with")
 
 
 def _tokenizer_directory(directory: Path) -> Path:
     """The directory itself, or the hub repository that cde-small-v1's layout, without tokenizer files, names."""
-    config = read_object(transformer_folder(directory) / "config.json")
+    config = read_json(transformer_folder(directory) / "config.json")
     if (directory / "tokenizer.json").is_file() or not is_reference(config):
         return directory
     try:
@@ -235,9 +238,9 @@ def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = next((name.removesuffix(anchor) for name in weights if name.endswith(anchor)), "")
     if prefix.startswith(("first_stage_model", "second_stage_model", "embedder")):
         prefix = ""
-    norms = re.compile(r"LayerNorm\.(gamma|beta)$")  # of old BERT files
-    modern = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}
-    return {norms.sub(lambda m: modern[m[1]], name.removeprefix(prefix)): x for name, x in weights.items()}
+    for old, new in (("gamma", "weight"), ("beta", "bias")):  # of old BERT files
+        weights = {name.replace(f"LayerNorm.{old}", f"LayerNorm.{new}"): x for name, x in weights.items()}
+    return {name.removeprefix(prefix): x for name, x in weights.items()}
 
 
 def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -258,10 +261,5 @@ def _colon(directory: Path, config: Mapping[str, Any]) -> int:
     if known is not None:
         return known
     if not (directory / "tokenizer.json").is_file():
-        raise ValueError(
-            "pool_ignore_instruction_tokens needs tokenizer.json, or pool_instruction_end_id in config.json"
-        )
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return tokenizer.encode(": ", add_special_tokens=False).ids[0]
+        raise ValueError("leaving instructions out needs tokenizer.json, or pool_instruction_end_id in config.json")
+    return read_backend(directory).encode(": ", add_special_tokens=False).ids[0]

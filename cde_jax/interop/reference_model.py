@@ -12,6 +12,7 @@ zeros. In both, positions count from the first slot on, and tokens before `rotar
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -20,12 +21,24 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from cde_jax.models.attention import Prefix
-from cde_jax.models.biencoder import Biencoder, BiencoderConfig, mean_pool
-from cde_jax.models.contextual import NO_POSITION, Context, ContextCache, ContextualConfig, ContextualEncoder
-from cde_jax.models.encoder import Block, Encoder, EncoderConfig, Ids, Mask, Rotary, as_tokens, rotary
+from cde_jax.models.attention import KeyMask, Prefix
+from cde_jax.models.contextual import (
+    NO_POSITION,
+    Biencoder,
+    BiencoderConfig,
+    Context,
+    ContextCache,
+    ContextualConfig,
+    ContextualEncoder,
+    Slots,
+    mean_pool,
+)
+from cde_jax.models.encoder import Block, Encoder, EncoderConfig, Hidden, Ids, Mask, Rotary, as_tokens, rotary
 
+ModelConfig = BiencoderConfig | ContextualConfig
+Config = EncoderConfig | ModelConfig
 Numerics = Literal["shipped", "shipped-sequence", "training"]
+_GATES = {"swiglu": jax.nn.silu, "geglu": partial(jax.nn.gelu, approximate=False), "glu": jax.nn.sigmoid}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,33 +102,30 @@ class ReferenceContextualConfig(ContextualConfig):
         return ReferenceContextualEncoder(self, rngs=rngs)
 
 
+def simplified(config: Config) -> Config:
+    """The config of our own class, where nothing of the reference's is switched on."""
+    own_class = {ReferenceEncoderConfig: EncoderConfig, ReferenceBiencoderConfig: BiencoderConfig}.get(type(config))
+    if own_class is None or getattr(config, "activation", None) in ("geglu", "glu"):
+        return config
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(own_class)}
+    return own_class(**fields) if type(config)(**fields) == config else config
+
+
 class ReferenceBlock(Block):
-    """A layer with the gates, rotary forms and pre-norm residuals of NomicBERT's config."""
+    """A layer with the gates and rotary forms of NomicBERT's config."""
 
     def gate(self, x: Float[Array, "N F"]) -> Float[Array, "N F"]:
         """Activation of a gated MLP's gate."""
-        if self.config.activation == "geglu":
-            return jax.nn.gelu(x, approximate=False)
-        return jax.nn.silu(x) if self.config.activation == "swiglu" else jax.nn.sigmoid(x)
+        return _GATES[self.config.activation](x)
 
     def rotate(self, x: Float[Array, "*batch S H d"], angles: Rotary) -> Float[Array, "*batch S H d"]:
         """Rotate the first `rotary_dim` features of each head, as halves or as interleaved pairs."""
-        c = self.config
-        rotated, rest = jnp.split(x, [c.rotary_dim], axis=-1)
-        if not c.rotary_interleaved:
-            return jnp.concatenate([super().rotate(rotated, angles), rest], axis=-1)
-        halves = jnp.concatenate([rotated[..., ::2], rotated[..., 1::2]], axis=-1)
-        pairs = jnp.stack(jnp.split(super().rotate(halves, angles), 2, axis=-1), axis=-1)  # [..., H, r / 2, 2]
-        return jnp.concatenate([pairs.reshape(rotated.shape), rest], axis=-1)
-
-    def prenorm(
-        self, x: Float[Array, "N D"], residual: Float[Array, "N D"], mask: Bool[Array, "B S"], angles: Rotary | None
-    ) -> tuple[Float[Array, "N D"], Float[Array, "N D"]]:
-        """One pre-norm layer as NomicBERT writes it: the residual runs beside the hidden states."""
-        residual = residual + x
-        x, _ = self.attention(self.norm1(residual).astype(x.dtype), mask, angles)
-        residual = residual + x
-        return self.mlp(self.norm2(residual).astype(x.dtype)), residual
+        rotated, rest = jnp.split(x, [self.config.rotary_dim], axis=-1)
+        if self.config.rotary_interleaved:
+            halves = jnp.concatenate([rotated[..., ::2], rotated[..., 1::2]], axis=-1)
+            pairs = jnp.stack(jnp.split(super().rotate(halves, angles), 2, axis=-1), axis=-1)  # [..., H, r / 2, 2]
+            return jnp.concatenate([pairs.reshape(rotated.shape), rest], axis=-1)
+        return jnp.concatenate([super().rotate(rotated, angles), rest], axis=-1)
 
 
 class ReferenceEncoder(Encoder):
@@ -131,17 +141,12 @@ class ReferenceEncoder(Encoder):
 
     def angles(self, positions: Int[Array, "*B S"]) -> Rotary | None:
         """Rotary angles for positions (−1: not rotated); the shipped file turns by the index of the head."""
-        c = self.config
-        if c.positions != "rotary":
-            return None
-        positions = positions[..., None]  # [*B, S, 1]
+        c, positions = self.config, positions[..., None]  # [*B, S, 1]
         if c.numerics == "shipped":
             positions = jnp.where(positions < 0, NO_POSITION, jnp.arange(c.heads))  # [*B, S, H]
-        return rotary(positions, c.rotary_dim, c.rotary_base)
+        return rotary(positions, c.rotary_dim, c.rotary_base) if c.positions == "rotary" else None
 
-    def run(
-        self, x: Float[Array, "B S D"], mask: Bool[Array, "B S"], angles: Rotary | None, **options: Any
-    ) -> tuple[Float[Array, "B S D"], Prefix | None]:
+    def run(self, x: Hidden, mask: KeyMask, angles: Rotary | None, **options: Any) -> tuple[Hidden, Prefix | None]:
         """As `Encoder.run`; the training code gives zeros at padding."""
         if not self.config.prenorm:
             hidden, keys_values = super().run(x, mask, angles, **options)
@@ -151,13 +156,16 @@ class ReferenceEncoder(Encoder):
             hidden, keys_values = self._run_prenorm(x, mask, angles), None
         return jnp.where(mask[..., None], hidden, 0) if self.config.numerics == "training" else hidden, keys_values
 
-    def _run_prenorm(
-        self, x: Float[Array, "B S D"], mask: Bool[Array, "B S"], angles: Rotary | None
-    ) -> Float[Array, "B S D"]:
+    def _run_prenorm(self, x: Hidden, mask: KeyMask, angles: Rotary | None) -> Hidden:
+        """Pre-norm layers as NomicBERT writes them: the residual runs beside the hidden states."""
         graph, blocks = nnx.split(self.blocks)
 
         def layer(carry: tuple, params: nnx.State) -> tuple[tuple, None]:
-            return nnx.merge(graph, params).prenorm(*carry, mask, angles), None
+            (x, residual), block = carry, nnx.merge(graph, params)
+            residual = residual + x
+            x, _ = block.attention(block.norm1(residual).astype(x.dtype), mask, angles)
+            residual = residual + x
+            return (block.mlp(block.norm2(residual).astype(x.dtype)), residual), None
 
         rows = self.norm(x).astype(self.config.dtype).reshape(-1, x.shape[-1])  # [B, S, D] → [N, D]
         (rows, _), _ = jax.lax.scan(layer, (rows, jnp.zeros_like(rows)), blocks)
@@ -194,44 +202,32 @@ class ReferenceContextualEncoder(ContextualEncoder):
         self, context: Context | None, present: Bool[Array | np.ndarray, "*B J"] | None = None
     ) -> ContextCache:
         """As `ContextualEncoder.prepare_context`, of the first J documents; the shipped file needs as many."""
-        c, training = self.config, self.config.numerics == "training"
+        slots = self.config.slots
         if context is not None:
-            if context.shape[-2] < c.slots and not training:
+            if context.shape[-2] < slots and self.config.numerics != "training":
                 raise ValueError(
-                    f"this model was published for exactly {c.slots} context vectors, got {context.shape[-2]}: embed "
+                    f"this model was published for exactly {slots} context vectors, got {context.shape[-2]}: embed "
                     f"more documents of the corpus, repeat some, or pass None for null slots"
                 )
-            context = context[..., : c.slots, :]
-            present = None if present is None else present[..., : c.slots]
-        cache = super().prepare_context(context, present)
-        return cache if training else cache._replace(slots=cache.slots + self._token_type())
-
-    def embed_text(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Token embeddings; the shipped file adds token type 0 twice."""
-        text = super().embed_text(ids, mask)
-        return text if self.config.numerics == "training" else text + self._token_type().astype(text.dtype)
-
-    def _token_type(self) -> Float[Array, " D"] | Float[Array, ""]:
-        if not self.config.second_stage.token_types:
-            return jnp.zeros(())
-        return self.encoder.token_type(jnp.zeros((), jnp.int32)).astype(jnp.float32)
+            context = context[..., :slots, :]
+            present = None if present is None else present[..., :slots]
+        return super().prepare_context(context, present)
 
     def joint_sequence(
-        self,
-        text: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        slots: Float[Array | np.ndarray, "P D"] | Float[Array | np.ndarray, "B P D"],
-    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"], Int[Array, "B S"]]:
-        """As `ContextualEncoder.joint_sequence`, with positions that count from the first slot on."""
-        x, seen, _ = super().joint_sequence(text, mask, slots)
-        count = slots.shape[-2]
-        slot_positions = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (len(text), count))
-        positions = jnp.concatenate([slot_positions, count + self.encoder.positions(mask)], axis=1)
+        self, text: Float[Array, "B L D"], mask: Bool[Array, "B L"], slots: Slots
+    ) -> tuple[Hidden, KeyMask, Int[Array, "B S"]]:
+        """As `ContextualEncoder.joint_sequence`, with positions that count from the first slot on.
+
+        The shipped file adds token type 0 to the whole sequence, to the text for the second time.
+        """
+        x, seen, positions = super().joint_sequence(text, mask, slots)
+        if self.config.numerics != "training" and self.config.second_stage.token_types:
+            x += self.encoder.token_type(jnp.zeros((), jnp.int32))
+        index, count = jnp.arange(x.shape[1], dtype=jnp.int32), slots.shape[-2]
+        positions = jnp.where(index < count, index, count + positions)
         return x, seen, jnp.where(positions < self.config.rotary_start, NO_POSITION, positions)
 
-    def pool(
-        self, hidden: Float[Array, "B S D"], ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
-    ) -> Float[Array, "B D"]:
+    def pool(self, hidden: Hidden, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
         """Mean over the text, or what follows its instruction, and over the slots with `pool_slots`."""
         token, index = self.config.pool_after_token, jnp.arange(ids.shape[1])
         if token is not None:  # texts without the token after their first one are pooled whole
@@ -243,15 +239,3 @@ class ReferenceContextualEncoder(ContextualEncoder):
     def output(self, vectors: Float[Array, "B D"]) -> Float[Array, "B D"]:
         """The output projection; the shipped file's has no residual."""
         return super().output(vectors) if self.config.numerics == "training" else self.projection(vectors)
-
-
-Config = EncoderConfig | BiencoderConfig | ContextualConfig
-
-
-def simplified(config: Config) -> Config:
-    """The config of our own class, where nothing of the reference's is switched on."""
-    own_class = {ReferenceEncoderConfig: EncoderConfig, ReferenceBiencoderConfig: BiencoderConfig}.get(type(config))
-    if own_class is None or getattr(config, "activation", None) in ("geglu", "glu"):
-        return config
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(own_class)}
-    return own_class(**fields) if type(config)(**fields) == config else config

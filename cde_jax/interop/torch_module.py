@@ -25,17 +25,27 @@ class CdeConfig(PretrainedConfig):
     model_type = "cde_jax"
 
 
-class Attention(nn.Module):
-    """Self-attention, also to the keys and values of a prefix (the context slots)."""
+class Block(nn.Module):
+    """One post-norm layer, which attends also to the keys and values of a prefix (the context slots)."""
 
     def __init__(self, c):
         super().__init__()
-        self.c, self.heads = c, c["heads"]
-        self.Wqkv = nn.Linear(c["width"], 3 * c["width"], bias=c["attention_bias"])
-        self.out_proj = nn.Linear(c["width"], c["width"], bias=c["attention_bias"])
+        width, inner, (bias_in, bias_out) = c["width"], c["mlp_width"], c["mlp_bias"]
+        self.c, self.heads, self.gate = c, c["heads"], GATES.get(c["activation"])
+        sizes = {"Wqkv": 3 * width, "out_proj": width}
+        self.attn = nn.ModuleDict({name: nn.Linear(width, n, c["attention_bias"]) for name, n in sizes.items()})
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=c["norm_epsilon"]), nn.LayerNorm(width, eps=c["norm_epsilon"])
+        layers = {name: nn.Linear(width, inner, bias_in) for name in (("fc11", "fc12") if self.gate else ("fc1",))}
+        self.mlp = nn.ModuleDict({**layers, "fc2": nn.Linear(inner, width, bias_out)})
 
     def forward(self, x, logits, positions, prefix=None):  # x [B, S, D]; logits [B, H|1, S|1, P + S] are added
-        q, k, v = self.Wqkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, S, d]
+        output, keys_values = self.attention(x, logits, positions, prefix)
+        x, m = self.norm1(x + output), self.mlp
+        hidden = m["fc11"](x) * self.gate(m["fc12"](x)) if self.gate else F.gelu(m["fc1"](x))
+        return self.norm2(x + m["fc2"](hidden)), keys_values
+
+    def attention(self, x, logits, positions, prefix):
+        q, k, v = self.attn["Wqkv"](x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, S, d]
         if self.c["positions"] == "rotary":
             q, k = self.rotate(q, positions), self.rotate(k, positions)
         own = k, v
@@ -43,7 +53,7 @@ class Attention(nn.Module):
             k, v = (torch.cat([p.expand(x.shape[0], -1, -1, -1), y], dim=2) for p, y in zip(prefix, own, strict=True))
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=logits)
         output = output.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # a copy that exporters keep
-        return self.out_proj(output.flatten(2)), own
+        return self.attn["out_proj"](output.flatten(2)), own
 
     def rotate(self, x, positions):  # positions [B, S]; a token at 0 is not turned
         dim, device = int(x.shape[-1] * self.c.get("rotary_fraction", 1.0)), x.device
@@ -58,24 +68,6 @@ class Attention(nn.Module):
         turned = [a * cos - b * sin, b * cos + a * sin]
         turned = torch.stack(turned, dim=-1).flatten(-2) if pairs else torch.cat(turned, dim=-1)
         return torch.cat([turned, rest], dim=-1).to(x.dtype)
-
-
-class Block(nn.Module):
-    """One post-norm layer."""
-
-    def __init__(self, c):
-        super().__init__()
-        width, inner, (bias_in, bias_out) = c["width"], c["mlp_width"], c["mlp_bias"]
-        self.attn, self.gate = Attention(c), GATES.get(c["activation"])
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=c["norm_epsilon"]), nn.LayerNorm(width, eps=c["norm_epsilon"])
-        layers = {name: nn.Linear(width, inner, bias_in) for name in (("fc11", "fc12") if self.gate else ("fc1",))}
-        self.mlp = nn.ModuleDict({**layers, "fc2": nn.Linear(inner, width, bias_out)})
-
-    def forward(self, x, logits, positions, prefix=None):
-        output, keys_values = self.attn(x, logits, positions, prefix)
-        x, m = self.norm1(x + output), self.mlp
-        hidden = m["fc11"](x) * self.gate(m["fc12"](x)) if self.gate else F.gelu(m["fc1"](x))
-        return self.norm2(x + m["fc2"](hidden)), keys_values
 
 
 class Encoder(nn.Module):
@@ -166,23 +158,20 @@ class SecondStage(nn.Module):
         if c["null_embedding"] and not corpus_slots:
             self.sequence_dropout_null_embedding = nn.Parameter(torch.zeros(width))
 
-    def slots(self, context):  # [J, D] or [B, J, D] → [1|B, P, D]
-        c, size = self.c, self.c["context_size"]
+    def prepare(self, context):  # [J, D] or [B, J, D]; None: null slots
+        """Slots [1|B, P, D] (joint), or their keys and values, layer by layer (isolated)."""
+        if self.corpus_slots:
+            return (None, self.context) if self.isolated else (self.context[None], None)
+        size, width = self.c["context_size"], self.c["second_stage"]["width"]
+        if context is None:
+            context = self.sequence_dropout_null_embedding.expand(size, -1)
+        context = torch.as_tensor(context).to(self.output_projection[0].weight)
         if self.shipped and context.shape[-2] < size:
             raise ValueError(f"this model needs exactly {size} context vectors, got {context.shape[-2]}")
         context = context[..., :size, :] if self.numerics else context
         context = context if context.ndim == 3 else context[None]
-        prompt = self.prompt_projection(context.new_ones(context.shape[-1])).view(1, c["soft_prompt"], -1)
+        prompt = self.prompt_projection(context.new_ones(width)).view(1, -1, width)
         slots = torch.cat([context, prompt.expand(context.shape[0], -1, -1)], dim=1)
-        return slots + self.backbone.token_type() if self.shipped else slots
-
-    def prepare(self, context):
-        """Slots [1|B, P, D], and for isolated attention their keys and values, layer by layer."""
-        if self.corpus_slots:
-            return (None, self.context) if self.isolated else (self.context[None], None)
-        if context is None:
-            context = self.sequence_dropout_null_embedding.expand(self.c["context_size"], -1)
-        slots = self.slots(torch.as_tensor(context).to(self.output_projection[0].weight))
         if not self.isolated:
             return slots, None
         seen = torch.ones(slots.shape[:2], dtype=torch.bool, device=slots.device)
@@ -191,21 +180,19 @@ class SecondStage(nn.Module):
     def forward(self, input_ids, attention_mask, dataset_embeddings=None, null_dataset_embedding=False, **_):
         c, mask = self.c, attention_mask.bool()
         slots, prefix = self.prepare(None if null_dataset_embedding else dataset_embeddings)
-        (batch, length), count = mask.shape, prefix[0][0].shape[-2] if slots is None else slots.shape[1]
-        x, positions = self.backbone.embed(input_ids, mask), self.backbone.positions(mask)
-        x = x + self.backbone.token_type() if self.shipped else x  # once more
-        seen, bias = torch.cat([mask.new_ones(batch, count), mask], dim=1), None
+        (batch, length), count = mask.shape, (prefix[0][0] if slots is None else slots).shape[-2]
+        x, positions, bias = self.backbone.embed(input_ids, mask), self.backbone.positions(mask), None
+        seen = torch.cat([mask.new_ones(batch, count), mask], dim=1)
         if c["slot_bias"] is not None:  # from text to slots
             bias = F.pad(self.slot_bias[..., None, None].expand(-1, -1, length, count), (0, length))
         if slots is not None:  # joint: one sequence
-            first = torch.arange(count, device=mask.device).expand(batch, -1)
+            x, positions = torch.cat([slots.expand(batch, -1, -1), x], dim=1), self.backbone.positions(seen)
             if self.numerics:  # positions count from the first slot on
-                positions = torch.cat([first, count + positions], dim=1)
                 positions = positions.masked_fill(positions < c["rotary_start"], -1)
             else:
-                positions = torch.cat([torch.full_like(first, -1), positions], dim=1)
+                positions = (positions - count).clamp(min=-1)
             bias = None if bias is None else F.pad(bias, (0, 0, count, 0))
-            x = torch.cat([slots.expand(batch, -1, -1), x], dim=1)
+        x = x + self.backbone.token_type() if self.shipped else x  # to the text for the second time
         hidden = self.backbone.run(x, seen, positions, prefix, bias)[0][:, -length:]
         pooled = mean_pool(hidden, mask)
         return self.output_projection(pooled) + (0 if self.shipped else pooled)
@@ -219,10 +206,8 @@ class CdeModel(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         c = config.cde_jax["model"]
-        if config.cde_jax["jax_only"]:
-            raise ValueError(
-                f"these settings of the model run in cde_jax only: {', '.join(config.cde_jax['jax_only'])}"
-            )
+        if unknown := config.cde_jax["jax_only"]:
+            raise ValueError(f"these settings of the model run in cde_jax only: {', '.join(unknown)}")
         if "second_stage" not in c:
             stage = FirstStage(c)
             self.embedder, self.mlp = stage.embedder, stage.mlp

@@ -1,42 +1,42 @@
 """Models → directories in Hugging Face layout, which `read.load_model`, transformers and sentence-transformers load.
 
-A biencoder becomes a directory of a class that transformers has itself; a contextual encoder one with the
-reference's tensor names and one PyTorch module beside them (`torch_module.py`).
+A biencoder becomes a directory of a class that transformers has itself; a contextual encoder one with the reference's
+tensor names and one PyTorch module beside them (`torch_module.py`). With the context of one corpus as constants it
+becomes a model of one input, for servers that know nothing of context: token ids and a mask → a unit vector.
 """
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
 from cde_jax.data.files import NewFolder, write_json
-from cde_jax.interop.architectures import transformers_keys
-from cde_jax.interop.export_config import own_keys, reference_keys
+from cde_jax.interop.architectures import jax_only, own_keys, reference_keys, transformers_keys
 from cde_jax.interop.modules import TextSettings
 from cde_jax.interop.read import TOKENIZER_FILES, check_tokenizer
+from cde_jax.interop.reference_model import ModelConfig
 from cde_jax.interop.weight_mapping import TIED, biencoder_mapping, contextual_mapping, to_torch
-from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextCache, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 
-MODULE = "modeling_cde_jax.py"
-_STEM = MODULE.removesuffix(".py")
+Model = Biencoder | ContextualEncoder
+MODULE = "modeling_cde_jax"
 Tensors = dict[str, Float[np.ndarray, "..."]]
+_FIRST_STAGE = ("first_stage_model.", "second_stage_model.prompt_projection.", "second_stage_model.sequence_dropout")
+_ONE_FILE = 1_800_000_000  # bytes of weights in an ONNX graph; protobuf ends at 2 GB, above it they lie beside it
 
 
 def save_pretrained(
-    model: ContextualEncoder | Biencoder,
-    directory: str | Path,
-    *,
-    tokenizer: str | Path,
-    settings: TextSettings,
-    card: str | None = None,
+    model: Model, directory: str | Path, *, tokenizer: str | Path, settings: TextSettings, card: str | None = None
 ) -> None:
     """Write a model as a directory: config, safetensors, tokenizer files, what sentence-transformers needs, a card.
 
@@ -47,38 +47,70 @@ def save_pretrained(
     Raises:
       ValueError: the tokenizer directory has no tokenizer.json, or its ids do not fit the embedding rows.
     """
-    config, contextual = model.config, isinstance(model, ContextualEncoder)
+    config = model.config
     with NewFolder(directory, marker="config.json") as new:
-        write_texts(new.path, config, settings, Path(tokenizer), card)
-        if not contextual and (class_name := transformers_class(config)):
-            _write_transformers(model, class_name, new.path, settings)
+        _write_texts(new.path, config, settings, Path(tokenizer), card)
+        if class_name := _transformers_class(config):
+            _write_transformers(new.path, model, class_name, settings)
         else:
-            mapping = (
-                contextual_mapping(config) if contextual else biencoder_mapping(config.encoder, prefix="embedder.")
-            )
-            tensors = to_torch(mapping, parameters(model))
+            contextual = isinstance(config, ContextualConfig)
+            names = contextual_mapping(config) if contextual else biencoder_mapping(config.encoder, prefix="embedder.")
+            tensors = to_torch(names, parameters(model))
             if getattr(config, "tie_token_embeddings", False):  # the reference has the table under both names
                 tensors[TIED[0]] = tensors[TIED[1]]
-            write_with_module(new.path, config, settings, tensors)
-            write_modules(new.path, [f"{_STEM}.Transformer"], kwargs=["dataset_embeddings"])
+            _write_with_module(new.path, config, settings, tensors)
+            _write_modules(new.path, [f"{MODULE}.Transformer"], kwargs=["dataset_embeddings"])
         new.put_in_place()
 
 
-def write_texts(
-    folder: Path,
-    config: BiencoderConfig | ContextualConfig,
+def export_corpus(
+    model: ContextualEncoder,
+    context: Float[Array | np.ndarray, "J D"] | ContextCache | None,
+    directory: str | Path,
+    *,
+    tokenizer: str | Path,
     settings: TextSettings,
-    tokenizer: Path,
-    card: str | None,
+    card: str | None = None,
+    onnx: bool = True,
 ) -> None:
-    """Tokenizer files, prompts and length as sentence-transformers reads them (one length for all), README.md.
+    """Write `model` with `context` as a directory of a model without a context input and without a first stage.
 
-    Every id of the tokenizer must have a row of word embeddings.
+    `context` is the first stage's vectors, or what `model.prepare_context` makes of them; None means null slots.
+
+    `SentenceTransformer(directory, trust_remote_code=True).encode(texts, prompt_name=…)` and `onnx/model.onnx`
+    (`input_ids`, `attention_mask`, int64 [B, L] → `sentence_embedding`, float32 [B, D]) give the unit vectors of
+    `model.embed(…, context)`.
+
+    Raises:
+      ValueError: the model has settings that run in JAX only; `onnx` without PyTorch's exporter.
     """
-    contextual = isinstance(config, ContextualConfig)
+    missing = [name for name in ("torch", "onnx", "onnxscript") if onnx and find_spec(name) is None]
+    if missing:
+        raise ValueError(f"ONNX needs {', '.join(missing)}: install cde_jax[torch], or export without it (onnx=False)")
+    config = model.config
+    if unsupported := jax_only(config):
+        raise ValueError(f"settings that run in JAX only cannot be exported with a context: {', '.join(unsupported)}")
+    slots, prefix = context if isinstance(context, ContextCache) else model.prepare_context(context)
+    tensors = to_torch(contextual_mapping(config), parameters(model))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_FIRST_STAGE)}
+    constant = np.asarray(slots, np.float32)  # [P, D]
+    if prefix is not None:  # [layers, 2, H, P, d]
+        constant = np.stack([np.asarray(x, np.float32).transpose(0, 2, 1, 3) for x in prefix], axis=1)
+    tensors["second_stage_model.context"] = np.ascontiguousarray(constant)
+    with NewFolder(directory, marker="config.json") as new:
+        _write_texts(new.path, config, settings, Path(tokenizer), card)
+        _write_with_module(new.path, config, settings, tensors, corpus_slots=slots.shape[-2])
+        _write_modules(new.path, [f"{MODULE}.Transformer", "sentence_transformers.models.Normalize"])
+        if onnx:
+            _write_onnx(new.path)
+        new.put_in_place()
+
+
+def _write_texts(folder: Path, config: ModelConfig, settings: TextSettings, tokenizer: Path, card: str | None) -> None:
+    """Tokenizer files, prompts and length as sentence-transformers reads them (one length for all), README.md."""
     if not (tokenizer / "tokenizer.json").is_file():
         raise ValueError(f"{tokenizer}: expected a directory with tokenizer.json, to be copied beside the weights")
-    check_tokenizer(tokenizer, config.encoder.vocab_size)
+    check_tokenizer(tokenizer, config)
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
@@ -87,20 +119,18 @@ def write_texts(
     write_json(folder / "config_sentence_transformers.json", keys)
     length = max(settings.query_length, settings.document_length)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    if card is None:
-        kind = f"contextual encoder ({config.context_attention} attention)" if contextual else "biencoder"
-        card = f"---\nlibrary_name: sentence-transformers\n---\n\nA {kind} exported by cde_jax.\n"
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    attention = getattr(config, "context_attention", None)
+    kind = f"contextual encoder ({attention} attention)" if attention else "biencoder"
+    short = f"---\nlibrary_name: sentence-transformers\n---\n\nA {kind} exported by cde_jax.\n"
+    (folder / "README.md").write_text(short if card is None else card, encoding="utf-8")
 
 
-def write_with_module(
-    folder: Path, config: BiencoderConfig | ContextualConfig, settings: TextSettings, tensors: Tensors, **own: Any
-) -> None:
+def _write_with_module(folder: Path, config: ModelConfig, settings: TextSettings, tensors: Tensors, **own: Any) -> None:
     """Weights, `config.json` with the reference's keys and our own (and what `own` adds), and the PyTorch module."""
     keys = {
         "architectures": ["CdeModel"],
         "model_type": "cde_jax",
-        "auto_map": {"AutoConfig": f"{_STEM}.CdeConfig", "AutoModel": f"{_STEM}.CdeModel"},
+        "auto_map": {"AutoConfig": f"{MODULE}.CdeConfig", "AutoModel": f"{MODULE}.CdeModel"},
         **reference_keys(config),
         "max_seq_length": max(settings.query_length, settings.document_length),
         "cde_jax": {**own_keys(config, settings), **own},
@@ -108,10 +138,10 @@ def write_with_module(
     write_json(folder / "config.json", keys)
     _save_tensors(folder / "model.safetensors", tensors)
     source = files("cde_jax.interop").joinpath("torch_module.py").read_text(encoding="utf-8")
-    (folder / MODULE).write_text(source, encoding="utf-8")
+    (folder / f"{MODULE}.py").write_text(source, encoding="utf-8")
 
 
-def write_modules(folder: Path, types: Sequence[str], **first: Any) -> None:
+def _write_modules(folder: Path, types: Sequence[str], **first: Any) -> None:
     """modules.json of sentence-transformers, and a folder for each module but the `first`, which is in `folder`."""
     modules = []
     for i, name in enumerate(types):
@@ -127,7 +157,7 @@ def parameters(model: nnx.Module | nnx.State) -> Tensors:
     return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
 
 
-def transformers_class(config: BiencoderConfig) -> str | None:
+def _transformers_class(config: ModelConfig) -> str | None:
     """The class of transformers that runs this biencoder's encoder as it is, if there is one."""
     c = config.encoder
     if type(config) is not BiencoderConfig or type(c) is not EncoderConfig or config.residual or not c.token_types:
@@ -135,27 +165,25 @@ def transformers_class(config: BiencoderConfig) -> str | None:
     biases = (c.attention_bias, *c.mlp_bias)
     if c.positions == "rotary" and c.activation == "swiglu" and not any(biases):
         return "NomicBertModel"
-    if c.positions == "learned" and c.activation == "gelu" and all(biases):
-        return "BertModel"
-    return None
+    return "BertModel" if c.positions == "learned" and c.activation == "gelu" and all(biases) else None
 
 
-def _write_transformers(model: Biencoder, class_name: str, folder: Path, settings: TextSettings) -> None:
+def _write_transformers(folder: Path, model: Biencoder, class_name: str, settings: TextSettings) -> None:
+    """A directory of a class of transformers, with pooling and head as modules of sentence-transformers."""
     config = model.config
     naming = "native" if class_name == "NomicBertModel" else "bert"
     tensors = to_torch(biencoder_mapping(config.encoder, naming), parameters(model))
     head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("mlp.")}
     _save_tensors(folder / "model.safetensors", tensors)
-    own = own_keys(config, settings)
-    write_json(folder / "config.json", {**transformers_keys(config.encoder, class_name), "cde_jax": own})
+    keys = transformers_keys(config.encoder, class_name)
+    write_json(folder / "config.json", keys | {"cde_jax": own_keys(config, settings)})
     kinds = ["Transformer", "Pooling", *(["Dense", "Dense"] if head else []), "Normalize"]
-    write_modules(folder, [f"sentence_transformers.models.{kind}" for kind in kinds])
-    modes = dict.fromkeys(("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens"), False)
-    modes["cls_token" if config.pooling == "cls" else "mean_tokens"] = True
+    _write_modules(folder, [f"sentence_transformers.models.{kind}" for kind in kinds])
+    modes = {"cls_token": config.pooling == "cls", "mean_tokens": config.pooling == "mean"}
+    modes |= {"max_tokens": False, "mean_sqrt_len_tokens": False}
     pooling = {"word_embedding_dimension": config.encoder.width}
-    write_json(
-        folder / "1_Pooling" / "config.json", pooling | {f"pooling_mode_{mode}": on for mode, on in modes.items()}
-    )
+    pooling |= {f"pooling_mode_{mode}": on for mode, on in modes.items()}
+    write_json(folder / "1_Pooling" / "config.json", pooling)
     for i, layer, activation in ((2, "mlp.0", "activation.GELU"), (3, "mlp.2", "linear.Identity")) if head else ():
         weight, bias = head[f"{layer}.weight"], head[f"{layer}.bias"]
         sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": True}
@@ -169,3 +197,36 @@ def _save_tensors(path: Path, tensors: Tensors) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def _write_onnx(directory: Path) -> None:
+    """Write `onnx/model.onnx` of the model in `directory`, by PyTorch's own exporter."""
+    import torch
+
+    spec = spec_from_file_location(MODULE, directory / f"{MODULE}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    class UnitVectors(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = module.CdeModel.from_pretrained(directory).eval()
+
+        def forward(self, input_ids, attention_mask):
+            return torch.nn.functional.normalize(self.model(input_ids, attention_mask), dim=-1)
+
+    (directory / "onnx").mkdir()
+    names, dynamic = ("input_ids", "attention_mask"), {0: "batch", 1: "length"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of its own parts
+        torch.onnx.export(
+            UnitVectors(),
+            tuple(torch.ones(2, 8, dtype=torch.long) for _ in names),
+            directory / "onnx" / "model.onnx",
+            input_names=names,
+            output_names=["sentence_embedding"],
+            dynamic_shapes=dict.fromkeys(names, dynamic),
+            dynamo=True,
+            external_data=(directory / "model.safetensors").stat().st_size > _ONE_FILE,
+            verbose=False,
+        )

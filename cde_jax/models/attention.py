@@ -1,10 +1,8 @@
 """Self-attention of texts that also attend to context slots: one function, `attend`, with three kernels.
 
-Two patterns (ARCHITECTURE.md, "The model"):
-
-- *joint*: slots and text are one sequence, everything attends to everything (paper, section 4);
-- *isolated*: slots attend only among themselves, text attends to slots and text. The slots' keys and values
-  are then a function of the context alone, and come in here as a `prefix` that all texts of a batch share.
+*Joint* attention (paper, section 4): slots and text are one sequence. *Isolated* attention: slots attend only among
+themselves, text to slots and text; the slots' keys and values are then a function of the context alone, and come in
+here as a `prefix` that all texts of a batch share.
 
 All kernels give the same numbers (float32 to 1e-5, bfloat16 to 2e-2 of float32); `select_kernel` says which one runs.
 """
@@ -21,6 +19,8 @@ from jaxtyping import Array, Bool, Float, Shaped
 Kernel = Literal["auto", "xla", "blocks", "cudnn"]
 Queries = Float[Array, "B T H d"]
 Keys = Float[Array, "B S H d"]
+KeyMask = Bool[Array, "B S"]
+Bias = Float[Array, " H"]
 
 # Logits that the kernel "blocks" has at a time: 4 MB in float32, which stay in the caches of two CPU cores.
 BLOCK_LOGITS = 2**20
@@ -37,10 +37,10 @@ def attend(
     queries: Queries,
     keys: Keys,
     values: Keys,
-    mask: Bool[Array, "B S"],
+    mask: KeyMask,
     *,
     prefix: Prefix | None = None,
-    bias: Float[Array, " H"] | None = None,
+    bias: Bias | None = None,
     slots: int = 0,
     kernel: str = "auto",
 ) -> Queries:
@@ -51,7 +51,6 @@ def attend(
       prefix: keys and values shared by the batch, [P, H, d], or one set per text, [B, P, H, d].
       bias: added to the logits from text to slots: to all of `prefix`, or, in a joint sequence, from the tokens
         after the first `slots` to the first `slots`.
-      kernel: see `select_kernel`.
     """
     selected = select_kernel(kernel, queries.dtype, queries.shape[-1])
     function = {"xla": attend_xla, "blocks": attend_blocks, "cudnn": attend_cudnn}[selected]
@@ -61,36 +60,29 @@ def attend(
 def select_kernel(kernel: str, dtype: DTypeLike, head_dim: int, platform: str | None = None) -> str:
     """The kernel that runs: "xla", "blocks" or "cudnn"; a ValueError for one that the platform lacks.
 
-    "xla": matrix products of all texts at once. "blocks": the same, a few texts at a time, logits recomputed in the
-    backward pass. "cudnn": fused attention on NVIDIA GPUs, logits never in memory; by name only, for it has not been
-    measured on one yet. "auto": "blocks" on CPU, else "xla". `platform` is what JAX runs on: "cpu", "cuda", "tpu", …;
-    None: this process's.
+    "xla": all texts at once. "blocks": a few texts at a time, logits recomputed in the backward pass. "cudnn": fused on
+    NVIDIA GPUs, logits never in memory; by name only, for it has not been measured yet. "auto": "blocks" on CPU, else
+    "xla". `platform` is what JAX runs on: "cpu", "cuda", "tpu", …; None: this process's.
     """
     platform = platform or ("cuda" if "cuda" in get_backend().platform_version else jax.default_backend())
     if kernel not in get_args(Kernel):
         raise ValueError(f"expected an attention kernel of {', '.join(get_args(Kernel))}; got {kernel!r}")
     if kernel == "auto":
         return "blocks" if platform == "cpu" else "xla"
-    missing = []
-    if platform != "cuda":
-        missing.append(f"an NVIDIA GPU, and JAX runs on {platform} here")
-    if jnp.dtype(dtype).itemsize != 2:
-        missing.append(f"bfloat16 compute (model.dtype), got {jnp.dtype(dtype).name}")
-    if head_dim % 8 or head_dim > 128:
-        missing.append(f"heads of at most 128 features, a multiple of 8, got {head_dim}")
+    dtype = jnp.dtype(dtype)
+    needs = {
+        f"an NVIDIA GPU, and JAX runs on {platform} here": platform == "cuda",
+        f"bfloat16 compute (model.dtype), got {dtype.name}": dtype.itemsize == 2,
+        f"heads of at most 128 features, a multiple of 8, got {head_dim}": head_dim % 8 == 0 and head_dim <= 128,
+    }
+    missing = [need for need, met in needs.items() if not met]
     if kernel == "cudnn" and missing:
         raise ValueError(f"attention kernel 'cudnn' needs {', and '.join(missing)}: choose 'auto', 'xla' or 'blocks'")
     return kernel
 
 
 def attend_xla(
-    queries: Queries,
-    keys: Keys,
-    values: Keys,
-    mask: Bool[Array, "B S"],
-    prefix: Prefix | None = None,
-    bias: Float[Array, " H"] | None = None,
-    slots: int = 0,
+    queries: Queries, keys: Keys, values: Keys, mask: KeyMask, prefix: Prefix | None, bias: Bias | None, slots: int
 ) -> Queries:
     """Softmax over one or two sets of keys without concatenating them, so that a shared prefix is never copied.
 
@@ -125,13 +117,7 @@ def attend_xla(
 
 
 def attend_blocks(
-    queries: Queries,
-    keys: Keys,
-    values: Keys,
-    mask: Bool[Array, "B S"],
-    prefix: Prefix | None = None,
-    bias: Float[Array, " H"] | None = None,
-    slots: int = 0,
+    queries: Queries, keys: Keys, values: Keys, mask: KeyMask, prefix: Prefix | None, bias: Bias | None, slots: int
 ) -> Queries:
     """`attend_xla` of a few texts at a time: with all at once, a CPU spends most of its time on memory for logits."""
     texts, length, heads, _ = queries.shape
@@ -158,16 +144,16 @@ def attend_cudnn(
     queries: Queries,
     keys: Keys,
     values: Keys,
-    mask: Bool[Array, "B S"],
+    mask: KeyMask,
     prefix: Prefix | None = None,
-    bias: Float[Array, " H"] | None = None,
+    bias: Bias | None = None,
     slots: int = 0,
     implementation: str = "cudnn",
 ) -> Queries:
     """One call of `jax.nn.dot_product_attention`: a prefix is joined to the keys, `bias` rounded to their dtype.
 
-    cuDNN takes lengths in place of a mask: a text whose padding is not at its end gives NaN. With a `bias` it needs
-    even numbers of queries and keys. `implementation` "xla" computes the same on any platform, for tests.
+    cuDNN takes lengths in place of a mask: a text whose padding is not at its end gives NaN. `implementation` "xla"
+    computes the same on any platform, for tests.
     """
     count = mask.sum(axis=1, dtype=jnp.int32)
     padded_at_end = (mask == (jnp.arange(mask.shape[1]) < count[:, None])).all(axis=1)  # [B]
@@ -181,10 +167,8 @@ def attend_cudnn(
     if bias is not None and slots:
         rows, columns = queries.shape[1], keys.shape[1]
         if rows % 2 or columns % 2:
-            raise ValueError(
-                f"attention kernel 'cudnn' with a slot bias needs even numbers of queries and of keys, got {rows} and "
-                f"{columns}: set model.slot_bias=None, or choose the kernel 'xla'"
-            )
+            message = "attention kernel 'cudnn' with a slot bias needs even numbers of queries and of keys"
+            raise ValueError(f"{message}, got {rows} and {columns}: set model.slot_bias=None, or choose 'xla'")
         text_to_slot = (jnp.arange(rows) >= first_text)[:, None] & (jnp.arange(columns) < slots)  # [T, S]
         added = jnp.where(text_to_slot, bias[:, None, None], 0.0)[None].astype(queries.dtype)  # [1, H, T, S]
     output = jax.nn.dot_product_attention(

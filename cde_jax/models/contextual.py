@@ -1,15 +1,15 @@
-"""The two-stage contextual encoder (paper, section 4).
+"""The biencoder, and the two-stage contextual encoder (paper, section 4).
 
-`M1` embeds J context documents, once; the input of `M2` is `[c_1 … c_J | s_1 … s_8 | t_1 … t_L]`: J context slots, a
-soft prompt, the text; the output is pooled over the text.
+A biencoder reads a text alone. In the contextual encoder one of them, `M1`, embeds J context documents, once; the input
+of `M2` is `[c_1 … c_J | s_1 … s_8 | t_1 … t_L]`: J context slots, a soft prompt, the text; it is pooled over the text.
 
 Axis letters, used everywhere: `B` texts, `K` hard negatives per query, `N` documents in a batch = B(1+K),
 `J` context documents, `L` tokens, `D` width, `S` steps in a plan, `G` plan batches per step; here also
-`P` = slots and soft prompt together, `H` heads of `d` features.
+`P` = slots and soft prompt together, `S` = P + L, `H` heads of `d` features.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +17,79 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from cde_jax.models.attention import Prefix
-from cde_jax.models.biencoder import Biencoder, BiencoderConfig, mean_pool
-from cde_jax.models.encoder import EncoderConfig, Ids, Mask, as_tokens, linear
-
-__all__ = ["Biencoder", "BiencoderConfig", "ContextCache", "ContextualConfig", "ContextualEncoder"]
+from cde_jax.models.attention import KeyMask, Prefix
+from cde_jax.models.encoder import EncoderConfig, Hidden, Ids, Mask, as_tokens, linear
 
 # Vectors of the first stage: shared by all texts, or one set per text.
 Context = Float[Array | np.ndarray, "J D"] | Float[Array | np.ndarray, "B J D"]
+Slots = Float[Array | np.ndarray, "*B P D"]
 NO_POSITION = -1  # of context slots and soft prompt
 
 
 class ContextCache(NamedTuple):
     """A context as the second stage attends to it: computed once per corpus, or once per batch in training."""
 
-    slots: Float[Array | np.ndarray, "*B P D"]
+    slots: Slots
     prefix: Prefix | None  # isolated attention: keys and values, [layers, *B, P, H, d]
+
+
+@dataclasses.dataclass(frozen=True)
+class BiencoderConfig:
+    """An encoder, how its hidden states become one vector, and whether an MLP follows."""
+
+    encoder: EncoderConfig
+    pooling: Literal["mean", "cls"] = "mean"
+    head: bool = False  # Linear, GELU, Linear after pooling: the first stage has it
+    output_width: int | None = None  # of the head; None: the encoder's width
+    residual: bool = False  # the head's input is added to its output, as in the output projection of a second stage
+    vectors_per_text: ClassVar[int] = 1
+
+    def __post_init__(self):
+        if self.residual and not (self.head and self.output_width in (None, self.encoder.width)):
+            message = f"a residual needs a head as wide as the encoder ({self.encoder.width})"
+            raise ValueError(f"{message}, got head={self.head} and output_width={self.output_width}")
+
+    def build(self, *, rngs: nnx.Rngs) -> "Biencoder":
+        """The biencoder of this config, with random parameters."""
+        return Biencoder(self, rngs=rngs)
+
+
+class Biencoder(nnx.Module):
+    """Text to vector, without context; with `head` it is the first stage of a contextual encoder."""
+
+    def __init__(self, config: BiencoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = config.encoder.build(rngs=rngs)
+        if config.head:
+            c = config.encoder
+            self.head_in = linear(c.width, c.width, c, rngs)
+            self.head_out = linear(c.width, config.output_width or c.width, c, rngs)
+
+    def embed(self, ids: Ids, mask: Mask, context: None = None) -> Float[Array, "B D"]:
+        """Vectors of texts, float32, not normalised; `context` must be None."""
+        if context is not None:
+            raise ValueError("a biencoder reads no context: call embed(ids, mask), or load a contextual encoder")
+        ids, mask = as_tokens(ids, mask)
+        return self.output(self.pool(self.encoder(ids, mask), mask))
+
+    def pool(self, hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+        """Mean over real tokens, or the first token, in float32."""
+        return mean_pool(hidden, mask) if self.config.pooling == "mean" else hidden[:, 0].astype(jnp.float32)
+
+    def output(self, vectors: Float[Array, "B D"]) -> Float[Array, "B E"]:
+        """The head, where there is one."""
+        if not self.config.head:
+            return vectors
+        hidden = jax.nn.gelu(self.head_in(vectors), approximate=False)
+        projected = self.head_out(hidden).astype(jnp.float32)
+        return vectors + projected if self.config.residual else projected
+
+
+def mean_pool(hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
+    """Mean of the hidden states where `mask` is True, in float32; zeros for a text without tokens."""
+    weights = mask.astype(jnp.float32)
+    total = jnp.einsum("bld,bl->bd", hidden.astype(jnp.float32), weights)
+    return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +106,12 @@ class ContextualConfig:
 
     def __post_init__(self):
         if self.context_size < 1:
-            raise ValueError(
-                f"a contextual model reads context documents: expected context_size J ≥ 1, got {self.context_size}; "
-                f"use a Biencoder to train without context"
-            )
-        if self.first_stage.encoder.width != self.second_stage.width:
-            raise ValueError(
-                f"context vectors of the first stage stand beside the second stage's tokens, so both need one "
-                f"width; got {self.first_stage.encoder.width} and {self.second_stage.width}"
-            )
+            message = f"expected context_size J ≥ 1, got {self.context_size}"
+            raise ValueError(f"{message}; use a Biencoder to train without context")
+        first, second = self.first_stage.encoder.width, self.second_stage.width
+        if first != second:
+            message = "context vectors stand beside the second stage's tokens, so both stages need one width"
+            raise ValueError(f"{message}; got {first} and {second}")
 
     @property
     def encoder(self) -> EncoderConfig:
@@ -116,8 +170,7 @@ class ContextualEncoder(nnx.Module):
         slots = jnp.asarray(context, jnp.float32)
         if c.soft_prompt:
             prompt = self.prompt_out(jax.nn.relu(self.prompt_in(jnp.ones(width)))).astype(jnp.float32)
-            prompt = prompt.reshape(c.soft_prompt, width)
-            prompt = jnp.broadcast_to(prompt, (*slots.shape[:-2], *prompt.shape))
+            prompt = jnp.broadcast_to(prompt.reshape(-1, width), (*slots.shape[:-2], c.soft_prompt, width))
             slots = jnp.concatenate([slots, prompt], axis=-2)  # [*B, P, D]
         if not slots.shape[-2]:
             raise ValueError("expected at least one context document, got none: pass None for null slots")
@@ -138,9 +191,9 @@ class ContextualEncoder(nnx.Module):
         check_cache(cache, self.config)
         return self.output(self.pool(self.hidden(ids, mask, cache), ids, mask))
 
-    def hidden(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache) -> Float[Array, "B S D"]:
+    def hidden(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache) -> Hidden:
         """Last hidden states: of the text (isolated, S = L), or of slots and text (joint, S = P + L)."""
-        text = self.embed_text(ids, mask)
+        text = self.encoder.embed_tokens(ids, mask)
         bias = None if self.config.slot_bias is None else self.slot_bias[...]  # [layers, H]
         if cache.prefix is not None:
             angles = self.encoder.angles(self.encoder.positions(mask))
@@ -148,16 +201,9 @@ class ContextualEncoder(nnx.Module):
         x, mask, positions = self.joint_sequence(text, mask, cache.slots)
         return self.encoder.run(x, mask, self.encoder.angles(positions), bias=bias, slots=cache.slots.shape[-2])[0]
 
-    def embed_text(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Token embeddings of texts, before the embedding norm."""
-        return self.encoder.embed_tokens(ids, mask)
-
     def joint_sequence(
-        self,
-        text: Float[Array, "B L D"],
-        mask: Bool[Array, "B L"],
-        slots: Float[Array | np.ndarray, "P D"] | Float[Array | np.ndarray, "B P D"],
-    ) -> tuple[Float[Array, "B S D"], Bool[Array, "B S"], Int[Array, "B S"]]:
+        self, text: Float[Array, "B L D"], mask: Bool[Array, "B L"], slots: Slots
+    ) -> tuple[Hidden, KeyMask, Int[Array, "B S"]]:
         """Embeddings, mask and positions of slots and text as one sequence, S = P + L."""
         batch, count = mask.shape[0], slots.shape[-2]
         slots = jnp.broadcast_to(slots, (batch, *slots.shape[-2:])).astype(text.dtype)
@@ -168,9 +214,7 @@ class ContextualEncoder(nnx.Module):
             jnp.concatenate([slot_positions, self.encoder.positions(mask)], axis=1),
         )
 
-    def pool(
-        self, hidden: Float[Array, "B S D"], ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
-    ) -> Float[Array, "B D"]:
+    def pool(self, hidden: Hidden, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
         """Mean over the tokens of the text, in float32."""
         return mean_pool(hidden[:, hidden.shape[1] - mask.shape[1] :], mask)
 
@@ -184,22 +228,13 @@ class ContextualEncoder(nnx.Module):
 
 
 def check_cache(cache: ContextCache, config: ContextualConfig) -> None:
-    """ValueError for the cache of another model: one with another second stage or attention.
-
-    Shapes tell most other models apart; a `retrieval.Context` carries a fingerprint of the weights, and tells all.
-    """
-    e, attention = config.second_stage, "joint" if cache.prefix is None else "isolated"
-    if attention != config.context_attention:
-        raise ValueError(
-            f"this context cache is of a model with {attention} attention, this one's is {config.context_attention}: "
-            f"call prepare_context of this model"
-        )
-    got, expected = cache.slots.shape[-1:], (e.width,)
+    """ValueError for the cache of another model, as far as shapes tell (`retrieval.Context` has a fingerprint)."""
+    e, isolated = config.second_stage, config.context_attention == "isolated"
+    expected = (config.context_attention, e.width, *((e.layers, e.heads, e.head_dim) if isolated else ()))
+    got = ("joint", cache.slots.shape[-1])
     if cache.prefix is not None:
         layers, *_, heads, head_dim = cache.prefix.keys.shape
-        got, expected = (*got, layers, heads, head_dim), (e.width, e.layers, e.heads, e.head_dim)
+        got = ("isolated", got[1], layers, heads, head_dim)
     if got != expected:
-        raise ValueError(
-            f"this context cache is of another model: expected a width (and layers, heads, features of a head) of "
-            f"{expected}, got {got}; call prepare_context of this model"
-        )
+        shapes = f"expected attention, width (layers, heads, features of a head) {expected}, got {got}"
+        raise ValueError(f"this context cache is of another model: {shapes}; call prepare_context of this model")

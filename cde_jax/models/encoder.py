@@ -6,7 +6,8 @@ with depth. Compute runs in `EncoderConfig.dtype`; norms, rotary angles and soft
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
-from cde_jax.models.attention import Kernel, Prefix, attend
+from cde_jax.models.attention import Kernel, KeyMask, Prefix, attend
 
 # What users give: token ids of any integer type, and masks of booleans or of 0 and 1, on any device or none.
 Ids = Integer[Array | np.ndarray, "B L"]
 Mask = Shaped[Array | np.ndarray, "B L"]
+
+Hidden = Float[Array, "B S D"]
+# Cosines and sines of the rotary angles, float32; h is 1, or H where heads differ.
+Rotary = tuple[Float[Array, "*batch S h r"], Float[Array, "*batch S h r"]]
+Rows = Float[Array, "N D"]  # the tokens of all texts, N = B·S
 
 INIT = nnx.initializers.truncated_normal(0.02)  # BERT's (Devlin et al., 1810.04805, appendix A.2)
 
@@ -49,15 +55,11 @@ class EncoderConfig:
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(
-                f"model width {self.width} cannot be split into {self.heads} heads: choose a width that is a "
-                f"multiple of the number of heads"
-            )
+            message = f"model width {self.width} cannot be split into {self.heads} heads"
+            raise ValueError(f"{message}: choose a width that is a multiple of the number of heads")
         if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(
-                f"rotary positions turn pairs of features, but width {self.width} / {self.heads} heads is an odd "
-                f"number of them: choose an even head size"
-            )
+            message = f"rotary positions turn pairs of features, but width {self.width} / {self.heads} heads"
+            raise ValueError(f"{message} is an odd number of them: choose an even head size")
 
     @property
     def head_dim(self) -> int:
@@ -74,18 +76,11 @@ class EncoderConfig:
         return Encoder(self, rngs=rngs)
 
 
-class Rotary(NamedTuple):
-    """Cosines and sines of the rotary angles, float32; h is 1, or H where heads differ."""
-
-    cos: Float[Array, "*batch S h r"]
-    sin: Float[Array, "*batch S h r"]
-
-
 def rotary(positions: Int[Array, "*batch S h"], dim: int, base: float) -> Rotary:
     """Rotary position embeddings (Su et al., arXiv 2104.09864) of `dim` features; −1, no position, is not rotated."""
     frequencies = 1.0 / base ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)  # [dim / 2]
     angles = jnp.maximum(positions, 0)[..., None].astype(jnp.float32) * frequencies
-    return Rotary(jnp.cos(angles), jnp.sin(angles))
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def as_tokens(ids: Ids, mask: Mask) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
@@ -97,7 +92,7 @@ def as_tokens(ids: Ids, mask: Mask) -> tuple[Int[Array, "B L"], Bool[Array, "B L
 
 
 def linear(inputs: int, outputs: int, config: EncoderConfig, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
-    """A dense layer with float32 parameters that computes in the config's dtype."""
+    """A dense layer of float32 parameters that computes in the config's dtype."""
     return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=INIT, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
@@ -109,14 +104,11 @@ def norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def select_remat(remat: str, platform: str | None = None) -> str:
-    """What `EncoderConfig.remat` means on a platform (None: this process's): "none", "dots" or "full".
-
-    "auto" is "dots" on CPU, where keeping activations costs more time than computing them (measured: 1.25 times as
-    fast), else "none".
-    """
-    if remat == "auto":
-        return "dots" if (platform or jax.default_backend()) == "cpu" else "none"
-    return remat
+    """What `EncoderConfig.remat` means on a platform (None: this process's): "none", "dots" or "full"."""
+    if remat != "auto":
+        return remat
+    # Keeping activations costs a CPU more time than computing them (measured: 1.25 times as fast).
+    return "dots" if (platform or jax.default_backend()) == "cpu" else "none"
 
 
 def rematerialized(layer: Callable, remat: str) -> Callable:
@@ -132,10 +124,10 @@ def rematerialized(layer: Callable, remat: str) -> Callable:
 
 
 class Block(nnx.Module):
-    """Attention and MLP with post-norm residuals, over the tokens of all texts as rows [N, D].
+    """Attention and MLP with post-norm residuals, over the tokens of all texts as rows; `mask` tells which are text.
 
-    N = B·S; `mask` [B, S] says which rows are a text. With texts on an axis of their own, XLA would transpose the
-    activations for each weight's gradient (on CPU a biencoder's step took 1.3 times as long, benchmarks/results).
+    With texts on an axis of their own, XLA would transpose the activations for each weight's gradient (on CPU a
+    biencoder's step took 1.3 times as long, benchmarks/results).
     """
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
@@ -148,17 +140,13 @@ class Block(nnx.Module):
         self.mlp_out = linear(c.mlp_width, c.width, c, rngs, bias=bias_out)
         self.norm2 = norm(c, rngs)
 
-    def __call__(
-        self, x: Float[Array, "N D"], mask: Bool[Array, "B S"], angles: Rotary | None, **context: Any
-    ) -> tuple[Float[Array, "N D"], Prefix]:
+    def __call__(self, x: Rows, mask: KeyMask, angles: Rotary | None, **context: Any) -> tuple[Rows, Prefix]:
         """One layer, and its keys and values [B, S, H, d]; `context` goes to `attention.attend`."""
         output, keys_values = self.attention(x, mask, angles, **context)
         x = self.norm1(x + output).astype(x.dtype)
         return self.norm2(x + self.mlp(x)).astype(x.dtype), keys_values
 
-    def attention(
-        self, x: Float[Array, "N D"], mask: Bool[Array, "B S"], angles: Rotary | None, **context: Any
-    ) -> tuple[Float[Array, "N D"], Prefix]:
+    def attention(self, x: Rows, mask: KeyMask, angles: Rotary | None, **context: Any) -> tuple[Rows, Prefix]:
         """Attention output and the keys and values [B, S, H, d] that it used."""
         c = self.config
         qkv = self.qkv(x).reshape(*mask.shape, 3, c.heads, c.head_dim)  # [B, S, 3, H, d]
@@ -171,12 +159,10 @@ class Block(nnx.Module):
 
     def rotate(self, x: Float[Array, "*batch S H d"], angles: Rotary) -> Float[Array, "*batch S H d"]:
         """Rotate feature i of each head with feature i + d/2 (GPT-NeoX's order), in float32."""
-        a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([a * angles.cos - b * angles.sin, b * angles.cos + a * angles.sin], axis=-1).astype(
-            x.dtype
-        )
+        (a, b), (cos, sin) = jnp.split(x.astype(jnp.float32), 2, axis=-1), angles
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
-    def mlp(self, x: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    def mlp(self, x: Rows) -> Rows:
         """(Gated) two-layer perceptron."""
         hidden = self.mlp_in(x)
         if not self.config.gated:
@@ -195,14 +181,13 @@ class Encoder(nnx.Module):
     block = Block
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        c = config
-        self.config = c
-        dtype = jnp.dtype(c.dtype)
-        self.word = nnx.Embed(c.vocab_size, c.width, embedding_init=INIT, dtype=dtype, rngs=rngs)
+        self.config = c = config
+        table = partial(nnx.Embed, features=c.width, embedding_init=INIT, dtype=jnp.dtype(c.dtype), rngs=rngs)
+        self.word = table(c.vocab_size)
         if c.positions == "learned":
-            self.position = nnx.Embed(c.max_positions, c.width, embedding_init=INIT, dtype=dtype, rngs=rngs)
+            self.position = table(c.max_positions)
         if c.token_types:
-            self.token_type = nnx.Embed(c.token_types, c.width, embedding_init=INIT, dtype=dtype, rngs=rngs)
+            self.token_type = table(c.token_types)
         self.norm = norm(c, rngs)
 
         @nnx.split_rngs(splits=c.layers)
@@ -215,8 +200,7 @@ class Encoder(nnx.Module):
     def __call__(self, ids: Ids, mask: Mask, *, type_ids: Ids | None = None) -> Float[Array, "B L D"]:
         """Hidden states of the last layer, in the compute dtype."""
         ids, mask = as_tokens(ids, mask)
-        x = self.embed_tokens(ids, mask, type_ids=None if type_ids is None else jnp.asarray(type_ids, jnp.int32))
-        return self.run(x, mask, self.angles(self.positions(mask)))[0]
+        return self.run(self.embed_tokens(ids, mask, type_ids), mask, self.angles(self.positions(mask)))[0]
 
     def positions(self, mask: Bool[Array, "B L"]) -> Int[Array, "B L"]:
         """Index of each token in its text, from 0."""
@@ -228,7 +212,7 @@ class Encoder(nnx.Module):
         return rotary(positions[..., None], c.head_dim, c.rotary_base) if c.positions == "rotary" else None
 
     def embed_tokens(
-        self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], *, type_ids: Int[Array, "B L"] | None = None
+        self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], type_ids: Ids | None = None
     ) -> Float[Array, "B L D"]:
         """Word, learned position and token type embeddings, before the embedding norm.
 
@@ -236,10 +220,8 @@ class Encoder(nnx.Module):
         """
         c = self.config
         if c.positions == "learned" and ids.shape[1] > c.max_positions:
-            raise ValueError(
-                f"texts of {ids.shape[1]} tokens need as many learned positions, the model has {c.max_positions}: "
-                f"cut the texts"
-            )
+            needed = f"texts of {ids.shape[1]} tokens need as many learned positions"
+            raise ValueError(f"{needed}, the model has {c.max_positions}: cut the texts")
         x = self.word(ids)
         if c.token_types:
             x += self.token_type(jnp.zeros_like(ids) if type_ids is None else type_ids)
@@ -249,15 +231,15 @@ class Encoder(nnx.Module):
 
     def run(
         self,
-        x: Float[Array, "B S D"],
-        mask: Bool[Array, "B S"],
+        x: Hidden,
+        mask: KeyMask,
         angles: Rotary | None,
         *,
         prefix: Prefix | None = None,
         bias: Float[Array, "layers H"] | None = None,
         slots: int = 0,
         return_keys_values: bool = False,
-    ) -> tuple[Float[Array, "B S D"], Prefix | None]:
+    ) -> tuple[Hidden, Prefix | None]:
         """The embedding norm and all layers over embeddings: hidden states and, if asked for, keys and values.
 
         `prefix` and `bias` are stacked over layers, as are the keys and values [layers, B, S, H, d] returned; they
@@ -265,7 +247,7 @@ class Encoder(nnx.Module):
         """
         graph, blocks = nnx.split(self.blocks)
 
-        def layer(x: Float[Array, "N D"], scanned: tuple) -> tuple[Float[Array, "N D"], Prefix | None]:
+        def layer(x: Rows, scanned: tuple) -> tuple[Rows, Prefix | None]:
             params, prefix, bias = scanned
             x, keys_values = nnx.merge(graph, params)(x, mask, angles, prefix=prefix, bias=bias, slots=slots)
             return x, keys_values if return_keys_values else None

@@ -18,6 +18,7 @@ from cde_jax.adapters.whitening import SAMPLE_SIZE, whitening
 from cde_jax.data.files import fingerprint
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.modules import TextSettings
+from cde_jax.interop.read import check_vocabulary
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
 from cde_jax.retrieval.context import Context, weights_fingerprint
@@ -86,7 +87,7 @@ class Embedder:
         self, context: Context | None, directory: str | Path, card: str | None = None, *, onnx: bool = True
     ) -> None:
         """Write a model of one input with `context` as constants, for PyTorch and ONNX."""
-        from cde_jax.interop.corpus_export import export_corpus
+        from cde_jax.interop.write import export_corpus
 
         if not self.contextual:
             raise ValueError("a biencoder reads no context: save_pretrained writes a one-input model")
@@ -230,12 +231,10 @@ class Embedder:
 
     def _check_tables(self) -> None:
         """ValueError for ids or positions beyond the model's tables, where look-ups would be clipped silently."""
-        c, vocabulary = self.config, self.tokenizer.vocab_size if self.tokenizer else 0
-        longest = max(self.settings.query_length, self.settings.document_length)
-        for encoder in (c.second_stage, c.first_stage.encoder) if self.contextual else (c.encoder,):
-            if vocabulary > encoder.vocab_size:
-                table = f"the tokenizer has {vocabulary} tokens and the model's table {encoder.vocab_size}"
-                raise ValueError(f"{table}: give the tokenizer that the model was trained with")
+        c, longest = self.config, max(self.settings.query_length, self.settings.document_length)
+        if self.tokenizer:
+            check_vocabulary(self.tokenizer.vocab_size, c)
+        for encoder in (c.encoder, c.first_stage.encoder) if self.contextual else (c.encoder,):
             if encoder.positions == "learned" and longest > encoder.max_positions:
                 table = (
                     f"texts of {longest} tokens need as many learned positions, the model has {encoder.max_positions}"
