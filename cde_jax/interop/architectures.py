@@ -19,7 +19,6 @@ from cde_jax.models.contextual import ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
 
 NUMERICS = get_args(Numerics)
-_ENCODER_NUMERICS = {"shipped": "shipped", "training": "training"}  # others run an encoder as transformers does
 FORMAT = 2
 RUNTIME = ("dtype", "remat", "attention")  # how a model is run, which an export does not keep
 _INNER = dict.fromkeys(("encoder", "second_stage"), ReferenceEncoderConfig) | {"first_stage": ReferenceBiencoderConfig}
@@ -253,7 +252,7 @@ def encoder_config(keys: Mapping[str, Any], numerics: str | None) -> EncoderConf
     optional = ("max_positions", "token_types", "norm_epsilon")  # with our defaults
     fields = {field: keys[key] for key, field in TRANSFORMERS.items() if key in keys or field not in optional}
     fields["rotary_base"] = rope.get("rope_theta", keys.get("rope_theta", 1000.0))
-    return build_config(ReferenceEncoderConfig, fields | {"numerics": _ENCODER_NUMERICS.get(numerics)})
+    return build_config(ReferenceEncoderConfig, fields | _numerics(numerics))
 
 
 def _nomic_encoder(keys: Mapping[str, Any], numerics: str | None) -> EncoderConfig:
@@ -271,7 +270,11 @@ def _nomic_encoder(keys: Mapping[str, Any], numerics: str | None) -> EncoderConf
         "rotary_fraction": fraction if fraction > 0 else 1.0,
         "mlp_bias": (keys["mlp_fc1_bias"], keys["mlp_fc2_bias"]),
     }
-    return build_config(ReferenceEncoderConfig, fields | {"numerics": _ENCODER_NUMERICS.get(numerics)})
+    return build_config(ReferenceEncoderConfig, fields | _numerics(numerics))
+
+
+def _numerics(numerics: str | None) -> dict[str, str | None]:
+    return {"numerics": None if numerics == "shipped-sequence" else numerics}  # it runs encoders as transformers does
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -95,10 +95,8 @@ def _open_encoder(name_or_path: str | Path, layers: int | None) -> tuple[Encoder
     changes = {"numerics": None} if isinstance(config, ReferenceEncoderConfig) else {}
     config = simplified(dataclasses.replace(config, layers=layers or config.layers, **changes))
     if type(config) is not EncoderConfig:
-        raise ValueError(
-            f"{name_or_path}: training starts from NomicBERT or BERT; pre-norm layers, geglu and glu, and partial or "
-            f"interleaved rotary embeddings can be loaded for encoding only"
-        )
+        others = "pre-norm layers, geglu and glu, and partial or interleaved rotary embeddings"
+        raise ValueError(f"{name_or_path}: training starts from NomicBERT or BERT; {others} are for encoding only")
     return config, {path.removeprefix("encoder."): names for path, names in mapping.items()}, weights
 
 
@@ -120,10 +118,8 @@ def _download(name: str, files: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # hub, connection and naming errors share no base class
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{name!r} is no directory here, not in the local cache and cannot be fetched now ({reason}); "
-            f"give a directory, or connect to the network once"
-        ) from None
+        problem = f"{name!r} is no directory here, not in the local cache and cannot be fetched now ({reason})"
+        raise ValueError(f"{problem}; give a directory, or connect to the network once") from None
 
 
 def open_checkpoint(
@@ -132,11 +128,11 @@ def open_checkpoint(
     """Config, weight mapping, stored tensors and text settings of a directory; the tensors fit the config."""
     if numerics not in (None, *NUMERICS):
         raise ValueError(f"numerics: expected one of {', '.join(NUMERICS)}, or None, got {numerics!r}")
-    folder = transformer_folder(directory)
-    if not (folder / "config.json").is_file():
-        refuse_pickles(folder)
-        raise ValueError(f"{folder}: expected a model directory with config.json and model.safetensors")
-    keys, weights = read_json(folder / "config.json", dict), _plain_names(tensors(folder))
+    file = transformer_folder(directory) / "config.json"
+    if not file.is_file():
+        refuse_pickles(file.parent)
+        raise ValueError(f"{file.parent}: expected a model directory with config.json and model.safetensors")
+    keys, weights = read_json(file, dict), _plain_names(tensors(file.parent))
     try:
         config = _model_config(keys, numerics, directory, weights)
         if not is_reference(keys):
@@ -145,11 +141,9 @@ def open_checkpoint(
                 config = with_modules(config, directory, weights)
         settings = text_settings(directory, keys, config)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'}: a key of its architecture is missing or has another type ({error!r})"
-        ) from error
+        raise ValueError(f"{file}: a key of its architecture is missing or has another type ({error!r})") from error
     except ValueError as error:
-        raise error if str(directory) in str(error) else ValueError(f"{folder / 'config.json'}: {error}") from None
+        raise error if str(directory) in str(error) else ValueError(f"{file}: {error}") from None
     if getattr(config, "tie_token_embeddings", False):
         weights = _untied(weights)
     if isinstance(config, ContextualConfig):
@@ -170,25 +164,24 @@ def _model_config(
 ) -> ModelConfig:
     own = config.get("cde_jax", {})
     if own.get("corpus_slots") or own.get("baked"):
-        raise ValueError(
-            "an export with the context of a corpus has no first stage; load the export it was made from, or run this "
-            "one with sentence-transformers or ONNX"
-        )
-    reference = not own or own["numerics"] in NUMERICS
-    if own and not reference and numerics is not None:
-        raise ValueError(f"exported with cde_jax's own numerics; leave numerics={numerics!r} out")
-    if own and numerics in (None, own["numerics"]) and not (reference and own["format"] == 1):
-        return from_dict(own["model"])
-    numerics = numerics or own.get("numerics")
+        advice = "load the export it was made from, or run this one with sentence-transformers or ONNX"
+        raise ValueError(f"an export with the context of a corpus has no first stage; {advice}")
+    if own:
+        reference = own["numerics"] in NUMERICS
+        if numerics is not None and not reference:
+            raise ValueError(f"exported with cde_jax's own numerics; leave numerics={numerics!r} out")
+        if numerics in (None, own["numerics"]) and not (reference and own["format"] == 1):
+            return from_dict(own["model"])
+        numerics = numerics or own["numerics"]
     if is_reference(config):
         null = "second_stage_model.sequence_dropout_null_embedding" in weights
         return reference_config(config, numerics or "shipped", null=null, colon=partial(_colon, directory, config))
     if config.get("model_type") not in ("bert", "nomic_bert"):
-        raise ValueError(
-            f"unknown model_type {config.get('model_type')!r} (architecture {config.get('architecture')!r}); supported "
-            f"are cde-small-v1's layout (architecture: transductive or biencoder), nomic_bert (nomic-ai's and "
-            f"transformers' own keys), bert, and exports of cde_jax"
+        got = f"unknown model_type {config.get('model_type')!r} (architecture {config.get('architecture')!r})"
+        layouts = (
+            "cde-small-v1's layout (architecture: transductive or biencoder), nomic_bert, bert, exports of cde_jax"
         )
+        raise ValueError(f"{got}; supported are {layouts}")
     return BiencoderConfig(encoder_config(config, numerics))
 
 
@@ -247,10 +240,10 @@ def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The one table that both stages share, under the second stage's name; two tables must be equal."""
     first, second = (weights.get(name) for name in TIED)
     if first and second and first.load().tobytes() != second.load().tobytes():
-        raise ValueError(
-            f"config.json ties the word embeddings of both stages, but the file has two different tables: {TIED[0]} "
-            f"and {TIED[1]}; set transductive_tie_token_embeddings to false"
+        problem = (
+            f"config.json ties the word embeddings of both stages, and {' and '.join(TIED)} are two different tables"
         )
+        raise ValueError(f"{problem}; set transductive_tie_token_embeddings to false")
     rest = {name: tensor for name, tensor in weights.items() if name not in TIED}
     return rest | ({TIED[1]: second or first} if second or first else {})
 

@@ -24,7 +24,7 @@ Mask = Shaped[Array | np.ndarray, "B L"]
 
 Hidden = Float[Array, "B S D"]
 # Cosines and sines of the rotary angles, float32; h is 1, or H where heads differ.
-Rotary = tuple[Float[Array, "*batch S h r"], Float[Array, "*batch S h r"]]
+Rotary = tuple[Float[Array, "... S h r"], Float[Array, "... S h r"]]
 Rows = Float[Array, "N D"]  # the tokens of all texts, N = B·S
 
 INIT = nnx.initializers.truncated_normal(0.02)  # BERT's (Devlin et al., 1810.04805, appendix A.2)
