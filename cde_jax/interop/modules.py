@@ -158,24 +158,18 @@ def with_modules(model: BiencoderConfig, directory: Path, weights: Mapping[str, 
     if unknown := sorted({kind for kind, _ in modules} - set(supported)):
         message = f"{directory}/modules.json: unknown modules {', '.join(unknown)}"
         raise ValueError(f"{message}; supported are {', '.join(supported)}")
-    for kind, folder in modules:
-        if kind == "Pooling":
-            model = dataclasses.replace(model, pooling=_pooling(folder / "config.json"))
+    for path in (folder / "config.json" for kind, folder in modules if kind == "Pooling"):
+        config = read_json(path, dict)
+        legacy = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+        on = [legacy.get(key, key) for key, x in config.items() if key.startswith("pooling_mode_") and x is True]
+        modes = config.get("pooling_mode") or on
+        modes = modes if isinstance(modes, list) else [modes]
+        if modes not in (["mean"], ["cls"]):
+            raise ValueError(f"{path}: expected mean or cls pooling, got {', '.join(map(str, modes))}")
+        model = dataclasses.replace(model, pooling=modes[0])
     if "mlp.2.weight" in weights:
         model = dataclasses.replace(model, head=True, output_width=weights["mlp.2.weight"].shape[0])
     return model
-
-
-def _pooling(path: Path) -> str:
-    config = read_json(path, dict)
-    legacy = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    modes = config.get("pooling_mode") or [
-        legacy.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on is True
-    ]
-    modes = modes if isinstance(modes, list) else [modes]
-    if modes not in (["mean"], ["cls"]):
-        raise ValueError(f"{path}: expected mean or cls pooling, got {', '.join(map(str, modes))}")
-    return modes[0]
 
 
 def text_settings(directory: Path, config: Mapping[str, Any], model: ModelConfig) -> TextSettings:

@@ -16,27 +16,12 @@ from flax import nnx
 
 from cde_jax.data.files import read_json
 from cde_jax.data.tokens import read_backend
+from cde_jax.interop import modules
 from cde_jax.interop.architectures import NUMERICS, encoder_config, from_dict, is_reference, reference_config
-from cde_jax.interop.modules import (
-    Tensor,
-    TextSettings,
-    head,
-    refuse_pickles,
-    tensors,
-    text_settings,
-    transformer_folder,
-    with_modules,
-)
+from cde_jax.interop.modules import Tensor, TextSettings, refuse_pickles, transformer_folder
 from cde_jax.interop.reference_model import Config, ModelConfig, ReferenceEncoderConfig, simplified
-from cde_jax.interop.weight_mapping import (
-    TIED,
-    Mapped,
-    biencoder_mapping,
-    check_bijection,
-    contextual_mapping,
-    from_torch,
-)
-from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
+from cde_jax.interop.weight_mapping import TIED, Mapped, check_bijection, from_torch, model_mapping
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualEncoder
 from cde_jax.models.encoder import Encoder, EncoderConfig
 
 TOKENIZER_FILES = (
@@ -79,15 +64,11 @@ def load_encoder(name_or_path: str | Path, layers: int | None = None) -> Encoder
 
     Of a contextual model that is the second stage. The numerics of the reference's programs are left out.
     """
-    return load_parameters(*_open_encoder(name_or_path, layers))
+    return load_parameters(*open_encoder(name_or_path, layers))
 
 
-def load_encoder_config(name_or_path: str | Path, layers: int | None = None) -> EncoderConfig:
-    """The shape of the encoder that `load_encoder` loads; weights are not read."""
-    return _open_encoder(name_or_path, layers)[0]
-
-
-def _open_encoder(name_or_path: str | Path, layers: int | None) -> tuple[EncoderConfig, Mapped, dict[str, Tensor]]:
+def open_encoder(name_or_path: str | Path, layers: int | None) -> tuple[EncoderConfig, Mapped, dict[str, Tensor]]:
+    """Config, weight mapping and stored tensors of the encoder that `load_encoder` loads; no weights are read."""
     config, mapping, weights, _ = open_checkpoint(resolve(name_or_path))
     config = config.encoder
     if layers is not None and not 1 <= layers <= config.layers:
@@ -132,26 +113,23 @@ def open_checkpoint(
     if not file.is_file():
         refuse_pickles(file.parent)
         raise ValueError(f"{file.parent}: expected a model directory with config.json and model.safetensors")
-    keys, weights = read_json(file, dict), _plain_names(tensors(file.parent))
+    keys, weights = read_json(file, dict), _plain_names(modules.tensors(file.parent))
     try:
         config = _model_config(keys, numerics, directory, weights)
         if not is_reference(keys):
-            weights |= head(directory)
+            weights |= modules.head(directory)
             if "cde_jax" not in keys:
-                config = with_modules(config, directory, weights)
-        settings = text_settings(directory, keys, config)
+                config = modules.with_modules(config, directory, weights)
+        settings = modules.text_settings(directory, keys, config)
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{file}: a key of its architecture is missing or has another type ({error!r})") from error
     except ValueError as error:
         raise error if str(directory) in str(error) else ValueError(f"{file}: {error}") from None
     if getattr(config, "tie_token_embeddings", False):
         weights = _untied(weights)
-    if isinstance(config, ContextualConfig):
-        mapping = contextual_mapping(config)
-    else:
-        names = "\n".join(weights)
-        naming = "bert" if ".attention.self." in names else "native" if ".self_attn." in names else "reference"
-        mapping = biencoder_mapping(config.encoder, naming, "embedder." if is_reference(keys) else "")
+    names = "\n".join(weights)
+    naming = "bert" if ".attention.self." in names else "native" if ".self_attn." in names else "reference"
+    mapping = model_mapping(config, naming, "embedder." if is_reference(keys) else "")
     state = nnx.state(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     shapes = {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}
     check_bijection(mapping, shapes, {name: tensor.shape for name, tensor in weights.items()}, str(directory))
@@ -201,9 +179,8 @@ def check_tokenizer(directory: Path, config: ModelConfig) -> None:
     """`check_vocabulary` of the tokenizer beside the weights, if there is one."""
     with suppress(ImportError):  # where only JAX is installed: nothing is tokenized there
         if (directory / "tokenizer.json").is_file():
-            check_vocabulary(
-                max(read_backend(directory).get_vocab().values(), default=-1) + 1, config, f"{directory}: "
-            )
+            largest = max(read_backend(directory).get_vocab().values(), default=-1)
+            check_vocabulary(largest + 1, config, f"{directory}: ")
 
 
 def check_vocabulary(tokens: int, config: ModelConfig, where: str = "") -> None:

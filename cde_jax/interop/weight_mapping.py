@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from cde_jax.interop.reference_model import ModelConfig
 from cde_jax.models.contextual import ContextualConfig
 from cde_jax.models.encoder import EncoderConfig
 
@@ -77,6 +78,13 @@ def contextual_mapping(config: ContextualConfig) -> Mapped:
     if getattr(config, "tie_token_embeddings", False):  # NNX keeps the shared table under the encoder's path
         del mapping["first_stage.encoder.word.embedding"]
     return mapping
+
+
+def model_mapping(config: ModelConfig, naming: str = "reference", prefix: str = "embedder.") -> Mapped:
+    """`contextual_mapping`, or `biencoder_mapping` with a naming and what stands before the encoder's names."""
+    if isinstance(config, ContextualConfig):
+        return contextual_mapping(config)
+    return biencoder_mapping(config.encoder, naming, prefix)
 
 
 def _module(path: str, *names: str) -> Mapped:

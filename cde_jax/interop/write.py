@@ -24,8 +24,8 @@ from cde_jax.interop.architectures import jax_only, own_keys, reference_keys, tr
 from cde_jax.interop.modules import TextSettings
 from cde_jax.interop.read import TOKENIZER_FILES, check_tokenizer
 from cde_jax.interop.reference_model import ModelConfig
-from cde_jax.interop.weight_mapping import TIED, biencoder_mapping, contextual_mapping, to_torch
-from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextCache, ContextualConfig, ContextualEncoder
+from cde_jax.interop.weight_mapping import TIED, model_mapping, to_torch
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextCache, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 
 Model = Biencoder | ContextualEncoder
@@ -53,9 +53,7 @@ def save_pretrained(
         if class_name := _transformers_class(config):
             _write_transformers(new.path, model, class_name, settings)
         else:
-            contextual = isinstance(config, ContextualConfig)
-            names = contextual_mapping(config) if contextual else biencoder_mapping(config.encoder, prefix="embedder.")
-            tensors = to_torch(names, parameters(model))
+            tensors = to_torch(model_mapping(config), parameters(model))
             if getattr(config, "tie_token_embeddings", False):  # the reference has the table under both names
                 tensors[TIED[0]] = tensors[TIED[1]]
             _write_with_module(new.path, config, settings, tensors)
@@ -91,7 +89,7 @@ def export_corpus(
     if unsupported := jax_only(config):
         raise ValueError(f"settings that run in JAX only cannot be exported with a context: {', '.join(unsupported)}")
     slots, prefix = context if isinstance(context, ContextCache) else model.prepare_context(context)
-    tensors = to_torch(contextual_mapping(config), parameters(model))
+    tensors = to_torch(model_mapping(config), parameters(model))
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_FIRST_STAGE)}
     constant = np.asarray(slots, np.float32)  # [P, D]
     if prefix is not None:  # [layers, 2, H, P, d]
@@ -172,7 +170,7 @@ def _write_transformers(folder: Path, model: Biencoder, class_name: str, setting
     """A directory of a class of transformers, with pooling and head as modules of sentence-transformers."""
     config = model.config
     naming = "native" if class_name == "NomicBertModel" else "bert"
-    tensors = to_torch(biencoder_mapping(config.encoder, naming), parameters(model))
+    tensors = to_torch(model_mapping(config, naming, prefix=""), parameters(model))
     head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("mlp.")}
     _save_tensors(folder / "model.safetensors", tensors)
     keys = transformers_keys(config.encoder, class_name)

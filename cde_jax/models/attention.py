@@ -152,8 +152,7 @@ def attend_cudnn(
 ) -> Queries:
     """One call of `jax.nn.dot_product_attention`: a prefix is joined to the keys, `bias` rounded to their dtype.
 
-    cuDNN takes lengths in place of a mask: a text whose padding is not at its end gives NaN. `implementation` "xla"
-    computes the same on any platform, for tests.
+    cuDNN takes lengths for a mask: padding elsewhere than at a text's end gives NaN. `implementation` is for tests.
     """
     count = mask.sum(axis=1, dtype=jnp.int32)
     padded_at_end = (mask == (jnp.arange(mask.shape[1]) < count[:, None])).all(axis=1)  # [B]

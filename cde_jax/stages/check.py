@@ -87,11 +87,11 @@ def check_initial_encoders(config: Config, vocab_size: int | None = None) -> Non
     names = {"second_stage": m.init.second_stage, "first_stage": m.init.first_stage if m.kind == "contextual" else ""}
     for stage, name in names.items():
         if name:
-            from cde_jax.interop.read import load_encoder_config
+            from cde_jax.interop.read import open_encoder
             from cde_jax.stages.assemble import encoder_config
 
             layers = m.layers if stage == "second_stage" else m.first_stage_layers or m.layers
-            actual = load_encoder_config(name, m.init.layers or None)
+            actual, *_ = open_encoder(name, m.init.layers or None)
             if vocab_size is None:  # a WordPiece of at most so many tokens is still to be trained
                 vocab_size = min(actual.vocab_size, d.vocab_size) if d.tokenizer == "wordpiece" else None
             expected = encoder_config(m, vocab_size or actual.vocab_size, layers, "float32")
