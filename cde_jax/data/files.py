@@ -211,14 +211,13 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, sqlite3.OperationalError) as error:
         code, words = getattr(error, "errno", None), str(error)
-        if isinstance(error, sqlite3.OperationalError):
-            code = errno.ENOSPC if error.sqlite_errorname in ("SQLITE_FULL", "SQLITE_IOERR_WRITE") else None
-        elif isinstance(error, RuntimeError):  # of ArrayRecord, with the system's words
+        if isinstance(error, RuntimeError):  # of ArrayRecord, with the system's words
             code = next((full for full in _FULL if os.strerror(full) in words), None)
-        advice = _ADVICE.get(code)
-        if advice is None or advice in words:
+        elif getattr(error, "sqlite_errorname", None) in ("SQLITE_FULL", "SQLITE_IOERR_WRITE"):
+            code = errno.ENOSPC
+        if code not in _ADVICE or _ADVICE[code] in words:
             raise
-        raise OSError(code, f"{os.strerror(code)}: {advice}", str(path)) from error
+        raise OSError(code, f"{os.strerror(code)}: {_ADVICE[code]}", str(path)) from error
 
 
 @contextmanager

@@ -107,9 +107,9 @@ def write_pairs(
     domain: int32 [n], an index into the manifest's "domains"; negatives: ragged int64, n rows of numbers ≥ n
 
     `prefixes` maps domains to a query and a document prefix of their own. A negative has the document prefix of its
-    pair: one text under two prefixes is two documents. `counts` is `clean`'s, `source` says where the pairs come
-    from, `inputs` is the source's log: they are in the manifest, not in the fingerprint (of pairs, prefixes, lengths
-    and tokenizer). No pairs, or one without text, is a ValueError; a full disk an OSError. Neither leaves anything.
+    pair: one text under two prefixes is two documents. `source`, `counts` (of `clean`) and `inputs` (the source's log)
+    are in the manifest, not in the fingerprint (of pairs, prefixes, lengths and tokenizer). No pairs, or one without
+    text, is a ValueError; a full disk an OSError. Neither leaves anything.
     """
     sizes: Counter[str] = Counter()  # pairs by domain, in the order of the domains' numbers
     stream = hashlib.sha256()

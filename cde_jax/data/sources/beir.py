@@ -29,10 +29,8 @@ class EvaluationSet:
 
 def read_sets(folders: Sequence[str | Path]) -> list[EvaluationSet]:
     """Read several BEIR folders. Two of one name, by which results are kept, are a ValueError before any is read."""
-    names = [_name(folder) for folder in folders]
-    for name in names:
-        if names.count(name) > 1:
-            same = [str(folder) for folder in folders if _name(folder) == name]
+    for name in map(_name, folders):
+        if len(same := [str(folder) for folder in folders if _name(folder) == name]) > 1:
             raise ValueError(
                 f"expected evaluation sets of different names, got {len(same)} of the name {name!r}: {same}; "
                 "rename a folder"
@@ -56,10 +54,8 @@ def read(folder: str | Path) -> EvaluationSet:
             if key not in known:
                 raise ValueError(f"{place}: names the {kind} {key!r}, which is not among the {len(known)} read")
         if identifier in qrels.setdefault(query, {}):
-            raise ValueError(
-                f"{place}: the query {query!r} with the document {identifier!r} was there before; each pair needs one "
-                "line"
-            )
+            pair = f"the query {query!r} with the document {identifier!r}"
+            raise ValueError(f"{place}: {pair} was there before; each pair needs one line")
         qrels[query][identifier] = relevance
     if not any(relevance > 0 for relevant in qrels.values() for relevance in relevant.values()):
         raise ValueError(f"{path}: expected lines of query id, document id and score with scores above 0, found none")

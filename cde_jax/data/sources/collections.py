@@ -2,9 +2,8 @@
 
 The lists, prefixes and columns are those of the paper's training configurations (arXiv 2410.02525, section 5): the
 sets of Nomic Embed (arXiv 2402.01613; 29 unsupervised, 10 supervised) and those of BGE (`cfli/bge-full-data`);
-MS MARCO's passages and the BEIR sets that have a training split come beside them. Files keep the names under which
-they are published, below one folder: a Nomic set lies in the folder of its bucket, a BGE set in a copy of its
-repository, a BEIR set in its unpacked archive.
+MS MARCO's passages and the BEIR sets that have a training split come beside them. Files keep their published names,
+below one folder: a Nomic set in the folder of its bucket, a BGE set in a copy of its repository, a BEIR set unpacked.
 """
 
 import difflib

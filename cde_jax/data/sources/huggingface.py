@@ -1,14 +1,9 @@
 """Hugging Face data sets and Parquet files, by name or local path.
 
-A path is one of
-
-* a Parquet file, or a pattern of them (`data/*.parquet`), read with pyarrow;
-* a local folder: a copy of a data set's repository, or what `save_to_disk` wrote;
-* a name on the Hub, `org/name`;
-
-the last two through the `datasets` library (`pip install 'cde_jax[huggingface]'`), and with the ending `:CONFIG`
-for a configuration and `#SPLIT` for another split than "train": `org/name:law#validation`. Everything is streamed
-or memory-mapped. Rows without text are left out, counted and logged.
+A path is a Parquet file or a pattern of them (`data/*.parquet`), read with pyarrow; or, through the `datasets` library
+(`pip install 'cde_jax[huggingface]'`), a local folder (a copy of a data set's repository, or what `save_to_disk` wrote)
+or a name on the Hub, with the ending `:CONFIG` for a configuration and `#SPLIT` for another split than "train":
+`org/name:law#validation`. Everything is streamed or memory-mapped. Rows without text are left out, counted and logged.
 """
 
 import functools

@@ -28,8 +28,7 @@ _MISTAKEN |= {"queries": "query", "documents": "document"}
 def read_pairs(paths: str | Path | Iterable[str | Path], log: InputLog | None = None) -> Iterator[Pair]:
     """The pairs of files, folders (every .jsonl and .jsonl.gz below, sorted) and glob patterns, in order.
 
-    That there are files is checked before this returns, their lines as they are read. `log` gains the files that are
-    skipped, and how many pairs each other one gave.
+    Files are looked for before this returns. `log` gains those that are skipped, and how many pairs each other gave.
     """
     log = InputLog() if log is None else log
     return _read(find(paths, log), log)
@@ -65,7 +64,7 @@ def find(paths: str | Path | Iterable[str | Path], log: InputLog | None = None) 
 def numbered(paths: Iterable[str | Path], none: str) -> list[tuple[str, str]]:
     """The paths, each after what precedes the names of its files: its number, if there are several.
 
-    Anything but a list of paths is a ValueError, and so is an empty one, with the message `none`.
+    Anything but a list of paths is a ValueError, an empty one with the message `none`.
     """
     paths = as_list(paths, "paths", (str, Path))
     if not paths:
@@ -91,10 +90,7 @@ def text_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of every line that is not blank; a file without any is a ValueError.
-
-    So are broken JSON, something else than an object, and doubled keys.
-    """
+    """("file:line", object) of every line that is not blank. None, other content or doubled keys are a ValueError."""
     place = ""
     for place, line in text_lines(path):
         try:

@@ -7,14 +7,6 @@
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=FOLDER))
     builder.as_data_source("train")[0]  # {"query": b"…", "document": b"…", "negatives": [b"…"]}
 
-| format | published files |
-|---|---|
-| nomic | `shard-00000.jsonl.gz`: lines with the set's columns and `metadata.objective`, the columns that make pairs |
-| bge | Parquet with `query`, and lists `pos` and `neg`; each of several positives makes a pair |
-| msmarco | TSV: passages and queries as id and text, qrels as query id, 0, passage id, relevance |
-| msmarco-hard-negatives | the same passages and queries; lines of `qid`, ids `pos`, ids `neg` by who found them |
-| beir | `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`), TSV qrels with a header line |
-
 A text of another type or a broken line is a ValueError that begins with file and line.
 """
 
@@ -33,16 +25,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from cde_jax.data.files import (
-    NewFolder,
-    digests,
-    explain_os_errors,
-    given_path,
-    read_json,
-    sync,
-    temporary_database,
-    write_json,
-)
+from cde_jax.data import files
+from cde_jax.data.files import NewFolder, given_path, read_json, temporary_database
 from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources import beir
 from cde_jax.data.sources.collections import COLLECTIONS, Collection, domains, find, select
@@ -58,6 +42,7 @@ _SOURCE = "source.json"  # beside the data set: what it was built from, and what
 _BLOCK = 256  # rows read at a time
 _BAR_AFTER = 3.0  # seconds of work on a shard before a progress bar shows
 _log = logging.getLogger(__name__)
+Read = Callable[[Path], Iterator[tuple[str, str, str]]]  # file → ("file:line", id, text)s
 
 
 class CollectionPairs(tfds.core.ShardBasedBuilder):
@@ -89,16 +74,14 @@ class CollectionPairs(tfds.core.ShardBasedBuilder):
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Any]]:
         name = self.builder_config.name.replace(".", "/")
-        read = partial(
-            READERS[COLLECTIONS[name].format], COLLECTIONS[name], self.left_out, Path(dl_manager.download_dir)
-        )
+        collection = COLLECTIONS[name]
+        read = partial(READERS[collection.format], collection, self.left_out, Path(dl_manager.download_dir))
         shards = _shards(name, Path(dl_manager.manual_dir))
-        return {
-            "train": [
-                partial(_examples, partial(read, *files), f"{name} {number}/{len(shards)}")
-                for number, files in enumerate(shards, 1)
-            ]
-        }
+        titles = [f"{name} {number}/{len(shards)}" for number in range(1, len(shards) + 1)]
+        examples = [
+            partial(_examples, partial(read, *shard), title) for shard, title in zip(shards, titles, strict=True)
+        ]
+        return {"train": examples}
 
 
 def read_pairs(
@@ -120,14 +103,14 @@ def read_pairs(
 def identity(names: Iterable[str], folder: str | Path) -> dict[str, str]:
     """File name (relative to the folder) → sha256 of its bytes, and the version of the reader."""
     folder = given_path(folder)
-    files = [path for name in select(names) for path in find(name, folder)]
-    return {"(rules)": str(READER_VERSION)} | digests(dict.fromkeys(files), folder)
+    paths = dict.fromkeys(path for name in select(names) for path in find(name, folder))
+    return {"(rules)": str(READER_VERSION)} | files.digests(paths, folder)
 
 
 def _shards(name: str, folder: Path) -> list[list[Path]]:
     """The files of each shard of a set: one alone where a file has all of its texts, else all together."""
-    files = find(name, folder)
-    return [[file] for file in files] if COLLECTIONS[name].format in ("nomic", "bge") else [files]
+    paths = find(name, folder)
+    return [[path] for path in paths] if COLLECTIONS[name].format in ("nomic", "bge") else [paths]
 
 
 def _examples(read: Callable[[], Iterator[Row]], title: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -143,14 +126,14 @@ def _read(chosen: dict[str, str], folder: Path, cache: Path, log: InputLog) -> I
     for name, domain in chosen.items():
         builder, left_out = _built(name, folder, cache / name)
         lengths = builder.info.splits["train"].shard_lengths
-        for number, (files, length) in enumerate(zip(_shards(name, folder), lengths, strict=True)):
+        for number, (paths, length) in enumerate(zip(_shards(name, folder), lengths, strict=True)):
             if length:  # shard by shard: a source holds the index of all that it spans
                 part = f"train[{number}shard:{number + 1}shard]"
                 source = builder.as_data_source(part, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
                 for start in range(0, length, _BLOCK):
                     for record in source.__getitems__(range(start, min(start + _BLOCK, length))):
                         yield _pair(domain, record)
-            log.finish(" + ".join(path.relative_to(folder).as_posix() for path in files), length)
+            log.finish(" + ".join(path.relative_to(folder).as_posix() for path in paths), length)
         if left_out:
             log.left_out[name] = left_out
 
@@ -167,8 +150,8 @@ def _pair(domain: str, record: bytes) -> Pair:
 def _built(name: str, folder: Path, target: Path) -> tuple[CollectionPairs, dict[str, int]]:
     """The set's builder on its data set in `target`, built anew if the files have changed, and what was left out."""
     status = {path.relative_to(folder).as_posix(): path.stat() for path in find(name, folder)}
-    files = {path: [each.st_size, each.st_mtime_ns] for path, each in status.items()}
-    source = {"collection": name, "rules": READER_VERSION, "files": files}
+    states = {path: [each.st_size, each.st_mtime_ns] for path, each in status.items()}
+    source = {"collection": name, "rules": READER_VERSION, "files": states}
     if not (target / _SOURCE).is_file() or read_json(target / _SOURCE, keys=("source",))["source"] != source:
         _build(name, folder, target, source)
     builder = CollectionPairs(data_dir=target, config=name.replace("/", "."))
@@ -176,19 +159,18 @@ def _built(name: str, folder: Path, target: Path) -> tuple[CollectionPairs, dict
 
 
 def _build(name: str, folder: Path, target: Path, source: dict[str, Any]) -> None:
-    with NewFolder(target, marker=_SOURCE) as new, explain_os_errors(target):
+    with NewFolder(target, marker=_SOURCE) as new, files.explain_os_errors(target):
         builder = CollectionPairs(data_dir=new.path, config=name.replace("/", "."))
-        settings = tfds.download.DownloadConfig(manual_dir=folder)
         with contextlib.redirect_stdout(io.StringIO()):  # where TFDS announces a download
-            builder.download_and_prepare(download_config=settings)
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder))
         count = builder.info.splits["train"].num_examples
         if not count:
             raise ValueError(f"{name}: expected pairs in {folder}, found none; left out: {dict(builder.left_out)}")
         left_out = dict(sorted((+builder.left_out).items()))
-        write_json(new.path / _SOURCE, {"source": source, "pairs": count, "left out": left_out})
+        files.write_json(new.path / _SOURCE, {"source": source, "pairs": count, "left out": left_out})
         shutil.rmtree(new.path / "downloads")  # TFDS makes it even where nothing is fetched
         for path in new.path.rglob("*"):
-            sync(path)
+            files.sync(path)
         new.put_in_place()
     if left_out:
         _log.warning("%s: %d pairs; left out: %s", name, count, left_out)
@@ -198,6 +180,7 @@ def _build(name: str, folder: Path, target: Path, source: dict[str, Any]) -> Non
 
 
 def _nomic(collection: Collection, left_out: Counter, _: Path, file: Path) -> Iterator[Row]:
+    """JSON lines with the set's columns and `metadata.objective`, the columns that make pairs."""
     columns = list(collection.columns)
     objective = "triplet" if len(columns) == 3 else "paired"
     for place, entry in json_lines(file):
@@ -213,13 +196,15 @@ def _nomic(collection: Collection, left_out: Counter, _: Path, file: Path) -> It
 
 
 def _bge(collection: Collection, left_out: Counter, _: Path, file: Path) -> Iterator[Row]:
+    """Parquet with `query`, and lists `pos` and `neg`; each of several positives makes a pair."""
     for number, row in enumerate(parquet_rows(file, collection.columns), 1):
         yield from rows(*(row[column] for column in collection.columns), f"{file}: row {number}", left_out)
 
 
-def _qrels(parse: Any, columns: int, _: Collection, left_out: Counter, folder: Path, *files: Path) -> Iterator[Row]:
-    documents, queries, qrels = files
-    with _texts_by_id(documents, parse, folder) as document_of, _texts_by_id(queries, parse, folder) as query_of:
+def _qrels(read: Read, columns: int, _: Collection, left_out: Counter, folder: Path, *paths: Path) -> Iterator[Row]:
+    """Files of documents and queries by id, and qrels in TREC's columns (MS MARCO) or BEIR's."""
+    documents, queries, qrels = paths
+    with _texts_by_id(documents, read, folder) as document_of, _texts_by_id(queries, read, folder) as query_of:
         for place, query, document, relevance in beir.qrels_lines(qrels, columns):
             if relevance > 0:
                 yield from rows(query_of(query, place), document_of(document, place), None, place, left_out)
@@ -228,10 +213,9 @@ def _qrels(parse: Any, columns: int, _: Collection, left_out: Counter, folder: P
 def _msmarco_hard_negatives(
     _: Collection, left_out: Counter, folder: Path, passages: Path, queries: Path, mined: Path
 ) -> Iterator[Row]:
-    with (
-        _texts_by_id(passages, _tsv_texts, folder) as document_of,
-        _texts_by_id(queries, _tsv_texts, folder) as query_of,
-    ):
+    """Passages and queries as TSV; lines of `qid`, ids `pos`, ids `neg` by the system that found them."""
+    read = _tsv_texts
+    with _texts_by_id(passages, read, folder) as document_of, _texts_by_id(queries, read, folder) as query_of:
         for place, entry in json_lines(mined):
             positives = _ids_and_scores(field(entry, "pos", place), "pos", place)
             systems = field(entry, "neg", place)
@@ -265,13 +249,8 @@ def _ids_and_scores(items: Any, name: str, place: str) -> list[tuple[str, float]
 
 
 @contextlib.contextmanager
-def _texts_by_id(
-    path: Path, read: Callable[[Path], Iterator[tuple[str, str, str]]], folder: Path
-) -> Iterator[Callable[[str, str], str]]:
-    """A function (id, place that names it) → text, of a file that `read` gives as ("file:line", id, text); on disk.
-
-    Two texts of one id, and an id that is not there, are ValueErrors.
-    """
+def _texts_by_id(path: Path, read: Read, folder: Path) -> Iterator[Callable[[str, str], str]]:
+    """A function (id, place that names it) → text, on disk. An id of two texts, or of none, is a ValueError."""
     count = 0
     with temporary_database(folder) as execute:
         execute("CREATE TABLE texts (id TEXT UNIQUE, text TEXT)")
