@@ -25,10 +25,9 @@ from jaxtyping import Int  # noqa: E402
 
 from cde_jax.data.files import read_json, write_json  # noqa: E402
 from cde_jax.data.store import Store  # noqa: E402
-from cde_jax.evaluation.beir import NO_CONTEXT  # noqa: E402
+from cde_jax.evaluation.beir import NO_CONTEXT, read_tokens  # noqa: E402
 from cde_jax.evaluation.compare import compare  # noqa: E402
 from cde_jax.evaluation.metrics import Scores, mean_over_sets, text_table  # noqa: E402
-from cde_jax.evaluation.tokens import read_tokens  # noqa: E402
 from cde_jax.stages.workdir import PAIRS, PER_QUERY, TOKENS  # noqa: E402
 
 BASELINES = ("BM25", "LSA")

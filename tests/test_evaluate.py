@@ -15,11 +15,9 @@ from cde_jax.data.sources import beir
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.evaluation import beir as evaluation
-from cde_jax.evaluation import tokens as token_sets
 from cde_jax.evaluation.baselines import bm25, evaluate_baselines, rank_vectors
-from cde_jax.evaluation.beir import evaluate_embedder, rank, score
+from cde_jax.evaluation.beir import rank, read_tokens, score, write_tokens
 from cde_jax.evaluation.metrics import Scores, mean_over_sets, ndcg, ndcg_per_query, score_rankings, table
-from cde_jax.evaluation.tokens import read_tokens, write_tokens
 from cde_jax.interop.read import TextSettings
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
@@ -134,13 +132,17 @@ def embedder(kind, tokenizer, **changes):
     return Embedder(model, tokenizer, TextSettings("", "", 16, 16), "unused", progress=False)
 
 
+def evaluate(model, sets, others, seed, k=10):
+    return score_rankings(rank(model, sets, others, seed, k), sets, k)
+
+
 OTHERS = ["deep water", "a day of rain", "paint", "old song", "the cat"]
 
 
 @pytest.mark.parametrize("kind", ["joint", "isolated"])
 def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer):
     one = embedder(kind, tokenizer)
-    results = evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3).means
+    results = evaluate(one, [ANIMALS, SHIPS], OTHERS, seed=3).means
     kinds = ["same corpus", "random training documents", "none"]
     written = ["same corpus", "same corpus, whitened", *kinds[1:]]
     assert {name: list(row) for name, row in results.items()} == {"animals": written, "ships": written}
@@ -149,13 +151,13 @@ def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer
         scores = one.encode_queries(["old ships"], context) @ one.encode_documents(SHIPS.corpus.values(), context).T
         run = {"1": dict(zip(SHIPS.corpus, scores[0].astype(float), strict=True))}
         assert results["ships"][kind_of_context] == pytest.approx(ndcg(run, SHIPS.qrels))
-    assert results == evaluate_embedder(one, [ANIMALS, SHIPS], OTHERS, seed=3).means
+    assert results == evaluate(one, [ANIMALS, SHIPS], OTHERS, seed=3).means
     assert score(one, SHIPS, seed=3) == results["ships"]["same corpus"]
 
 
 def test_kinds_of_context_that_cannot_be_had_are_left_out(tokenizer):
     biencoder = embedder("biencoder", tokenizer)
-    found = evaluate_embedder(biencoder, [SHIPS], OTHERS, seed=0).means["ships"]
+    found = evaluate(biencoder, [SHIPS], OTHERS, seed=0).means["ships"]
     assert list(found) == ["none", "same corpus, whitened"]
     assert score(biencoder, SHIPS, seed=0) == found["none"]
     without_null = embedder("joint", tokenizer, null_embedding=False)
@@ -186,7 +188,7 @@ def test_two_sets_of_one_name_are_an_error():
 
 
 def test_a_token_set_has_prefixes_lengths_and_pseudo_queries_of_the_seed(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_sets, "pseudo_queries", lambda corpus, seed: [f"{text} water" for text in corpus[:seed]])
+    monkeypatch.setattr(evaluation, "pseudo_queries", lambda corpus, seed: [f"{text} water" for text in corpus[:seed]])
     write_tokens(ANIMALS, tmp_path / "set", tokenizer, TextSettings("song ", "paint ", 5, 8), seed=2)
     dataset, corpus = read_tokens(tmp_path / "set"), list(ANIMALS.corpus.values())
     for tokens, texts, length in (
@@ -220,8 +222,7 @@ def test_rankings_are_scored_later_from_their_file(tokenizer, tmp_path):
     write_json(tmp_path / "rankings.json", rank(model, [ANIMALS, SHIPS], [], seed=0, k=3))
     rankings = read_json(tmp_path / "rankings.json")
     assert all(len(documents) == 3 for documents in rankings["ships"]["none"].values())
-    scores = score_rankings(rankings, {"ships": SHIPS.qrels, "animals": ANIMALS.qrels}, k=3)
-    assert scores == evaluate_embedder(model, [ANIMALS, SHIPS], [], seed=0, k=3)
+    assert score_rankings(rankings, [SHIPS, ANIMALS], k=3) == evaluate(model, [ANIMALS, SHIPS], [], seed=0, k=3)
 
 
 def test_each_kind_of_context_is_sampled_by_the_seed_and_ranked_to_the_cutoff(tokenizer, monkeypatch):
@@ -237,7 +238,7 @@ def test_each_kind_of_context_is_sampled_by_the_seed_and_ranked_to_the_cutoff(to
 
     evaluation_search = evaluation.search
     monkeypatch.setattr(evaluation, "search", search)
-    evaluate_embedder(model, [ANIMALS], OTHERS, seed=7, k=2)
+    evaluate(model, [ANIMALS], OTHERS, seed=7, k=2)
     assert seeds == [7, 7] and kinds == [(3, 4, 2)] * 4
 
 

@@ -2,15 +2,15 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
 
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.store import unit_rows
-from cde_jax.evaluation.beir import check_names
+from cde_jax.evaluation.beir import check_names, rank_by_vectors
 from cde_jax.evaluation.metrics import Run, Scores, score_rankings
-from cde_jax.retrieval.index import as_run, search
 
 BM25 = "BM25"
 Encode = Callable[[Sequence[str]], Float[np.ndarray, "n D"]]
@@ -21,12 +21,9 @@ def evaluate_baselines(
 ) -> Scores:
     """NDCG@k of BM25 and of each of `encoders`, {name: texts → vectors}, on every set."""
     check_names(sets)
-    rankings = {
-        dataset.name: {BM25: bm25(dataset, k)}
-        | {name: rank_vectors(dataset, encode, k) for name, encode in (encoders or {}).items()}
-        for dataset in sets
-    }
-    return score_rankings(rankings, {dataset.name: dataset.qrels for dataset in sets}, k)
+    rankers = {BM25: bm25} | {name: partial(rank_vectors, encode=encode) for name, encode in (encoders or {}).items()}
+    rankings = {dataset.name: {name: run(dataset, k=k) for name, run in rankers.items()} for dataset in sets}
+    return score_rankings(rankings, sets, k)
 
 
 def bm25(dataset: EvaluationSet, k: int = 10) -> Run:
@@ -62,4 +59,4 @@ def rank_vectors(dataset: EvaluationSet, encode: Encode, k: int = 10) -> Run:
     """The k best documents by cosine of `encode`'s vectors; a vector of zeros scores 0 against all."""
     sides = [encode(list(texts.values())) for texts in (dataset.queries, dataset.corpus)]
     queries, documents = (unit_rows(np.asarray(vectors, np.float32)) for vectors in sides)
-    return as_run(list(dataset.queries), list(dataset.corpus), search(queries, documents, k))
+    return rank_by_vectors(dataset, queries, documents, k)

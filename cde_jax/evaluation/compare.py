@@ -15,11 +15,11 @@ SAMPLES = 2000
 class Comparison(NamedTuple):
     """How much better a system is than a baseline."""
 
-    difference: float  # mean over sets of the mean paired difference of queries
-    low: float  # 95 % confidence interval
+    difference: float  # mean over sets of the mean paired difference of queries, with a 95 % confidence interval
+    low: float
     high: float
-    wins: int  # number of sets on which the system is better …
-    sets: int  # … out of this many
+    wins: int  # sets on which the system is better
+    sets: int
 
 
 def compare(

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cde_jax.data.sources.beir import EvaluationSet
+
 Run = Mapping[str, Mapping[str, float]]  # {query id: {document id: score}}, as pytrec_eval has it
 Qrels = Mapping[str, Mapping[str, int]]  # {query id: {document id: relevance}}
 Rankings = dict[str, dict[str, Run]]  # {set: {kind: run}}; plain JSON
@@ -65,12 +67,13 @@ def ndcg(run: Run, qrels: Qrels, k: int = 10) -> float:
     return float(np.mean(list(ndcg_per_query(run, qrels, k).values())))
 
 
-def score_rankings(rankings: Rankings, qrels: Mapping[str, Qrels], k: int = 10) -> Scores:
-    """NDCG@k of rankings with at least k documents a query; `qrels` by name of the set."""
-    return Scores(
-        k, {name: {kind: ndcg_per_query(run, qrels[name], k) for kind, run in runs.items()}
-            for name, runs in rankings.items()}
-    )  # fmt: skip
+def score_rankings(rankings: Rankings, sets: Sequence[EvaluationSet], k: int = 10) -> Scores:
+    """NDCG@k of rankings with at least k documents a query, by the qrels of the sets of those names."""
+    qrels = {dataset.name: dataset.qrels for dataset in sets}
+    return Scores(k, {
+        name: {kind: ndcg_per_query(run, qrels[name], k) for kind, run in runs.items()}
+        for name, runs in rankings.items()
+    })  # fmt: skip
 
 
 def mean_over_sets(means: Means) -> dict[str, float]:

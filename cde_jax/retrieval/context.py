@@ -2,12 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -19,7 +18,6 @@ from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import ContextCache
 
 FORMAT = "cde_jax context 1"
-_AGAIN = "embed the context again"
 _METADATA = {"seed": int, "corpus_size": int, "weights": str, "documents": str}  # field → type
 
 
@@ -30,14 +28,14 @@ class Context:
     Queries and documents must be encoded with the same context for their vectors to be comparable.
     """
 
-    # Float32, read-only, m ≤ J (times the vectors a document, for imported models); m = 0 for a biencoder.
+    # float32, read-only; m ≤ J (times the vectors a document, for imported models), 0 for a biencoder
     vectors: Float[np.ndarray, "m D"]
     seed: int  # of the sample
     corpus_size: int  # number of documents it was drawn from
     weights: str  # fingerprint of the model's weights
     documents: str  # fingerprint of the sampled documents, in any order
-    # Input of isolated attention, in the embedder's compute dtype: 19 MB in bfloat16 for 512 slots of the base model.
-    # None for joint attention; without it, it is computed at the first use of the context.
+    # Input of isolated attention in the embedder's compute dtype, 19 MB in bfloat16 for 512 slots of the base model;
+    # None: there is none (joint attention), or it is computed at the first use
     cache: ContextCache | None = None
     whitening: Whitening | None = None  # applied to the vectors of queries and documents; read-only
 
@@ -60,7 +58,7 @@ class Context:
             tensors |= {f"whitening.{name}": array for name, array in self.whitening._asdict().items()}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in _METADATA}
-        write_file(path, save(tensors, metadata | {"sha256": _digest(tensors, metadata)}))
+        write_file(path, save(tensors, metadata | {"sha256": digest(tensors, metadata)}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Context":
@@ -71,15 +69,15 @@ class Context:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                known = metadata.get("format") == FORMAT
-                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())} if known else {}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not safetensors, truncated or altered ({error}); {_AGAIN}") from None
-        if not known:
-            raise ValueError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}; {_AGAIN}")
-        expected = metadata.pop("sha256", None)
-        if (digest := _digest(tensors, metadata)) != expected:
-            raise ValueError(f"{path}: expected content of sha256 {expected}, got {digest}: it was altered; {_AGAIN}")
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"expected format {FORMAT!r}, got {metadata.get('format')!r}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            expected = metadata.pop("sha256", None)
+            if (got := digest(tensors, metadata)) != expected:
+                raise ValueError(f"expected content of sha256 {expected}, got {got}: it was altered")
+        except (SafetensorError, ValueError) as error:
+            reason = error if isinstance(error, ValueError) else f"not safetensors, truncated or altered ({error})"
+            raise ValueError(f"{path}: {reason}; embed the context again") from None
         fields = {name: kind(metadata[name]) for name, kind in _METADATA.items()}
         if "keys" in tensors:
             fields["cache"] = ContextCache(tensors["slots"], Prefix(tensors["keys"], tensors["values"]))
@@ -88,16 +86,10 @@ class Context:
         return cls(tensors["vectors"], **fields)
 
 
-def weights_fingerprint(state: Any) -> str:
-    """sha256 (hex) of the parameters of a module or state: path, dtype, shape and bytes of each."""
-    parameters = nnx.to_flat_state(nnx.state(state, nnx.Param))
-    return _digest({".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in parameters})
-
-
-def _digest(tensors: dict[str, Shaped[np.ndarray, "..."]], metadata: dict[str, str] | None = None) -> str:
-    """sha256 (hex) of all tensors, sorted by name, and the metadata."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() if metadata else b"")
+def digest(tensors: Mapping[str, Shaped[np.ndarray, "..."]], metadata: Mapping[str, str] | None = None) -> str:
+    """sha256 (hex) of all tensors, sorted by name: name, dtype, shape and bytes of each; and of the metadata."""
+    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() if metadata else b"")
     for name, array in sorted(tensors.items()):
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
+        sha.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        sha.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return sha.hexdigest()

@@ -21,7 +21,7 @@ from cde_jax.interop.modules import TextSettings
 from cde_jax.interop.read import check_vocabulary
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
-from cde_jax.retrieval.context import Context, weights_fingerprint
+from cde_jax.retrieval.context import Context, digest
 from cde_jax.retrieval.encode import Tokens, as_texts, encode, padded_lengths
 
 __all__ = ["Context", "Embedder"]
@@ -57,8 +57,7 @@ class Embedder:
         self._state = jax.device_put(state, jax.local_devices()[0])
         self._caches: WeakKeyDictionary[Context, ContextCache] = WeakKeyDictionary()
         self._null_context = Context(np.zeros((0, self.width), np.float32), 0, 0, "", "")
-        vocab_size = (self.config.second_stage if self.contextual else self.config.encoder).vocab_size
-        self._run = partial(encode, tokenizer=tokenizer, vocab_size=vocab_size, progress=progress)
+        self._run = partial(encode, tokenizer=tokenizer, vocab_size=self.config.encoder.vocab_size, progress=progress)
 
     @classmethod
     def from_pretrained(
@@ -80,8 +79,9 @@ class Embedder:
         """Write a directory that `from_pretrained` loads; `card` is the text of its README."""
         from cde_jax.interop.write import save_pretrained
 
-        options = {"tokenizer": self.tokenizer_directory, "settings": self.settings}
-        save_pretrained(self.model, Path(directory), card=card, **options)
+        save_pretrained(
+            self.model, Path(directory), tokenizer=self.tokenizer_directory, settings=self.settings, card=card
+        )
 
     def export_corpus(
         self, context: Context | None, directory: str | Path, card: str | None = None, *, onnx: bool = True
@@ -119,14 +119,14 @@ class Embedder:
     @property
     def width(self) -> int:
         """D, the width of the vectors."""
-        if self.contextual:
-            return self.config.second_stage.width
-        return (self.config.head and self.config.output_width) or self.config.encoder.width
+        c = self.config
+        return (not self.contextual and c.head and c.output_width) or c.encoder.width
 
     @cached_property
     def weights(self) -> str:
-        """Fingerprint of the weights: sha256 (hex) over the sorted parameter paths, shapes and bytes."""
-        return weights_fingerprint(self._state)
+        """Fingerprint of the weights: sha256 (hex) of path, dtype, shape and bytes of each parameter."""
+        parameters = nnx.to_flat_state(nnx.state(self._state, nnx.Param))
+        return digest({".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in parameters})
 
     def embed_context(self, corpus: Texts, seed: int = 0, queries: Texts | None = None) -> Context:
         """Embed a sample of the corpus, min(J, len(corpus)) documents, as the context of its queries and documents.
@@ -144,18 +144,22 @@ class Embedder:
         corpus, seed = as_texts(corpus, "corpus", required=True), check_integer("seed", seed, 0)
         queries = None if queries is None else as_texts(queries, "queries", required=True)
         if len(corpus) < self.context_size and not self.works_without_context:
-            needed = f"these weights have no null embedding, so they need {self.context_size} context documents"
-            raise ValueError(f"{needed}, got a corpus of {len(corpus)}: add documents, or repeat some")
+            raise ValueError(
+                f"these weights have no null embedding, so they need {self.context_size} context documents, got a "
+                f"corpus of {len(corpus)}: add documents, or repeat some"
+            )
         documents = _sample(corpus, self.context_size, [seed])
         fitted = [] if queries is None else _sample(corpus, SAMPLE_SIZE, [seed, WHITENING_STREAM])
-        digest = fingerprint(sorted(x if isinstance(x, str) else x.tolist() for x in documents + fitted))
-        context = Context(self._context_vectors(documents), seed, len(corpus), self.weights, digest)
-        cache = self._cache(context)
+        sampled = fingerprint(sorted(x if isinstance(x, str) else x.tolist() for x in documents + fitted))
+        context = Context(self._context_vectors(documents), seed, len(corpus), self.weights, sampled)
+        cache, parts = self._cache(context), {}
+        if cache is not None and cache.prefix is not None:
+            parts["cache"] = jax.device_get(cache)
         if queries is not None:
             vectors = self._encode(queries, context, "queries"), self._encode(fitted, context, "documents")
-            context = dataclasses.replace(context, whitening=whitening(*vectors))
+            parts["whitening"] = whitening(*vectors)
+        context = dataclasses.replace(context, **parts)
         if cache is not None:
-            context = dataclasses.replace(context, cache=jax.device_get(cache) if cache.prefix is not None else None)
             self._caches[context] = cache
         return context
 
@@ -180,9 +184,8 @@ class Embedder:
         # Only joint attention has the slots in the sequence of every text.
         slots = cache.slots.shape[0] if cache is not None and cache.prefix is None else 0
         vectors = self._run(texts, prefix, padded_lengths(length), embed, slots=slots, width=self.width, name=kind)
-        if context is None or context.whitening is None:
+        if context is None or (w := context.whitening) is None:
             return vectors
-        w = context.whitening
         return w.transform_queries(vectors) if of_queries else w.transform_documents(vectors)
 
     def _context_vectors(self, documents: list[str] | Tokens) -> Float[np.ndarray, "m D"]:
@@ -222,8 +225,8 @@ class Embedder:
             raise ValueError(f"context: expected what embed_context or Context.load returns, or None, got {kind}")
         if not self.contextual and len(context.vectors):
             raise ValueError("a biencoder reads no context: leave `context` out")
-        if context.weights != self.weights or context.vectors.shape[1] != self.width:
-            own, got = (self.weights, self.width), (context.weights, context.vectors.shape[1])
+        own, got = (self.weights, self.width), (context.weights, context.vectors.shape[1])
+        if got != own:
             raise ValueError(
                 f"context: expected one of this embedder's weights and width {own}, got one of other weights {got}; "
                 "call embed_context of this embedder"
@@ -236,10 +239,10 @@ class Embedder:
             check_vocabulary(self.tokenizer.vocab_size, c)
         for encoder in (c.encoder, c.first_stage.encoder) if self.contextual else (c.encoder,):
             if encoder.positions == "learned" and longest > encoder.max_positions:
-                table = (
-                    f"texts of {longest} tokens need as many learned positions, the model has {encoder.max_positions}"
+                raise ValueError(
+                    f"texts of {longest} tokens need as many learned positions, the model has {encoder.max_positions}: "
+                    "lower query_length and document_length"
                 )
-                raise ValueError(f"{table}: lower query_length and document_length")
 
 
 def _sample(corpus: list[str] | Tokens, size: int, seed: list[int]) -> list[str] | Tokens:
@@ -257,8 +260,7 @@ def _first_stage(graph: Any, state: Any, ids: Int[Array, "B L"], mask: Bool[Arra
 @partial(jax.jit, static_argnames="graph")
 def _prepare(graph: Any, state: Any, vectors: Float[Array, "P D"], present: Bool[Array, " P"] | None) -> ContextCache:
     """The second stage's input of a context; null slots where `present` is False."""
-    model = nnx.merge(graph, state)
-    return model.prepare_context(vectors, present)
+    return nnx.merge(graph, state).prepare_context(vectors, present)
 
 
 @partial(jax.jit, static_argnames="graph")

@@ -73,7 +73,7 @@ def encode(
     vectors = np.empty((len(texts), width), np.float32)
     pad_id = tokenizer.pad_id if tokenizer else 0  # masked: any token will do
     running: deque[tuple[Int[np.ndarray, "_"], Float[Array, "B W"]]] = deque()
-    with _progress_bar(len(texts), name) if progress else nullcontext() as bar:
+    with _progress_bar(len(texts), name, progress) as bar:
 
         def collect() -> None:
             rows, result = running.popleft()
@@ -87,8 +87,7 @@ def encode(
                 if tokenizer is None:
                     raise ValueError(f"{name}: expected token ids, got texts: this embedder has no tokenizer")
                 tokens = tokenizer.encode([prefix + text for text in tokens], lengths[-1])
-            sizes = np.array([len(ids) for ids in tokens])
-            _check_tokens(tokens, sizes, lengths[-1], vocab_size, name, start)
+            sizes = _check_tokens(tokens, lengths[-1], vocab_size, name, start)
             for rows, size, length in batches(sizes, lengths, partial(full_batch, slots=slots)):
                 running.append((start + rows, embed(*padded([tokens[i] for i in rows], size, length, pad_id))))
                 if len(running) > IN_FLIGHT:
@@ -99,18 +98,17 @@ def encode(
     return vectors
 
 
-def _progress_bar(total: int, name: str) -> Any:
+def _progress_bar(total: int, name: str, shown: bool) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:  # a bare accelerator image
         return nullcontext()
-    return tqdm(total=total, desc=name, delay=PROGRESS_DELAY, leave=False)
+    return tqdm(total=total, desc=name, delay=PROGRESS_DELAY, leave=False) if shown else nullcontext()
 
 
-def _check_tokens(
-    tokens: Tokens, sizes: Int[np.ndarray, " n"], longest: int, vocab_size: int, name: str, start: int
-) -> None:
-    """ValueError for texts of no token or too many, and for ids outside the vocabulary."""
+def _check_tokens(tokens: Tokens, longest: int, vocab_size: int, name: str, start: int) -> Int[np.ndarray, " n"]:
+    """Tokens of each text; ValueError for texts of no token or too many, and for ids outside the vocabulary."""
+    sizes = np.array([len(ids) for ids in tokens])
     if len(empty := np.flatnonzero(sizes == 0)):
         first = start + empty[0]
         raise ValueError(f"{name}: {len(empty)} texts have no token at all (first: index {first}): leave them out")
@@ -120,6 +118,7 @@ def _check_tokens(
             f"{name}: expected at most {longest} token ids of 0 to {vocab_size - 1}, got {sizes.max()} of {low} to "
             f"{high}: use the tokenizer and the lengths of this model"
         )
+    return sizes
 
 
 def padded_lengths(longest: int) -> tuple[int, ...]:
@@ -156,10 +155,8 @@ def padded(
     tokens: Tokens, size: int, length: int, pad_id: int
 ) -> tuple[Int32[np.ndarray, "size length"], Bool[np.ndarray, "size length"]]:
     """Ids and mask of a batch; rows beyond the texts repeat the first one, so that no row is empty."""
+    rows = tokens + tokens[:1] * (size - len(tokens))
+    mask = np.arange(length) < np.array([len(row) for row in rows])[:, None]
     ids = np.full((size, length), pad_id, np.int32)
-    mask = np.zeros((size, length), bool)
-    for i, row in enumerate(tokens):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = True
-    ids[len(tokens) :], mask[len(tokens) :] = ids[0], mask[0]
+    ids[mask] = np.concatenate(rows)
     return ids, mask

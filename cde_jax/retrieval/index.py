@@ -26,22 +26,18 @@ def search(queries: Float[np.ndarray, "n D"], documents: Float[np.ndarray, "m E"
     """The k documents of greatest inner product for each query, exactly, computed in float32 (E = D).
 
     Memory is bounded by the block sizes, so `documents` may be a memory map of any float dtype. With k > m all m
-    documents are returned: Hits of [n, min(k, m)].
-
-    Raises ValueError for k < 1, arrays that are not float matrices of one width, and NaN or infinity.
+    documents are returned. Raises ValueError for k < 1, arrays that are not float matrices of one width, and NaN.
     """
     k = check_integer("k, the number of documents to return for each query", k, 1)
     queries = check_vectors("queries", queries)
     check_vectors("documents", documents, queries.shape[1], slice(0))
     blocks = [queries[i : i + QUERY_BLOCK] for i in range(0, len(queries), QUERY_BLOCK)] or [queries]
+    blocks = [jnp.asarray(block, jnp.float32) for block in blocks]
     best = [(np.zeros((len(block), 0), np.float32), np.zeros((len(block), 0), np.int32)) for block in blocks]
     for first in range(0, len(documents), DOCUMENT_BLOCK):
         rows = check_vectors("documents", documents, rows=slice(first, first + DOCUMENT_BLOCK))
         rows = jnp.asarray(rows, jnp.float32)
-        best = [
-            _merge(jnp.asarray(block, jnp.float32), rows, first, *so_far, k=k)
-            for block, so_far in zip(blocks, best, strict=True)
-        ]
+        best = [_merge(block, rows, first, *so_far, k=k) for block, so_far in zip(blocks, best, strict=True)]
     scores, indices = (np.concatenate(arrays) for arrays in zip(*best, strict=True))
     return Hits(scores, indices.astype(np.int64))
 

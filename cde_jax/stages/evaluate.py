@@ -18,7 +18,7 @@ from cde_jax.data.sources.beir import EvaluationSet, read_sets
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.evaluation import beir, metrics
-from cde_jax.evaluation.tokens import KIND, read_tokens, write_tokens
+from cde_jax.evaluation.beir import KIND, read_tokens, write_tokens
 from cde_jax.interop.modules import TextSettings
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
 from cde_jax.retrieval.embedder import Embedder
@@ -76,7 +76,7 @@ def evaluate(config: Config, embedder: Embedder, workdir: Path, prepared: Prepar
         log.info("the evaluation of this model is there: kept")
         return before["sets"]
     sets = evaluation_sets(config, workdir, reported_sets(config))
-    scores = metrics.score_rankings(rankings, {dataset.name: dataset.qrels for dataset in sets}, e.cutoff)
+    scores = metrics.score_rankings(rankings, sets, e.cutoff)
     if e.baselines:
         from cde_jax.batching.surrogate import Lsa
         from cde_jax.evaluation.baselines import evaluate_baselines

@@ -15,7 +15,6 @@ from cde_jax.batching.loader import Loader
 from cde_jax.config import Config
 from cde_jax.data.files import write_json
 from cde_jax.evaluation import beir
-from cde_jax.evaluation.tokens import read_tokens
 from cde_jax.models.attention import select_kernel
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
 from cde_jax.models.encoder import select_remat
@@ -95,7 +94,7 @@ def _run(config: Config, workdir: Path, prepared: Prepared, training: Training, 
     if name and importlib.util.find_spec("pytrec_eval") is None:
         log.warning("pytrec_eval is not installed: %s is not scored, the newest checkpoint counts as best", name)
         name = ""
-    development = read_tokens(workdir / TOKENS / name) if name else None
+    development = beir.read_tokens(workdir / TOKENS / name) if name else None
 
     def score(state: TrainState) -> float:
         embedder = make_embedder(config, workdir, nnx.merge(graph, state.params), prepared.tokenizer)

@@ -1,7 +1,4 @@
-"""The loop: batches → step → metrics → checkpoints → evaluation.
-
-Metrics go to metrics.jsonl, and to TensorBoard and a progress bar where their libraries are installed.
-"""
+"""The loop: batches → step → metrics → checkpoints → evaluation."""
 
 import json
 import logging
