@@ -47,17 +47,20 @@ class Embedder:
         *,
         progress: bool = True,
     ):
-        self.config = model.config
+        self.config = c = model.config
         self.tokenizer = tokenizer
         self.settings = settings
         self.tokenizer_directory = tokenizer_directory and Path(tokenizer_directory)
+        self.contextual = isinstance(c, ContextualConfig)  # reads a context; a biencoder does not
+        self.context_size = c.context_size if self.contextual else 0  # J, documents that `embed_context` embeds
+        self.works_without_context = not self.contextual or c.null_embedding  # whether `context=None` is possible
+        self.width = (not self.contextual and c.head and c.output_width) or c.encoder.width  # D, of the vectors
         self._check_tables()
-        graph, state = nnx.split(model)
-        self._graph = graph
+        self._graph, state = nnx.split(model)
         self._state = jax.device_put(state, jax.local_devices()[0])
         self._caches: WeakKeyDictionary[Context, ContextCache] = WeakKeyDictionary()
         self._null_context = Context(np.zeros((0, self.width), np.float32), 0, 0, "", "")
-        self._run = partial(encode, tokenizer=tokenizer, vocab_size=self.config.encoder.vocab_size, progress=progress)
+        self._run = partial(encode, tokenizer=tokenizer, vocab_size=c.encoder.vocab_size, progress=progress)
 
     @classmethod
     def from_pretrained(
@@ -79,9 +82,8 @@ class Embedder:
         """Write a directory that `from_pretrained` loads; `card` is the text of its README."""
         from cde_jax.interop.write import save_pretrained
 
-        save_pretrained(
-            self.model, Path(directory), tokenizer=self.tokenizer_directory, settings=self.settings, card=card
-        )
+        options = {"tokenizer": self.tokenizer_directory, "settings": self.settings}
+        save_pretrained(self.model, Path(directory), card=card, **options)
 
     def export_corpus(
         self, context: Context | None, directory: str | Path, card: str | None = None, *, onnx: bool = True
@@ -100,27 +102,6 @@ class Embedder:
     def model(self) -> ContextualEncoder | Biencoder:
         """The module, with this embedder's parameters."""
         return nnx.merge(self._graph, self._state)
-
-    @property
-    def contextual(self) -> bool:
-        """Whether the model reads a context; a biencoder does not."""
-        return isinstance(self.config, ContextualConfig)
-
-    @property
-    def context_size(self) -> int:
-        """J, how many documents of a corpus `embed_context` embeds; 0 for a biencoder."""
-        return self.config.context_size if self.contextual else 0
-
-    @property
-    def works_without_context(self) -> bool:
-        """Whether texts can be encoded with `context=None`: false for weights without a null embedding."""
-        return not self.contextual or self.config.null_embedding
-
-    @property
-    def width(self) -> int:
-        """D, the width of the vectors."""
-        c = self.config
-        return (not self.contextual and c.head and c.output_width) or c.encoder.width
 
     @cached_property
     def weights(self) -> str:
@@ -148,7 +129,7 @@ class Embedder:
                 f"these weights have no null embedding, so they need {self.context_size} context documents, got a "
                 f"corpus of {len(corpus)}: add documents, or repeat some"
             )
-        documents = _sample(corpus, self.context_size, [seed])
+        documents = _sample(corpus, self.context_size, [seed])  # none for a biencoder
         fitted = [] if queries is None else _sample(corpus, SAMPLE_SIZE, [seed, WHITENING_STREAM])
         sampled = fingerprint(sorted(x if isinstance(x, str) else x.tolist() for x in documents + fitted))
         context = Context(self._context_vectors(documents), seed, len(corpus), self.weights, sampled)
@@ -191,7 +172,7 @@ class Embedder:
     def _context_vectors(self, documents: list[str] | Tokens) -> Float[np.ndarray, "m D"]:
         """The first stage's vectors of context documents."""
         if not documents:
-            return np.zeros((0, self.width), np.float32)
+            return self._null_context.vectors
         s, pieces = self.settings, self.config.first_stage.vectors_per_text
         # Several vectors a document, as the reference has them, are of the text padded to its full length.
         lengths = padded_lengths(s.document_length) if pieces == 1 else (s.document_length,)
