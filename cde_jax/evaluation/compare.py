@@ -39,18 +39,18 @@ def compare(
     return Comparison(*bootstrap(differences), wins, len(names))
 
 
-def bootstrap(differences: Sequence[Float[np.ndarray, "s _"]], samples: int = SAMPLES) -> tuple[float, float, float]:
+def bootstrap(differences: Sequence[Float[np.ndarray, "s _"]]) -> tuple[float, float, float]:
     """Mean over sets of each set's mean, and its 95 % percentile interval.
 
     differences: of each set, by seed and query. Queries are resampled within sets, seeds for all sets together.
     """
     random = np.random.default_rng([BOOTSTRAP_STREAM])
     seeds = len(differences[0])
-    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), samples) / seeds  # [samples, s]
-    total = np.zeros(samples)
+    seed_weights = random.multinomial(seeds, np.full(seeds, 1 / seeds), SAMPLES) / seeds  # [SAMPLES, s]
+    total = np.zeros(SAMPLES)
     for rows in differences:
         count = rows.shape[1]
-        query_weights = random.multinomial(count, np.full(count, 1 / count), samples) / count  # [samples, q]
+        query_weights = random.multinomial(count, np.full(count, 1 / count), SAMPLES) / count  # [SAMPLES, q]
         total += np.einsum("ms,ms->m", seed_weights, query_weights @ rows.T)
     low, high = np.percentile(total / len(differences), [2.5, 97.5])
     return float(np.mean([rows.mean() for rows in differences])), float(low), float(high)
