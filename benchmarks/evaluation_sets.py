@@ -5,17 +5,37 @@ from pathlib import Path
 
 import numpy as np
 
-from cde_jax.data.sources import beir
+from cde_jax.data.sources import beir, jsonl
 from cde_jax.data.sources.beir import EvaluationSet
 
 
 def read(paths: Sequence[str | Path], queries: int = 0, documents: int = 0, seed: int = 0) -> list[EvaluationSet]:
-    """The sets in the folders, or in their subfolders by name, each cut by `cut`. Raises ValueError as `beir.read`."""
+    """The sets in the folders, or in their subfolders by name, each cut by `cut`. Raises ValueError as `beir.read`.
+
+    A path that ends in .jsonl or .jsonl.gz is a file of training pairs, made into a set by `from_pairs`.
+    """
+    files = [path for path in map(Path, paths) if ".jsonl" in path.name]
     folders: list[Path] = []
-    for path in map(Path, paths):
+    for path in (path for path in map(Path, paths) if path not in files):
         subfolders = [folder for folder in sorted(path.glob("*")) if any(folder.glob("corpus.jsonl*"))]
         folders += [path] if any(path.glob("corpus.jsonl*")) else subfolders or [path]
-    return [cut(dataset, queries, documents, seed) for dataset in beir.read_sets(folders)]
+    sets = [*beir.read_sets(folders), *map(from_pairs, files)]
+    return [cut(dataset, queries, documents, seed) for dataset in sets]
+
+
+def from_pairs(file: Path) -> EvaluationSet:
+    """A retrieval set of all documents of a file of pairs; each query has the documents that it is paired with."""
+    queries: dict[str, str] = {}
+    corpus: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    for pair in jsonl.read_pairs(file):
+        query, document = (
+            queries.setdefault(pair.query, f"q{len(queries)}"),
+            corpus.setdefault(pair.document, f"d{len(corpus)}"),
+        )
+        qrels.setdefault(query, {})[document] = 1
+    texts = ({key: text for text, key in side.items()} for side in (queries, corpus))
+    return EvaluationSet(file.name.split(".")[0], *texts, qrels)
 
 
 def cut(dataset: EvaluationSet, queries: int, documents: int, seed: int) -> EvaluationSet:
