@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from cde_jax.adapters.statistics import CorpusStatistics
 from cde_jax.adapters.whitening import whitening
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings
@@ -416,6 +417,52 @@ def test_what_cannot_be_whitened_is_an_error(embedder, tokenizer, tmp_path):
     other = build(kind, tokenizer, build_model(kind, seed=1))
     with pytest.raises(ValueError, match="got one of other weights"):
         other.encode_queries(FEW, context)
+
+
+def test_statistics_put_a_lexical_part_beside_the_vectors(embedder, tmp_path):
+    statistics = CorpusStatistics.fit(CORPUS)
+    context = embedder.embed_context(CORPUS, seed=3, queries=ASKED, statistics=statistics)
+    dense = dataclasses.replace(context, hybrid=None)
+    queries, documents = embedder.encode_queries(ASKED, context), embedder.encode_documents(CORPUS, context)
+    assert queries.shape[1] == documents.shape[1] == 2 * embedder.width
+    expected = context.hybrid.transform_documents(embedder.encode_documents(CORPUS, dense), CORPUS)
+    np.testing.assert_array_equal(documents, expected)
+    expected = context.hybrid.transform_queries(embedder.encode_queries(ASKED, dense), ASKED)
+    np.testing.assert_array_equal(queries, expected)
+    context.save(tmp_path / "context.safetensors")
+    loaded = Context.load(tmp_path / "context.safetensors")
+    np.testing.assert_array_equal(embedder.encode_queries(ASKED, loaded), queries)
+    np.testing.assert_array_equal(embedder.encode_documents(CORPUS, loaded), documents)
+
+
+def test_an_embedder_with_statistics_needs_no_queries(tokenizer):
+    statistics = CorpusStatistics.fit(CORPUS)
+    embedder = Embedder(cached_model("biencoder"), tokenizer, SETTINGS, progress=False, statistics=statistics)
+    context = embedder.embed_context(CORPUS)
+    assert context.whitening is None and context.hybrid.statistics is statistics
+    same = build("biencoder", tokenizer).embed_context(CORPUS, statistics=statistics)
+    np.testing.assert_array_equal(embedder.encode_queries(FEW, context), embedder.encode_queries(FEW, same))
+
+
+def test_a_lexical_part_needs_texts_and_two_inputs(contextual, tokenizer, tmp_path):
+    statistics = CorpusStatistics.fit(CORPUS)
+    context = contextual.embed_context(CORPUS, statistics=statistics)
+    ids = tokenizer.encode(FEW, 16)
+    with pytest.raises(ValueError, match="queries: expected a list of texts, got ndarray"):
+        contextual.encode_queries(ids, context)
+    with pytest.raises(ValueError, match="corpus: expected a list of texts, got ndarray"):
+        contextual.embed_context(tokenizer.encode(CORPUS, 24), statistics=statistics)
+    with pytest.raises(ValueError, match="cannot tell queries from documents"):
+        contextual.export_corpus(context, tmp_path / "export", onnx=False)
+
+
+def test_term_vectors_are_mean_token_embeddings(embedder, tokenizer):
+    table = np.asarray(embedder.model.encoder.word.embedding[...])
+    ids = [row[1:-1] for row in tokenizer.encode(["cat", "whalesong"], 16)]  # without [CLS] and [SEP]
+    assert len(ids[1]) > 1
+    np.testing.assert_allclose(
+        embedder.term_vectors(["cat", "whalesong"]), [table[row].mean(axis=0) for row in ids], rtol=1e-6
+    )
 
 
 def test_a_context_of_other_weights_is_an_error_that_names_both(contextual, tokenizer):

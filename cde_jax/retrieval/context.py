@@ -11,6 +11,7 @@ from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from cde_jax.adapters.hybrid import HybridVectors
 from cde_jax.adapters.inputs import check_vectors
 from cde_jax.adapters.whitening import Whitening
 from cde_jax.data.files import given_path, write_file
@@ -18,6 +19,7 @@ from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import ContextCache
 
 FORMAT = "cde_jax context 1"
+_HYBRID = "hybrid."  # prefix of its tensors and metadata
 _METADATA = {"seed": int, "corpus_size": int, "weights": str, "documents": str}  # field → type
 
 
@@ -38,6 +40,7 @@ class Context:
     # None: there is none (joint attention), or it is computed at the first use
     cache: ContextCache | None = None
     whitening: Whitening | None = None  # applied to the vectors of queries and documents; read-only
+    hybrid: HybridVectors | None = None  # applied after it; needs the texts
 
     def __post_init__(self):
         check_vectors("context vectors", self.vectors)
@@ -56,8 +59,12 @@ class Context:
             tensors |= {"slots": self.cache.slots, "keys": self.cache.prefix.keys, "values": self.cache.prefix.values}
         if self.whitening is not None:
             tensors |= {f"whitening.{name}": array for name, array in self.whitening._asdict().items()}
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in _METADATA}
+        if self.hybrid is not None:
+            arrays, numbers = self.hybrid.to_tensors()
+            tensors |= {_HYBRID + name: array for name, array in arrays.items()}
+            metadata |= {_HYBRID + name: number for name, number in numbers.items()}
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         write_file(path, save(tensors, metadata | {"sha256": digest(tensors, metadata)}))
 
     @classmethod
@@ -83,6 +90,11 @@ class Context:
             fields["cache"] = ContextCache(tensors["slots"], Prefix(tensors["keys"], tensors["values"]))
         if "whitening.matrix" in tensors:
             fields["whitening"] = Whitening(**{name: tensors[f"whitening.{name}"] for name in Whitening._fields})
+        if _HYBRID + "projection" in tensors:
+            parts = (
+                {k.removeprefix(_HYBRID): v for k, v in x.items() if k.startswith(_HYBRID)} for x in (tensors, metadata)
+            )
+            fields["hybrid"] = HybridVectors.from_tensors(*parts)
         return cls(tensors["vectors"], **fields)
 
 

@@ -13,10 +13,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from cde_jax.adapters.hybrid import HybridVectors
 from cde_jax.adapters.inputs import check_integer
-from cde_jax.adapters.whitening import SAMPLE_SIZE, whitening
+from cde_jax.adapters.statistics import CorpusStatistics
+from cde_jax.adapters.whitening import SAMPLE_SIZE, pseudo_queries, whitening
 from cde_jax.data.files import fingerprint
-from cde_jax.data.tokens import Tokenizer
+from cde_jax.data.tokens import Tokenizer, as_list
 from cde_jax.interop.modules import TextSettings
 from cde_jax.interop.read import check_vocabulary
 from cde_jax.models.attention import Prefix
@@ -36,6 +38,9 @@ class Embedder:
     Texts may be given as token ids too: a list of 1-d integer arrays with prefix and special tokens; `tokenizer` may be
     None where only those are. `model` is taken as it is now, its arrays shared and not copied: after more training make
     a new Embedder. Runs on the first device of this process. `progress=False` shows no progress bar.
+
+    With `statistics` of a corpus, `embed_context` makes contexts under which all vectors have a lexical part beside the
+    dense one (`HybridVectors`) and the width 2 D.
     """
 
     def __init__(
@@ -46,8 +51,10 @@ class Embedder:
         tokenizer_directory: str | Path | None = None,
         *,
         progress: bool = True,
+        statistics: CorpusStatistics | None = None,
     ):
         self.config = c = model.config
+        self.statistics = statistics
         self.tokenizer = tokenizer
         self.settings = settings
         self.tokenizer_directory = tokenizer_directory and Path(tokenizer_directory)
@@ -64,7 +71,12 @@ class Embedder:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, numerics: str | None = None, *, progress: bool = True
+        cls,
+        name_or_path: str | Path,
+        numerics: str | None = None,
+        *,
+        progress: bool = True,
+        statistics: CorpusStatistics | None = None,
     ) -> "Embedder":
         """Load an export of this package, a directory laid out like cde-small-v1, or a hub name.
 
@@ -76,7 +88,8 @@ class Embedder:
         if not isinstance(name_or_path, str | Path) or not str(name_or_path).strip():
             raise ValueError(f"expected a model directory or a hub name, got {name_or_path!r}")
         model, directory, settings = load_pretrained(name_or_path, numerics)
-        return cls(model, Tokenizer.load(directory), settings, directory, progress=progress)
+        options = {"progress": progress, "statistics": statistics}
+        return cls(model, Tokenizer.load(directory), settings, directory, **options)
 
     def save_pretrained(self, directory: str | Path, card: str | None = None) -> None:
         """Write a directory that `from_pretrained` loads; `card` is the text of its README."""
@@ -93,8 +106,10 @@ class Embedder:
 
         if not self.contextual:
             raise ValueError("a biencoder reads no context: save_pretrained writes a one-input model")
-        if context is not None and context.whitening is not None:
-            raise ValueError("a one-input model cannot tell queries from documents: embed the context without queries")
+        if context is not None and not context.whitening is context.hybrid is None:
+            raise ValueError(
+                "a one-input model cannot tell queries from documents: embed the context without queries and statistics"
+            )
         options = {"tokenizer": self.tokenizer_directory, "settings": self.settings}
         export_corpus(self.model, self._cache(context), directory, card=card, onnx=onnx, **options)
 
@@ -109,20 +124,39 @@ class Embedder:
         parameters = nnx.to_flat_state(nnx.state(self._state, nnx.Param))
         return digest({".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in parameters})
 
-    def embed_context(self, corpus: Texts, seed: int = 0, queries: Texts | None = None) -> Context:
+    def term_vectors(self, words: list[str]) -> Float[np.ndarray, "n D"]:
+        """Mean token embeddings of single words, without prefix and special tokens; for `HybridVectors.fit`."""
+        if self.tokenizer is None:
+            raise ValueError("term_vectors needs a tokenizer; load the embedder with from_pretrained")
+        table = np.asarray(self.model.encoder.word.embedding[...], np.float32)
+        rows = self.tokenizer.backend.encode_batch_fast(words, add_special_tokens=False)
+        return np.stack([table[row.ids or [self.tokenizer.pad_id]].mean(axis=0) for row in rows])
+
+    def embed_context(
+        self,
+        corpus: Texts,
+        seed: int = 0,
+        queries: Texts | None = None,
+        statistics: CorpusStatistics | None = None,
+    ) -> Context:
         """Embed a sample of the corpus, min(J, len(corpus)) documents, as the context of its queries and documents.
 
         With fewer than J documents the other slots are null slots. With `queries`, some dozens that people ask of this
         corpus (their answers are not needed), vectors are whitened (`cde_jax.whitening`), by these and a second sample
-        of documents; where there are none yet, use `cde_jax.pseudo_queries(corpus)`. The context of a biencoder is the
-        whitening alone.
+        of documents; where there are none yet, use `cde_jax.pseudo_queries(corpus)`. With `statistics` (by default the
+        embedder's), vectors have a lexical part beside the dense one and width 2 D (`cde_jax.HybridVectors`). The
+        context of a biencoder is these two alone.
 
-        Raises ValueError for a corpus or queries without text, a biencoder without queries, and too few documents for
-        weights without a null embedding.
+        Raises ValueError for a corpus or queries without text, a biencoder without queries and statistics, statistics
+        with texts given as token ids, and too few documents for weights without a null embedding.
         """
-        if not self.contextual and queries is None:
-            raise ValueError("a biencoder reads no context: give queries to whiten by, or encode without context")
+        statistics = self.statistics if statistics is None else statistics
+        if not self.contextual and queries is None and statistics is None:
+            raise ValueError(
+                "a biencoder reads no context: give queries to whiten by or statistics, or encode without context"
+            )
         corpus, seed = as_texts(corpus, "corpus", required=True), check_integer("seed", seed, 0)
+        corpus = corpus if statistics is None else as_list(corpus, "corpus")  # not token ids
         queries = None if queries is None else as_texts(queries, "queries", required=True)
         if len(corpus) < self.context_size and not self.works_without_context:
             raise ValueError(
@@ -130,15 +164,21 @@ class Embedder:
                 f"corpus of {len(corpus)}: add documents, or repeat some"
             )
         documents = _sample(corpus, self.context_size, [seed])  # none for a biencoder
-        fitted = [] if queries is None else _sample(corpus, SAMPLE_SIZE, [seed, WHITENING_STREAM])
+        fitted = [] if queries is statistics is None else _sample(corpus, SAMPLE_SIZE, [seed, WHITENING_STREAM])
         sampled = fingerprint(sorted(x if isinstance(x, str) else x.tolist() for x in documents + fitted))
         context = Context(self._context_vectors(documents), seed, len(corpus), self.weights, sampled)
         cache, parts = self._cache(context), {}
         if cache is not None and cache.prefix is not None:
             parts["cache"] = jax.device_get(cache)
-        if queries is not None:
-            vectors = self._encode(queries, context, "queries"), self._encode(fitted, context, "documents")
-            parts["whitening"] = whitening(*vectors)
+        if fitted:
+            asked = pseudo_queries(corpus, seed) if queries is None else queries
+            vectors = self._encode(asked, context, "queries"), self._encode(fitted, context, "documents")
+            if queries is not None:
+                parts["whitening"] = w = whitening(*vectors)
+                vectors = w.transform_queries(vectors[0]), w.transform_documents(vectors[1])
+            if statistics is not None:
+                options = {"corpus": corpus, "term_vectors": self.term_vectors, "seed": seed}
+                parts["hybrid"] = HybridVectors.fit(statistics, vectors[1], fitted, vectors[0], **options)
         context = dataclasses.replace(context, **parts)
         if cache is not None:
             self._caches[context] = cache
@@ -160,14 +200,18 @@ class Embedder:
         self, texts: list[str] | Tokens, context: Context | None, kind: Literal["queries", "documents"]
     ) -> Float[np.ndarray, "n D"]:
         s, cache, of_queries = self.settings, self._cache(context), kind == "queries"
+        if context is not None and context.hybrid is not None:
+            texts = as_list(texts, kind)  # not token ids
         prefix, length = (s.query_prefix, s.query_length) if of_queries else (s.document_prefix, s.document_length)
         embed = partial(_embed, self._graph, self._state, cache=cache)
         # Only joint attention has the slots in the sequence of every text.
         slots = cache.slots.shape[0] if cache is not None and cache.prefix is None else 0
         vectors = self._run(texts, prefix, padded_lengths(length), embed, slots=slots, width=self.width, name=kind)
-        if context is None or (w := context.whitening) is None:
-            return vectors
-        return w.transform_queries(vectors) if of_queries else w.transform_documents(vectors)
+        if context is not None and (w := context.whitening) is not None:
+            vectors = w.transform_queries(vectors) if of_queries else w.transform_documents(vectors)
+        if context is not None and (h := context.hybrid) is not None:
+            vectors = h.transform_queries(vectors, texts) if of_queries else h.transform_documents(vectors, texts)
+        return vectors
 
     def _context_vectors(self, documents: list[str] | Tokens) -> Float[np.ndarray, "m D"]:
         """The first stage's vectors of context documents."""

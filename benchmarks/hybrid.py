@@ -1,0 +1,195 @@
+"""What corpus statistics beside dense vectors gain: one JSON line a case, NDCG@10 in points.
+
+    python benchmarks/vectors.py --model all-MiniLM-L6-v2 --evaluation SETS --out VECTORS --length 128
+    python benchmarks/hybrid.py --model all-MiniLM-L6-v2 --evaluation SETS --vectors VECTORS [--widths 768 1152]
+
+Everything is fitted on the corpus alone (whitening and spreads by pseudo queries); labels only score. A case is scored
+with one weight for all queries and with a weight by query; both are chosen on the other sets (`loo`), and `fixed` is
+the mean at each weight. Cases: `lsa+terms` (with the encoder's token embeddings), `lsa+signs` (without), `signs` (a
+count sketch alone), `other corpus` (statistics of the set half the list away), `exact` (two indexes: dense and BM25
+scores mixed).
+`interval` is a paired 95 % interval of the gain over whitened vectors, queries resampled within sets.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import evaluation_sets
+import numpy as np
+from harness import emit
+from jaxtyping import Float
+
+from cde_jax.adapters.hybrid import CAUTION, GAIN_MODEL, WEIGHTS, HybridVectors, TermVectors
+from cde_jax.adapters.statistics import CorpusStatistics
+from cde_jax.adapters.whitening import SAMPLE_SIZE, whitening
+from cde_jax.data.sources.beir import EvaluationSet
+from cde_jax.evaluation.compare import bootstrap
+from cde_jax.evaluation.metrics import ndcg_per_query
+from cde_jax.retrieval.embedder import Embedder
+from cde_jax.retrieval.index import as_run, search
+
+RIDGE = 0.06
+
+
+class Case(NamedTuple):
+    """NDCG@10 of each query in points at each of WEIGHTS, and its features, of one set."""
+
+    scores: Float[np.ndarray, "q w"]
+    features: Float[np.ndarray, "q 2"]
+
+
+def main() -> None:
+    """Score every case on every set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="for its token embeddings: a directory or a hub name")
+    parser.add_argument("--evaluation", nargs="+", required=True, help="BEIR folders, or folders of such; two or more")
+    parser.add_argument("--vectors", type=Path, required=True, help="directory written by benchmarks/vectors.py")
+    parser.add_argument("--queries", type=int, default=0, help="as of benchmarks/vectors.py")
+    parser.add_argument("--documents", type=int, default=0, help="as of benchmarks/vectors.py")
+    parser.add_argument("--widths", nargs="+", type=int, default=[768, 1152, 1920], help="of the hybrid vectors")
+    args = parser.parse_args()
+    term_vectors = Embedder.from_pretrained(args.model, progress=False).term_vectors
+    sets = evaluation_sets.read(args.evaluation, args.queries, args.documents)
+    dense = [whitened(dataset, dict(np.load(args.vectors / f"{dataset.name}.npz"))) for dataset in sets]
+    frozen = [x["frozen"] for x in dense]
+    base = [x["whitened"] for x in dense]
+    line = {"benchmark": "hybrid"}
+    emit(line | {"case": "frozen", **summary(sets, frozen, base)}, "jax")
+    emit(line | {"case": "whitened", **summary(sets, base, base)}, "jax")
+    statistics = [CorpusStatistics.fit(dataset.corpus.values()) for dataset in sets]
+    report(line | {"case": "exact"}, sets, [exact(*each) for each in zip(sets, dense, statistics, strict=True)], base)
+    for width in args.widths:
+        for name in ("lsa+terms", "lsa+signs", "signs", "other corpus"):
+            cases = []
+            for i, dataset in enumerate(sets):
+                own = statistics[(i + len(sets) // 2) % len(sets) if name == "other corpus" else i]
+                cases.append(hybrid(dataset, dense[i], own, width, name, term_vectors))
+            report(line | {"case": name, "width": width}, sets, cases, base)
+
+
+def whitened(dataset: EvaluationSet, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Whitened vectors of a set by its corpus alone, and the NDCG@10 of its queries with and without."""
+    documents = arrays["documents"]
+    sample = documents[np.random.default_rng(0).permutation(len(documents))[:SAMPLE_SIZE]]
+    fitted = whitening(arrays["pseudo_queries"], sample)
+    result = {
+        "queries": fitted.transform_queries(arrays["queries"]),
+        "documents": fitted.transform_documents(documents),
+        "pseudo_queries": fitted.transform_queries(arrays["pseudo_queries"]),
+    }
+    frozen = per_query(dataset, arrays["queries"], documents)
+    return result | {"frozen": frozen, "whitened": per_query(dataset, result["queries"], result["documents"])}
+
+
+def per_query(
+    dataset: EvaluationSet, queries: Float[np.ndarray, "q D"], documents: Float[np.ndarray, "n D"]
+) -> Float[np.ndarray, " q"]:
+    """NDCG@10 in points."""
+    run = as_run(list(dataset.queries), list(dataset.corpus), search(queries, documents, 10))
+    return 100 * np.array(list(ndcg_per_query(run, dataset.qrels).values()))
+
+
+def judged(dataset: EvaluationSet) -> list[int]:
+    """Rows of the queries with a relevant document, which alone are scored."""
+    return [i for i, query in enumerate(dataset.queries) if any(g > 0 for g in dataset.qrels[query].values())]
+
+
+def hybrid(
+    dataset: EvaluationSet,
+    dense: dict[str, np.ndarray],
+    statistics: CorpusStatistics,
+    width: int,
+    name: str,
+    term_vectors: TermVectors,
+) -> Case:
+    """Scores of hybrid vectors of a total width."""
+    corpus, texts = list(dataset.corpus.values()), list(dataset.queries.values())
+    options = {"width": width, "term_vectors": term_vectors if name in ("lsa+terms", "other corpus") else None}
+    if name == "signs":
+        options["latent_fraction"] = 0.0
+    fitted = HybridVectors.fit(statistics, dense["documents"], corpus, dense["pseudo_queries"], **options)
+    documents = fitted.transform_documents(dense["documents"], corpus)
+    scores = [
+        per_query(dataset, fitted.with_weight(weight).transform_queries(dense["queries"], texts), documents)
+        for weight in WEIGHTS
+    ]
+    return Case(np.stack(scores, axis=1), fitted.query_features(dense["queries"], texts)[judged(dataset)])
+
+
+def exact(dataset: EvaluationSet, dense: dict[str, np.ndarray], statistics: CorpusStatistics) -> Case:
+    """Dense and BM25 scores mixed, each divided by its spread: what two indexes and a fusion of their lists give."""
+    queries = statistics.query_weights(dataset.queries.values())
+    lexical = (queries @ statistics.document_weights(dataset.corpus.values()).T).toarray()
+    lexical /= np.sqrt(np.maximum(queries.multiply(queries).sum(axis=1), 1e-12))
+    similar = dense["queries"] @ dense["documents"].T
+    names, scores = list(dataset.corpus), []
+    for weight in WEIGHTS:
+        mixed = np.asarray((1 - weight) * similar / similar.std() + weight * lexical / lexical.std())
+        best = np.argsort(-mixed, axis=1, kind="stable")[:, :10]
+        run = {
+            query: {names[j]: float(row[j]) for j in top}
+            for query, row, top in zip(dataset.queries, mixed, best, strict=True)
+        }
+        scores.append(100 * np.array(list(ndcg_per_query(run, dataset.qrels).values())))
+    return Case(np.stack(scores, axis=1), np.zeros((len(scores[0]), 2)))
+
+
+def report(line: dict, sets: list[EvaluationSet], cases: list[Case], base: list[np.ndarray]) -> None:
+    """Emit a case: each weight for all, and weights chosen on the other sets for all queries and by query."""
+    means = np.array([case.scores.mean(axis=0) for case in cases])  # [sets, w]
+    line = line | {"fixed": dict(zip(map(str, WEIGHTS), means.mean(axis=0).round(2).tolist(), strict=True))}
+    rest = [[j for j in range(len(cases)) if j != i] for i in range(len(cases))]
+    one = [case.scores[:, means[others].mean(axis=0).argmax()] for case, others in zip(cases, rest, strict=True)]
+    emit(line | {"weight": "one, loo", **summary(sets, one, base)}, "jax")
+    if not any(case.features.any() for case in cases):
+        return
+    default = [predicted(GAIN_MODEL, case) for case in cases]  # honest for sets that GAIN_MODEL was not fitted on
+    emit(line | {"weight": "by query, as the library has it", **summary(sets, default, base)}, "jax")
+    by_query = [
+        predicted(gain_model([cases[j] for j in others]), case) for case, others in zip(cases, rest, strict=True)
+    ]
+    emit(line | {"weight": "by query, loo", **summary(sets, by_query, base)}, "jax")
+    emit(line | {"gain_model": gain_model(cases).round(3).tolist()}, "jax")
+
+
+def gain_model(cases: list[Case]) -> Float[np.ndarray, "3 w"]:
+    """Ridge regression of the gain at each weight on a query's features, every set with the same mass."""
+    mass = np.concatenate([np.full(len(case.scores), 1 / len(case.scores) / len(cases)) for case in cases])
+    features = np.concatenate([case.features for case in cases]).astype(np.float64)
+    gains = np.concatenate([case.scores - case.scores[:, :1] for case in cases])
+    mean = mass @ features
+    spread = np.sqrt(mass @ (features - mean) ** 2) + 1e-9
+    inputs = np.concatenate([np.ones((len(features), 1)), (features - mean) / spread], axis=1)
+    gram = inputs.T @ (inputs * mass[:, None]) + RIDGE / len(cases) * np.eye(3)
+    slopes = np.linalg.solve(gram, inputs.T @ (gains * mass[:, None]))
+    slopes[1:] /= spread[:, None]
+    slopes[0] -= mean @ slopes[1:]
+    return slopes
+
+
+def predicted(model: Float[np.ndarray, "3 w"], case: Case) -> Float[np.ndarray, " q"]:
+    """Each query's score at the weight that `model` gives it (`choose_weights`)."""
+    gains = np.concatenate([np.ones((len(case.features), 1)), case.features], axis=1) @ model
+    enough = gains >= CAUTION * gains.max(axis=1, keepdims=True)
+    return np.take_along_axis(case.scores, enough.argmax(axis=1)[:, None], axis=1)[:, 0]
+
+
+def summary(sets: list[EvaluationSet], scores: list[np.ndarray], base: list[np.ndarray]) -> dict:
+    """Mean over sets, the gain over `base` with its interval, the worst set, and every set."""
+    gain, low, high = bootstrap([(a - b)[None] for a, b in zip(scores, base, strict=True)])
+    means = [float(x.mean()) for x in scores]
+    worst = min(float((a - b).mean()) for a, b in zip(scores, base, strict=True))
+    by_set = {dataset.name: round(mean, 2) for dataset, mean in zip(sets, means, strict=True)}
+    interval = [round(low, 2), round(high, 2)]
+    return {
+        "mean": round(np.mean(means), 2),
+        "gain": round(gain, 2),
+        "interval": interval,
+        "worst": round(worst, 2),
+        "sets": by_set,
+    }
+
+
+if __name__ == "__main__":
+    main()
