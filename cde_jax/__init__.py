@@ -6,6 +6,7 @@ The names below are what most users hold; they are imported on first use, so tha
 import os
 import sys
 import warnings
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -33,15 +34,13 @@ def _disable_ynn_fusions() -> None:
     """Turn off XLA's YNNPACK fusions on CPU, unless the user has set that flag.
 
     In jaxlib 0.10.2 and 0.11 they give silently wrong rows of some jitted reductions (jax-ml/jax#39103) and
-    segmentation faults (#40412, #39257). XLA reads its flags when the first backend is made and ends the process at a
-    flag that it does not know, hence the check of the version.
+    segmentation faults (#40412, #39257). XLA reads its flags when the first backend is made, and ends the process at
+    one that it does not know.
     """
-    try:
-        affected = version("jaxlib").startswith(("0.10.2", "0.11."))
-    except PackageNotFoundError:
-        return
-    flags = os.environ.get("XLA_FLAGS", "")
-    if not affected or _YNN_FLAG in flags:
+    flags, jaxlib = os.environ.get("XLA_FLAGS", ""), ""
+    with suppress(PackageNotFoundError):
+        jaxlib = version("jaxlib")
+    if not jaxlib.startswith(("0.10.2", "0.11.")) or _YNN_FLAG in flags:
         return
     os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}=".strip()
     bridge = sys.modules.get("jax._src.xla_bridge")

@@ -1,4 +1,4 @@
-"""Every setting of a run, declared once: type, default, range, meaning. `configs/base.py` derives from it.
+"""Every setting of a run, declared once: type or choices, default, range, meaning. `configs/base.py` derives from it.
 
 `from_config_dict` turns a ConfigDict (or a nested dict) into a checked `Config`; nothing else reads a ConfigDict. The
 defaults are those of the paper's large setting where it has one (arXiv 2410.02525, section 5 and appendix).
@@ -7,9 +7,11 @@ defaults are those of the paper's large setting where it has one (arXiv 2410.025
 import copy
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 SURROGATES = '"lsa", "sentence-transformers:NAME" or "checkpoint:DIR"'
@@ -19,10 +21,9 @@ AUTO = -1  # a chunk size that is chosen by the device's memory
 Affects = Literal["pairs", "vectors", "plan", "training", "evaluation", "nothing"]
 
 
-def setting(default: Any, low: Any = None, high: Any = None, *, choices=(), affects: Affects | None = None) -> Any:
-    """A dataclass field with its range (both ends included) or choices; `affects` None: as the section says."""
-    metadata = {"low": low, "high": high, "choices": choices, "affects": affects}
-    return dataclasses.field(default=default, metadata=metadata)
+def setting(default: Any, low: Any = None, high: Any = None, *, affects: Affects | None = None) -> Any:
+    """A dataclass field with its range, both ends included; `affects` None: as the section says."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "affects": affects})
 
 
 class SettingsError(ValueError):
@@ -34,40 +35,40 @@ class SettingsError(ValueError):
 
 
 class _Section:
-    """Checks its fields when it is made. Raises SettingsError."""
+    """Settings, checked when they are put together. Raises SettingsError."""
 
-    name: ClassVar[str] = ""
-    affects: ClassVar[Affects] = "nothing"
+    prefix: ClassVar[str]  # of its keys
+    affects: ClassVar[Affects]
+
+    def __init_subclass__(cls, *, prefix: str, affects: Affects):
+        cls.prefix, cls.affects = prefix, affects
 
     def __post_init__(self):
-        problems = []
-        for field in dataclasses.fields(self):
-            problems += _range_problems(f"{self.name}.{field.name}".lstrip("."), getattr(self, field.name), field)
-        if problems := problems or list(self.conflicts()):
+        problems = [_problem(self.prefix, field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        if problems := list(filter(None, problems)) or list(self._conflicts()):
             raise SettingsError(problems)
 
-    def conflicts(self) -> Iterator[str]:
+    def _conflicts(self) -> Iterator[str]:
         """Settings that are allowed each by itself, but not together."""
         return iter(())
 
+    def affecting(self, what: Affects) -> dict[str, Any]:
+        """The values of the section's own settings that affect `what`, in the order of their declaration."""
+        names = [name.removeprefix(self.prefix) for name, effect in affected(type(self)).items() if effect == what]
+        return {name: getattr(self, name) for name in names if "." not in name}
+
 
 @dataclasses.dataclass(frozen=True)
-class Data(_Section):
+class Data(_Section, prefix="data.", affects="pairs"):
     """Where pairs and evaluation sets come from, and how they are tokenised."""
 
-    name: ClassVar[str] = "data"
-    affects: ClassVar[Affects] = "pairs"
-
-    # "docstrings" of installed packages; "jsonl" files of pairs; "tfds": published collections in their own formats;
-    # "huggingface": data sets or Parquet files by name or path
-    source: str = setting("docstrings", choices=("docstrings", "jsonl", "tfds", "huggingface"))
-    # jsonl: files or folders of {"query", "document", "domain"?, "negatives"?} lines, plain or .gz; huggingface: data
-    # sets or Parquet files; tfds: the one folder of the collections' files. Only their content counts
-    paths: tuple[str, ...] = setting((), affects="nothing")
+    # docstrings of installed packages; files of pairs; published collections in their own formats; data sets or Parquet
+    source: Literal["docstrings", "jsonl", "tfds", "huggingface"] = "docstrings"
+    # jsonl: files or folders of lines of pairs, plain or .gz; huggingface: data sets or Parquet files; tfds: the folder
+    paths: tuple[str, ...] = setting((), affects="nothing")  # … of the collections' files. Only their content counts
     collections: tuple[str, ...] = ()  # tfds: names from the table in data/sources/collections.py
     columns: tuple[str, ...] = ()  # huggingface: columns under other names, ("query=question", …)
-    # docstrings: of our requirements, or of all packages
-    packages: str = setting("core", choices=("core", "installed"))
+    packages: Literal["core", "installed"] = "core"  # docstrings: of our requirements, or of all packages
     standard_library: bool = False  # docstrings: read Python's own too (they differ between Python versions)
     held_out: tuple[str, ...] = ()  # docstrings: packages kept out of training as evaluation sets
     evaluation: tuple[str, ...] = setting((), affects="evaluation")  # folders of evaluation sets in BEIR form
@@ -84,12 +85,10 @@ class Data(_Section):
         held_out = self.held_out if self.source == "docstrings" else ()
         return (*held_out, *map(evaluation_name, self.evaluation))
 
-    def conflicts(self) -> Iterator[str]:
-        """Each source needs its inputs; evaluation sets need different names."""
-        if self.source == "jsonl" and not self.paths:
-            yield "`data.paths` is empty: name the jsonl files, e.g. --config.data.paths=\"('pairs.jsonl.gz',)\""
-        if self.source == "huggingface" and not self.paths:
-            yield "`data.paths` is empty: name data sets or Parquet files, e.g. --config.data.paths=\"('me/pairs',)\""
+    def _conflicts(self) -> Iterator[str]:
+        inputs = {"jsonl": "the jsonl files", "huggingface": "data sets or Parquet files"}.get(self.source)
+        if inputs and not self.paths:
+            yield f"`data.paths` is empty: name {inputs}, e.g. --config.data.paths=\"('pairs.jsonl.gz',)\""
         if self.source == "tfds" and (len(self.paths) != 1 or not self.collections):
             yield (
                 "`data.source` 'tfds' needs `data.collections` by name and the one folder of their files in "
@@ -103,42 +102,32 @@ class Data(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batching(_Section):
+class Batching(_Section, prefix="batching.", affects="plan"):
     """How pairs become a plan. The settings that affect "plan" stand in the plan's manifest."""
 
-    name: ClassVar[str] = "batching"
-    affects: ClassVar[Affects] = "plan"
-
     surrogate: str = setting("lsa", affects="vectors")  # model whose vectors are clustered: one of SURROGATES
-    # its prompts (of queries, of documents); (): those saved with the model
-    surrogate_prompts: tuple[str, ...] = setting((), affects="vectors")
+    surrogate_prompts: tuple[str, ...] = setting((), affects="vectors")  # of queries and documents; (): the model's own
     filter_surrogate: str = setting("", affects="vectors")  # scores false and hard negatives; "": the surrogate
     filter_prompts: tuple[str, ...] = setting((), affects="vectors")  # its prompts (of queries, of documents)
     surrogate_width: int = setting(128, 2, 2**16, affects="vectors")  # dimensions of the LSA vectors
     vectors_cache: str = setting("", affects="nothing")  # folder by which work directories share surrogate vectors
-    # batches of "clustered" pairs, or "random" in a domain
-    method: str = setting("clustered", choices=("clustered", "random"))
+    method: Literal["clustered", "random"] = "clustered"  # batches of clusters, or random ones of a domain
     batch_size: int = setting(512, 2, 2**24)  # B, queries of a plan batch: the unit of contrast
-    # pairs by centroid; some win swapped rows d⊕q only, so clusters are larger (the report has the median)
-    cluster_size: int = setting(512, 1, 2**40)
+    cluster_size: int = setting(512, 1, 2**40)  # pairs by centroid; clusters are larger: some win swapped rows d⊕q only
     cluster_dimensions: int = setting(0, 0, 2**16)  # of the vectors that are clustered, reduced by SVD; 0: all
     cluster_rows: int = setting(2**20, 1, 2**40)  # pairs of a domain that centroids are fitted to; others are assigned
     iterations: int = setting(100, 1, 10**6)  # of k-means, at most
     tries: int = setting(3, 1, 10**4)  # k-means runs from different seeds; the best is kept
-    # order of the clusters: "random", or a greedy travelling-salesman tour
-    packing: str = setting("tsp", choices=("random", "tsp"))
+    packing: Literal["random", "tsp"] = "tsp"  # order of clusters: random, or a greedy travelling-salesman tour
     epochs: int = setting(3, 1, 10**6)  # arrangements of all pairs in the plan, each different
     domain_weights: tuple[str, ...] = ()  # ("NAME=0.5",): half of its batches in an epoch; 2: each row twice
-    # K per query: the data's own negatives, then mined ones, then random ones of the group
-    hard_negatives: int = setting(0, 0, 2**16)
+    hard_negatives: int = setting(0, 0, 2**16)  # K per query: the data's own, then mined, then random ones of the group
     mine_first: int = setting(0, 0, 2**20)  # mined negatives: from this rank of the domain's nearest documents, 1 …
     mine_last: int = setting(0, 0, 2**20)  # … to this rank; 0: none are mined
     mine_margin: float = setting(0.05, -2.0, 2.0)  # … and only where f(q, d′) ≤ f(q, d) − margin
-    # ε of the false-negative filter (paper eq. 4) on the surrogate's cosine: documents at least this much closer to the
-    # query than its own document are no negatives. None: only equal texts are masked
-    filter_margin: float | None = setting(0.0, -2.0, 2.0)
-    # context is drawn from the "batch" (paper) or its "domain"
-    context_source: str = setting("batch", choices=("batch", "domain"), affects="training")
+    # ε of the false-negative filter (paper eq. 4): documents at least so much closer to a query, by the surrogate's
+    filter_margin: float | None = setting(0.0, -2.0, 2.0)  # … cosine, than its own are masked; None: only equal texts
+    context_source: Literal["batch", "domain"] = setting("batch", affects="training")  # of the context; "batch": paper
     threads: int = setting(4, 1, 1024, affects="nothing")  # threads that read batches
     prefetch: int = setting(8, 1, 2**16, affects="nothing")  # batches ready ahead
 
@@ -150,8 +139,7 @@ class Batching(_Section):
         takes_prompts = self.surrogate.startswith("sentence-transformers:")
         return same_model and (unset or not takes_prompts or self.filter_prompts == self.surrogate_prompts)
 
-    def conflicts(self) -> Iterator[str]:
-        """Prompts come in pairs, weights have a form, ranks are in order."""
+    def _conflicts(self) -> Iterator[str]:
         for name in ("surrogate_prompts", "filter_prompts"):
             if len(prompts := getattr(self, name)) not in (0, 2):
                 yield f"`batching.{name}` must be empty or (of queries, of documents), got {prompts!r}"
@@ -165,16 +153,12 @@ class Batching(_Section):
 
     def plan_settings(self, seed: int) -> dict[str, Any]:
         """What the plan is made by, as its manifest has it (JSON types only)."""
-        own = {name: getattr(self, name) for name in names_affecting(type(self), "plan")}
-        return own | {"domain_weights": list(self.domain_weights), "seed": seed}
+        return self.affecting("plan") | {"domain_weights": list(self.domain_weights), "seed": seed}
 
 
 @dataclasses.dataclass(frozen=True)
-class Init(_Section):
+class Init(_Section, prefix="model.init.", affects="training"):
     """Pretrained encoders to start from."""
-
-    name: ClassVar[str] = "model.init"
-    affects: ClassVar[Affects] = "training"
 
     first_stage: str = ""  # pretrained encoder (name or path) the first stage starts from; "": random
     second_stage: str = ""  # … the second stage, or the biencoder
@@ -182,17 +166,13 @@ class Init(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(_Section):
+class Model(_Section, prefix="model.", affects="training"):
     """Shape of the encoder(s)."""
 
-    name: ClassVar[str] = "model"
-    affects: ClassVar[Affects] = "training"
-
-    kind: str = setting("contextual", choices=("contextual", "biencoder"))  # two stages, or a plain biencoder
-    # "isolated": slots computed once per context; "joint": the paper
-    context_attention: str = setting("isolated", choices=("isolated", "joint"))
+    kind: Literal["contextual", "biencoder"] = "contextual"  # two stages, or a plain biencoder
+    context_attention: Literal["isolated", "joint"] = "isolated"  # slots computed once per context, or as in the paper
     context_size: int = setting(512, 0, 2**20)  # J context documents
-    backbone: str = setting("nomic", choices=("nomic", "bert"))  # "nomic": rotary positions, SwiGLU, no biases; "bert"
+    backbone: Literal["nomic", "bert"] = "nomic"  # "nomic": rotary positions, SwiGLU, no biases
     vocab_size: int = setting(0, 0, 2**24)  # rows of the token embeddings; 0: as many as the tokenizer has
     width: int = setting(768, 1, 2**16)  # D
     layers: int = setting(12, 1, 4096)  # of the second stage (and of a biencoder)
@@ -200,24 +180,17 @@ class Model(_Section):
     heads: int = setting(12, 1, 2**12)  # attention heads
     mlp_width: int = setting(3072, 1, 2**20)  # hidden width of the MLP
     max_positions: int = setting(2048, 1, 2**20)  # longest text, in tokens
-    # of a biencoder: an MLP with a residual on its vector, as a contextual model's second stage always has; without it
-    # the export is a plain encoder that needs no code of ours
-    head: bool = False
+    head: bool = False  # of a biencoder: an MLP with a residual on its vector; without, its export is a plain encoder
     soft_prompt: int = setting(8, 0, 2**16)  # learned tokens between slots and text; 0: none
-    # first value of a learned bias per layer and head from text to slots; None: no bias (the paper)
-    slot_bias: float | None = setting(-5.0)
-    # of the computation; "auto": bfloat16 on accelerators and float32 on CPU
-    dtype: str = setting("auto", choices=("float32", "bfloat16", "auto"))
-    # attention kernel: "xla"; "blocks", a few texts at a time (CPU); "cudnn", fused (NVIDIA GPUs in bfloat16; not yet
-    # run on one); "auto": "blocks" on CPU, else "xla"
-    attention: str = setting("auto", choices=("auto", "xla", "blocks", "cudnn"))
-    # what each layer computes again in the backward pass: "none"; "full", everything: less memory, about a third more
-    # time; "dots", all but products with weights and attention; "auto", by the platform
-    remat: str = setting("auto", choices=("auto", "none", "dots", "full"))
+    slot_bias: float | None = -5.0  # first value of a learned bias per layer and head from text to slots; None: no bias
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # "auto": bfloat16 on accelerators and float32 on CPU
+    # "blocks": a few texts at a time (CPU); "cudnn": fused (NVIDIA GPUs in bfloat16); "auto": "blocks" on CPU, or "xla"
+    attention: Literal["auto", "xla", "blocks", "cudnn"] = "auto"
+    # computed again in the backward pass: "full": everything; "dots": all but products with weights and attention
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
     init: Init = dataclasses.field(default_factory=Init)
 
-    def conflicts(self) -> Iterator[str]:
-        """Heads divide the width; rotary positions turn pairs of features; a contextual model has a context."""
+    def _conflicts(self) -> Iterator[str]:
         if self.width % self.heads:
             yield f"`model.width` {self.width} is not a multiple of `model.heads` {self.heads}"
         elif self.backbone == "nomic" and self.width // self.heads % 2:
@@ -227,11 +200,8 @@ class Model(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(_Section):
+class Train(_Section, prefix="train.", affects="training"):
     """Optimisation, memory, and how often things happen."""
-
-    name: ClassVar[str] = "train"
-    affects: ClassVar[Affects] = "training"
 
     steps: int = setting(0, 0, 2**31 - 1)  # 0: once through the plan
     devices: int = setting(0, 0, 2**20)  # how many share a step; 0: all there are
@@ -244,48 +214,35 @@ class Train(_Section):
     temperature: float = setting(0.02, 1e-4, 10.0)  # τ
     sequence_dropout: float = setting(0.005, 0.0, 1.0)  # p that the null embedding replaces a context document
     share_negatives: bool = False  # contrast across all plan batches of a step instead of within each
-    # padded lengths that texts run at, chosen to fit the plan; each takes time to compile. Texts are sorted by length
-    # into chunks that are recomputed in the backward pass
-    text_lengths: int = setting(12, 1, 256)
-    # texts of the longest length whose tokens one chunk of queries and documents holds; 0: a fitting number (8192
-    # tokens on accelerators); -1: as many as the device's memory holds
-    document_chunk: int = setting(0, AUTO, 2**24)
+    text_lengths: int = setting(12, 1, 256)  # padded lengths that texts run at; each takes time to compile
+    # queries and documents, of the longest length, in a chunk that is recomputed in the backward pass; 0: a fitting
+    document_chunk: int = setting(0, AUTO, 2**24)  # … number (8192 tokens on accelerators); -1: as memory allows
     context_chunk: int = setting(0, AUTO, 2**24)  # the same for context documents
     memory_gib: float = setting(0.0, 0.0, 1e6)  # GiB of a step, for chunks of -1; 0: 0.9 of what the device has
-    # of a device, for utilisation in metrics.jsonl; 0: the maker's, if known
-    peak_tflops: float = setting(0.0, 0.0, 1e9, affects="nothing")
-    # steps traced by jax.profiler into profile/, from the 4th of a run on
-    profile_steps: int = setting(0, 0, 10**6, affects="nothing")
+    peak_tflops: float = setting(0.0, 0.0, 1e9, affects="nothing")  # of a device, for utilisation; 0: the maker's
+    profile_steps: int = setting(0, 0, 10**6, affects="nothing")  # traced into profile/, from the 4th of a run on
     log_every: int = setting(10, 1, 2**31 - 1, affects="nothing")  # steps between lines of metrics.jsonl
     checkpoint_every: int = setting(500, 0, 2**31 - 1, affects="nothing")  # steps; 0: only at the end
-    # steps between scores on the development set; 0: only at the end
-    evaluate_every: int = setting(0, 0, 2**31 - 1, affects="nothing")
+    evaluate_every: int = setting(0, 0, 2**31 - 1, affects="nothing")  # steps, on the development set; 0: at the end
 
-    def conflicts(self) -> Iterator[str]:
-        """Warm-up ends before the last step."""
+    def _conflicts(self) -> Iterator[str]:
         if self.steps and self.warmup_steps >= self.steps:
             yield f"`train.warmup_steps` {self.warmup_steps} must be fewer than `train.steps` {self.steps}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate(_Section):
+class Evaluate(_Section, prefix="evaluate.", affects="evaluation"):
     """What is measured at the end, and by which set the best checkpoint is chosen."""
 
-    name: ClassVar[str] = "evaluate"
-    affects: ClassVar[Affects] = "evaluation"
-
-    # evaluation set whose score picks the best checkpoint and which is not reported; "": the newest is the best
-    development: str = ""
-    checkpoint: str = setting("best", choices=("best", "newest"))  # which checkpoint is evaluated and exported
+    development: str = ""  # set whose score picks the best checkpoint, and is not reported; "": the newest is the best
+    checkpoint: Literal["best", "newest"] = "best"  # which one is evaluated and exported
     cutoff: int = setting(10, 1, 10**6)  # k of NDCG@k
     baselines: bool = True  # BM25 and the LSA surrogate beside the model
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_Section):
+class Config(_Section, prefix="", affects="training"):
     """A whole run."""
-
-    affects: ClassVar[Affects] = "training"
 
     seed: int = setting(0, 0, 2**32 - 1)  # of data order, clusters, parameters, context draws and dropout
     data: Data = dataclasses.field(default_factory=Data)
@@ -298,8 +255,7 @@ class Config(_Section):
         """Plain nested dict, as written to config.json."""
         return dataclasses.asdict(self)
 
-    def conflicts(self) -> Iterator[str]:
-        """Settings of different sections that do not fit each other."""
+    def _conflicts(self) -> Iterator[str]:
         d, m, development = self.data, self.model, self.evaluate.development
         longest = max(d.query_length, d.document_length)
         if longest > m.max_positions:
@@ -341,20 +297,14 @@ def parse_weight(text: str) -> tuple[str, float] | None:
     return (name, weight) if name and math.isfinite(weight) and weight >= 0 else None
 
 
-def affected(section: type[_Section] = Config, prefix: str = "") -> dict[str, Affects]:
+def affected(section: type[_Section] = Config) -> dict[str, Affects]:
     """{"section.key": what it affects} of every setting."""
     table: dict[str, Affects] = {}
     for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(field.type):
-            table |= affected(field.type, f"{prefix}{field.name}.")
-        else:
-            table[prefix + field.name] = field.metadata.get("affects") or section.affects
+        nested = dataclasses.is_dataclass(field.type)
+        effect = field.metadata.get("affects") or section.affects
+        table |= affected(field.type) if nested else {section.prefix + field.name: effect}
     return table
-
-
-def names_affecting(section: type[_Section], *what: Affects) -> tuple[str, ...]:
-    """Fields of a section that affect one of `what`, in the order of their declaration."""
-    return tuple(name for name, effect in affected(section).items() if effect in what and "." not in name)
 
 
 def is_setting(name: str) -> bool:
@@ -362,15 +312,13 @@ def is_setting(name: str) -> bool:
     return any(f"{key}.".startswith(f"{name}.") for key in affected())
 
 
-def unknown_setting(name: str, known: Iterable[str] = ()) -> str:
-    """What to say of a setting "section.key" that is none; `known` are the keys of its section."""
-    section, dot, key = name.rpartition(".")
-    prefix = section + dot
-    known = list(known) or [k.removeprefix(prefix).partition(".")[0] for k in affected() if k.startswith(prefix)]
+def unknown_setting(name: str) -> str:
+    """What to say of "section.key" that is no setting: the nearest one, or those of its section."""
+    prefix = name[: name.rfind(".") + 1]
+    known = list(dict.fromkeys(k.removeprefix(prefix).partition(".")[0] for k in affected() if k.startswith(prefix)))
     if not known:  # no such section
-        prefix, key, known = "", name, list(affected())
-    known = list(dict.fromkeys(known))
-    if near := difflib.get_close_matches(key, known, n=1):
+        prefix, known = "", list(affected())
+    if near := difflib.get_close_matches(name.removeprefix(prefix), known, n=1):
         return f"unknown key `{name}`: did you mean `{prefix}{near[0]}`?"
     return f"unknown key `{name}`: known keys here: {', '.join(known)}"
 
@@ -380,18 +328,12 @@ def with_changes(config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
 
     `config` is a Config, a ConfigDict or a nested dict. Raises SettingsError for names that it does not have.
     """
-    changed, problems = _nested(config), []
+    changed = _nested(config)
+    if unknown := sorted(changes.keys() - flatten(changed).keys()):
+        raise SettingsError(list(map(unknown_setting, unknown)))
     for name, value in changes.items():
         *sections, key = name.split(".")
-        place: Any = changed
-        for section in sections:
-            place = place.get(section) if isinstance(place, dict) else None
-        if isinstance(place, dict) and key in place and not isinstance(place[key], dict):
-            place[key] = value
-        else:
-            problems.append(unknown_setting(name))
-    if problems:
-        raise SettingsError(problems)
+        functools.reduce(operator.getitem, sections, changed)[key] = value
     return changed
 
 
@@ -401,7 +343,7 @@ def from_config_dict(config: Any) -> Config:
     Raises SettingsError, a ValueError that names every unknown key (with the nearest known one) and every bad value.
     """
     problems: list[str] = []
-    built = _build(Config, _nested(config), "", problems)
+    built = _build(Config, _nested(config), problems)
     if problems:
         raise SettingsError(problems)
     return built
@@ -414,60 +356,52 @@ def _nested(config: Any) -> dict[str, Any]:
     return copy.deepcopy(dict(values))
 
 
-def _build(section: type[_Section], values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    fields = {field.name: field.type for field in dataclasses.fields(section)}
+def _build(section: type[_Section], values: Mapping[str, Any], problems: list[str]) -> Any:
+    """The section of these values; None, with lines added to `problems`, where they cannot be used."""
+    fields = {field.name: field for field in dataclasses.fields(section)}
     before, arguments = len(problems), {}
-    problems += [unknown_setting(f"{prefix}{key}", fields) for key in sorted(values.keys() - fields.keys())]
-    for name, expected in fields.items():
+    problems += [unknown_setting(f"{section.prefix}{key}") for key in sorted(values.keys() - fields.keys())]
+    for name, field in fields.items():
         if name not in values:
-            problems.append(f"`{prefix}{name}` is missing: start from configs/base.py, which has every key")
-        elif not dataclasses.is_dataclass(expected):
-            arguments[name] = _converted(values[name], expected)
-            problems += _type_problems(prefix + name, arguments[name], expected)
-        elif isinstance(values[name], Mapping):
-            arguments[name] = _build(expected, values[name], f"{prefix}{name}.", problems)
+            problems.append(f"`{section.prefix}{name}` is missing: start from configs/base.py, which has every key")
+        elif dataclasses.is_dataclass(field.type) and isinstance(values[name], Mapping):
+            arguments[name] = _build(field.type, values[name], problems)
         else:
-            problems.append(f"`{prefix}{name}` must be a section of keys, got {values[name]!r}")
-    if len(problems) > before:
-        return None
+            arguments[name] = _converted(values[name], field.type)
+            problems += filter(None, [_problem(section.prefix, field, arguments[name])])
     try:
-        return section(**arguments)
+        return section(**arguments) if len(problems) == before else None
     except SettingsError as error:
         problems += error.problems
-        return None
 
 
-def _converted(value: Any, expected: Any) -> Any:
+def _converted(value: Any, kind: Any) -> Any:
     """Lists as tuples, and whole numbers as floats where a float is expected."""
-    if isinstance(value, list):
-        return tuple(value)
-    is_float = float in (get_args(expected) or (expected,))
-    if is_float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
+    if float in (kind, *get_args(kind)) and type(value) is int and abs(value) < 2**1000:
         return float(value)
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
-def _type_problems(name: str, value: Any, expected: Any) -> list[str]:
-    if get_origin(expected) is tuple:
+def _problem(prefix: str, field: dataclasses.Field, value: Any) -> str:
+    """What is wrong with a value; "" if nothing is."""
+    kind, low, high = field.type, field.metadata.get("low"), field.metadata.get("high")
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    kind = str if choices else kind
+    if get_origin(kind) is tuple:
         fits = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-        kind = "a tuple of texts, e.g. ('a',)"
+        expected = "a tuple of texts, e.g. ('a',)"
+    elif dataclasses.is_dataclass(kind):
+        fits, expected = isinstance(value, kind), "a section of keys"
     else:
-        fits = isinstance(value, expected) and (expected is bool or not isinstance(value, bool))
-        kind = getattr(expected, "__name__", str(expected))
-    return [] if fits else [f"`{name}` must be {kind}, got {value!r}"]
-
-
-def _range_problems(name: str, value: Any, field: dataclasses.Field) -> list[str]:
-    if value is None or not field.metadata:
-        return []
-    low, high, choices = (field.metadata[key] for key in ("low", "high", "choices"))
-    if choices and value not in choices:
-        return [f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}"]
-    if low is not None and not low <= value <= high:  # NaN too
-        return [f"`{name}` must be ≥ {low} and ≤ {high}, got {value}"]
-    if isinstance(value, float) and not math.isfinite(value):
-        return [f"`{name}` must be a finite number, got {value}"]
-    return []
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        expected = getattr(kind, "__name__", str(kind))
+    if fits and choices:
+        fits, expected = value in choices, f"one of {', '.join(map(repr, choices))}"
+    elif fits and low is not None and value is not None:
+        fits, expected = low <= value <= high, f"≥ {low} and ≤ {high}"  # not NaN
+    elif fits and isinstance(value, float):
+        fits, expected = math.isfinite(value), "a finite number"
+    return "" if fits else f"`{prefix}{field.name}` must be {expected}, got {value!r}"
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -476,20 +410,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
-
-
-def check_same_run(now: Mapping[str, Any], before: Mapping[str, Any], where: str) -> None:
-    """ValueError when a work directory was made with other settings that change results; lists each."""
-    now, before, effect = flatten(now), flatten(before), affected()
-    as_json = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731  (JSON has no tuples)
-    different = [
-        f"- {name}: {before.get(name, '(not there)')!r} there, {as_json(now.get(name, '(not there)'))!r} now"
-        for name in sorted(now.keys() | before.keys())
-        if effect.get(name) not in ("nothing", "evaluation") and as_json(now.get(name)) != as_json(before.get(name))
-    ]
-    if different:
-        raise ValueError(
-            f"{where} holds a run with another configuration:\n" + "\n".join(different) + "\n"
-            "Use the same configuration to go on with it, or another --workdir to start a new one; --rebuild starts "
-            "over in this one and moves its checkpoints aside."
-        )

@@ -11,9 +11,7 @@ from absl import app, flags
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished run: its export/ is read")
 _OUT = flags.DEFINE_string("out", None, "Directory to write; an older export there is replaced")
-_CORPUS = flags.DEFINE_string(
-    "corpus", None, "Build the context of this corpus in: a text a line, or JSON lines with `text` and perhaps `title`"
-)
+_CORPUS = flags.DEFINE_string("corpus", None, "Build its context in: a text a line, or JSON lines (`text`, `title`?)")
 _ONNX = flags.DEFINE_bool("onnx", True, "With --corpus: as ONNX too, which needs PyTorch")
 _SEED = flags.DEFINE_integer("seed", 0, "Which sample of the corpus becomes its context")
 
@@ -24,9 +22,9 @@ def main(argv: list[str]) -> None:
 
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
-    corpus = Path(_CORPUS.value) if _CORPUS.value is not None else None
+    corpus = None if _CORPUS.value is None else Path(_CORPUS.value)
     try:
-        print(export_run(Path(_WORKDIR.value), Path(_OUT.value), corpus, _SEED.value, _ONNX.value), flush=True)
+        print(export_run(Path(_WORKDIR.value), Path(_OUT.value), corpus, _SEED.value, _ONNX.value))
     except (ValueError, OSError, ImportError) as error:
         logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
         sys.exit(f"error: {error}")

@@ -13,22 +13,19 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from cde_jax.config import is_setting, unknown_setting
+from cde_jax.config import from_config_dict, is_setting, unknown_setting
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py:isolated,clustered")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where every artefact is written to and read from")
 _STAGE = flags.DEFINE_string("stage", "all", "all, prepare, train, rank, evaluate or export")
-_REBUILD = flags.DEFINE_bool(
-    "rebuild", False, "Make again what does not fit the configuration; checkpoints of another plan are moved aside"
-)
+_REBUILD = flags.DEFINE_bool("rebuild", False, "Make again what does not fit; checkpoints are moved aside")
 
 
 def parse(argv: list[str]) -> list[str]:
     """Read the flags. User errors on the command line and in the config file exit with a message, no traceback."""
     for argument in argv[1:]:
-        name = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("-") and name.startswith("config.") and not is_setting(name.removeprefix("config.")):
-            sys.exit(f"error: {unknown_setting(name.removeprefix('config.'))}")
+        if (setting := re.match(r"--?config\.([^=]*)", argument)) and not is_setting(setting[1]):
+            sys.exit(f"error: {unknown_setting(setting[1])}")
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # a config file may raise anything
@@ -43,9 +40,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unknown arguments {argv[1:]}: every setting is a flag, --config.SECTION.KEY=VALUE")
     try:
+        config = from_config_dict(_CONFIG.value)  # checked before JAX is loaded
         from cde_jax.stages import run
 
-        for text in run.run(_CONFIG.value, Path(_WORKDIR.value), _STAGE.value, rebuild=_REBUILD.value):
+        for text in run.run(config, Path(_WORKDIR.value), _STAGE.value, rebuild=_REBUILD.value):
             print(text, flush=True)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logging.getLogger("cde_jax").debug("the traceback", exc_info=True)

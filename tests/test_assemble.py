@@ -1,6 +1,6 @@
 """A run's parts from its config: settings reach the step, chunk sizes fit the memory, weights are read alone."""
 
-import dataclasses
+import functools
 import logging
 from pathlib import Path
 
@@ -15,16 +15,14 @@ from tiny_run import write_data
 
 from cde_jax.config import Config, Data, Evaluate, Model, Train, from_config_dict
 from cde_jax.data.files import read_json, write_json
-from cde_jax.stages import assemble
-from cde_jax.stages.evaluate import run_identity
-from cde_jax.stages.train import with_chunks as chosen_chunks
+from cde_jax.stages import train as stage
 from cde_jax.stages.workdir import load_prepared
 from cde_jax.training import sharding
-from cde_jax.training.accounting import program_bytes
+from cde_jax.training.accounting import largest_chunk
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import stream
 
-AUTO = {f"train__{name}": -1 for name in assemble.CHUNKS}
+AUTO = {f"train__{name}": -1 for name in stage.CHUNKS}
 GIB = 2**30
 
 
@@ -40,63 +38,59 @@ def prepared(data, tmp_path_factory) -> Path:
     return workdir
 
 
-def step_bytes(config, prepared) -> int:
-    """What the compiler says of the step with the config's chunks."""
-    pairs, plan, _ = load_prepared(config, prepared)
-    training = assemble.make_training(config, assemble.build_model(config, 150, "float32"), steps=1)
-    batch = assemble.make_loader(config, plan, pairs).batch(0)
-    batch = sharding.shard_batch(training.mesh, {k: v for k, v in batch.items() if k != "plan_batch"})
-    return program_bytes(training.step.lower(training.state, batch, stream(0, "dropout")).compile())
+def fitted(config, workdir):
+    return stage.fit_chunks(config, workdir, stage.build_model(config, 150), load_prepared(config, workdir))
 
 
-def fitted(config, prepared):
-    pairs, plan, _ = load_prepared(config, prepared)
-    return assemble.fit_chunks(config, assemble.build_model(config, 150, "float32"), plan, pairs)
-
-
-def with_chunks(config, texts: int):
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **dict.fromkeys(assemble.CHUNKS, texts)))
+def chunks(config):
+    return [getattr(config.train, name) for name in stage.CHUNKS]
 
 
 @pytest.mark.parametrize("lengths", [1, 3])
-def test_a_chunk_of_auto_is_the_largest_that_fits(data, prepared, lengths):
-    config, texts = from_config_dict(config_of(data, train__text_lengths=lengths, train__memory_gib=1.0, **AUTO)), 32
-    everything = fitted(config, prepared)
-    assert {getattr(everything.train, name) for name in assemble.CHUNKS} == {texts}
-    less = step_bytes(with_chunks(config, texts // 2), prepared)
-    assert less < step_bytes(everything, prepared)
-    tight = dataclasses.replace(config, train=dataclasses.replace(config.train, memory_gib=less / GIB))
-    assert {getattr(fitted(tight, prepared).train, name) for name in assemble.CHUNKS} == {texts // 2}
+def test_a_chunk_of_auto_is_the_largest_that_fits(data, prepared, lengths, monkeypatch):
+    asked = []
+
+    def largest(needs, limit, texts):
+        asked.append((limit, texts))
+        needs = functools.cache(needs)  # each size compiles the step
+        assert needs(texts // 2) < needs(texts)
+        assert largest_chunk(needs, limit, texts) == texts
+        return largest_chunk(needs, needs(texts) - 1, texts)
+
+    monkeypatch.setattr(stage, "largest_chunk", largest)
+    config = from_config_dict(config_of(data, train__text_lengths=lengths, train__memory_gib=1.0, **AUTO))
+    assert chunks(fitted(config, prepared)) == [16, 16]
+    assert asked == [(GIB, 32)]  # 32: all texts of a plan batch
 
 
 def test_only_what_is_auto_is_found(data, prepared):
-    config = from_config_dict(config_of(data, train__memory_gib=1.0, train__document_chunk=-1, train__context_chunk=3))
-    train = fitted(config, prepared).train
-    assert (train.document_chunk, train.context_chunk) == (32, 3)
+    changes = {"train__memory_gib": 1.0, "train__text_lengths": 1}
+    config = from_config_dict(config_of(data, **changes, train__document_chunk=-1, train__context_chunk=3))
+    assert chunks(fitted(config, prepared)) == [32, 3]
     assert fitted(from_config_dict(config_of(data)), prepared) == from_config_dict(config_of(data))
 
 
-def test_a_run_says_what_it_chose_and_keeps_it(data, tmp_path, caplog):
-    changes = {"train__steps": 2, "train__memory_gib": 1.0} | AUTO
+def test_a_run_says_what_it_chose_and_keeps_it(data, tmp_path, caplog, monkeypatch):
+    changes = {"train__steps": 2, "train__memory_gib": 1.0, "train__text_lengths": 2} | AUTO
     with caplog.at_level(logging.INFO, logger="cde_jax"):
-        for stage in ("prepare", "train"):
-            go(data, tmp_path, stage, **changes)
+        for name in ("prepare", "train"):
+            go(data, tmp_path, name, **changes)
     chosen = read_json(tmp_path / "training.json")
-    assert chosen["chunks"] == dict.fromkeys(assemble.CHUNKS, 32)
+    assert chosen["chunks"] == dict.fromkeys(stage.CHUNKS, 32)
     assert (chosen["attention"], chosen["remat"], chosen["dtype"]) == ("blocks", "dots", "float32")
     assert chosen["devices"].startswith("1 x cpu") and chosen["layouts"]["texts"]["lengths"][-1] == 16
     assert "chunks of 32 texts: the step needs" in caplog.text and "remat dots" in caplog.text
     # What was chosen before is used again by the same run, whatever would be chosen now.
     config = from_config_dict(config_of(data, **changes))
-    prepared = load_prepared(config, tmp_path)
-    identity, model = run_identity(config, prepared.plan), assemble.build_model(config, 150, "float32")
-    for recorded, expected in ((chosen["identity"], 4), ({}, 32)):
-        chunks = dict.fromkeys(assemble.CHUNKS, 4)
-        write_json(tmp_path / "training.json", chosen | {"identity": recorded, "chunks": chunks})
-        assert chosen_chunks(config, tmp_path, identity, model, prepared).train.document_chunk == expected
+    four = dict.fromkeys(stage.CHUNKS, 4)
+    monkeypatch.setattr(stage, "largest_chunk", lambda *_: 7)
+    for recorded, expected in ((chosen["identity"], 4), ({}, 7)):
+        write_json(tmp_path / "training.json", chosen | {"identity": recorded, "chunks": four})
+        assert chunks(fitted(config, tmp_path)) == [expected, expected]
 
 
-def test_a_step_that_cannot_fit_is_an_error_before_training(data, tmp_path):
+def test_a_step_that_cannot_fit_is_an_error_before_training(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "largest_chunk", lambda needs, limit, _: largest_chunk(needs, limit, 1))  # compile once
     with pytest.raises(ValueError, match=r"even one text at a time the step needs 0\.0. GiB, and there are 0\.00"):
         go(data, tmp_path, "all", train__memory_gib=1e-6, train__text_lengths=1, **AUTO)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -128,8 +122,8 @@ def config_with(
 def trained_step(kind: str = "biencoder", **train):
     """Parameters before and after the first step, its metrics, and Adam's first moment."""
     config = config_with(kind, **train)
-    model = assemble.build_model(config, 50, "float32")
-    training = assemble.make_training(config, model, STEPS)
+    model = stage.build_model(config, 50)
+    training = stage.make_training(config, model, STEPS)
     before = jax.device_get(training.state.params)
     batch = {name: part for name, part in BATCH.items() if name != "context" or kind != "biencoder"}
     batch = sharding.shard_batch(training.mesh, batch)
@@ -222,16 +216,16 @@ def test_batches_per_step_devices_and_lengths_reach_mesh_and_loader(data, prepar
         )
     )
     pairs, plan, _ = load_prepared(config, prepared)
-    loader = assemble.make_loader(config, plan, pairs)
+    loader = stage.make_loader(config, plan, pairs)
     batch = loader.batch(0)
     assert batch["plan_batch"].tolist() == [0, 1, 2, 3] and len(batch["texts"]["ids"]) == 1
     assert (loader.context_source, loader.context_size, loader.seed) == ("domain", 4, 0)
     assert loader.chunk_tokens == 8 * 16 and loader.context_chunk_tokens == 0
-    assert assemble.make_loader(config, plan, pairs, platform="tpu").context_chunk_tokens == 8192
-    training = assemble.make_training(config, assemble.build_model(config, 150, "float32"), STEPS)
+    assert stage.make_loader(config, plan, pairs, platform="tpu").context_chunk_tokens == 8192
+    training = stage.make_training(config, stage.build_model(config, 150), STEPS)
     assert training.mesh.size == 2 and training.steps == STEPS
     none = from_config_dict(config_of(data, model__kind="biencoder"))
-    assert "context" not in assemble.make_loader(none, plan, pairs).batch(0)
+    assert "context" not in stage.make_loader(none, plan, pairs).batch(0)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +238,7 @@ def test_batches_per_step_devices_and_lengths_reach_mesh_and_loader(data, prepar
     ],
 )
 def test_compute_is_bfloat16_off_the_cpu(dtype, platform, expected):
-    assert assemble.compute_dtype(config_with(model={"dtype": dtype}), platform) == expected
+    assert stage.compute_dtype(config_with(model={"dtype": dtype}), platform) == expected
 
 
 # --- before anything is written
@@ -261,14 +255,14 @@ def test_compute_is_bfloat16_off_the_cpu(dtype, platform, expected):
 )
 def test_what_this_machine_cannot_train_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        assemble.check_runtime(config_with("contextual", **changes))
+        stage.check_runtime(config_with("contextual", **changes))
 
 
 def test_scores_without_a_development_set_are_warned_of(caplog):
-    assemble.check_runtime(config_with())
-    assemble.check_runtime(config_with(evaluate_every=5, evaluate=Evaluate(development="sea")))
+    stage.check_runtime(config_with())
+    stage.check_runtime(config_with(evaluate_every=5, evaluate=Evaluate(development="sea")))
     assert not caplog.text
-    assemble.check_runtime(config_with(evaluate_every=5))
+    stage.check_runtime(config_with(evaluate_every=5))
     assert "train.evaluate_every has no effect: evaluate.development names no evaluation set" in caplog.text
 
 
@@ -278,14 +272,14 @@ def test_scores_without_a_development_set_are_warned_of(caplog):
 @pytest.mark.parametrize("kind", ["contextual", "biencoder"])
 def test_a_model_is_restored_without_optimiser_or_mesh(kind, tmp_path, monkeypatch):
     config = config_with(kind, devices=8, batches_per_step=8)
-    training = assemble.make_training(config, assemble.build_model(config, 50, "float32"), STEPS)
+    training = stage.make_training(config, stage.build_model(config, 50), STEPS)
     checkpoints = Checkpoints(tmp_path, {"plan": "p"})
     checkpoints.save(1, training.state)
     checkpoints.wait()
     for name in ("make_optimizer", "make_train_step", "build_model", "stream"):
-        monkeypatch.delattr(assemble, name)
+        monkeypatch.delattr(stage, name)
     monkeypatch.delattr(sharding, "make_mesh")
-    model = assemble.restore_model(config, 50, Checkpoints(tmp_path, {"plan": "p"}), 1)
+    model = stage.restore_model(config, 50, Checkpoints(tmp_path, {"plan": "p"}), 1)
     restored, saved = flat(nnx.state(model)), flat(training.state.params)
     assert restored.keys() == saved.keys()
     for path, value in saved.items():

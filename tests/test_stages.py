@@ -21,9 +21,8 @@ from cde_jax.evaluation import beir
 from cde_jax.evaluation.metrics import Scores
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.stages import run as stages
-from cde_jax.stages.assemble import build_model
 from cde_jax.stages.evaluate import trained as restore
-from cde_jax.stages.train import initial_model
+from cde_jax.stages.train import build_model, initial_model
 from cde_jax.stages.workdir import load_prepared
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +129,7 @@ def test_the_export_gives_the_trained_model_s_vectors(data, done):
             np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
     assert isinstance(exported.model, ContextualEncoder)
     # Training moved the weights that are exported.
-    start = build_model(from_config_dict(config_of(data)), 150, "float32")
+    start = build_model(from_config_dict(config_of(data)), 150)
     moved = np.abs(start.encoder.blocks.qkv.kernel[...] - exported.model.encoder.blocks.qkv.kernel[...])
     assert moved.max() > 1e-3
 

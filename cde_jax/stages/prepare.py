@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cde_jax.batching import surrogate
-from cde_jax.batching.build import build_plan
+from cde_jax.batching.build import build_plan, check_sizes
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import Config
 from cde_jax.data.files import NewFolder
@@ -22,22 +22,9 @@ from cde_jax.data.pairs import InputLog, Pair, clean, write_pairs
 from cde_jax.data.sources import beir, docstrings, huggingface, jsonl
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.stages.check import check_pairs
-from cde_jax.stages.workdir import (
-    COLLECTIONS,
-    FILTER_VECTORS,
-    LSA,
-    PAIRS,
-    PLAN,
-    SETS,
-    STORE,
-    TOKENIZER,
-    VECTORS,
-    Prepared,
-    check_identity,
-    load_tokenizer,
-    pairs_settings,
-)
+from cde_jax.retrieval.embedder import Embedder
+from cde_jax.stages import train
+from cde_jax.stages import workdir as work
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +38,22 @@ class Source(NamedTuple):
     counts: Counter[str]  # of what reading and cleaning leave out
 
 
-class _Role(NamedTuple):
-    """A surrogate, and where its vectors are: the first role's arrange pairs, the last one's find negatives."""
+class _Vectors(NamedTuple):
+    """Vectors of a surrogate: the first ones of a run arrange pairs, the last ones find negatives."""
 
     folder: str
-    name: str
-    prompts: tuple[str, ...]  # of queries and documents, or none
+    surrogate: str
+    identity: dict[str, Any]  # what the manifest of their store has: texts, settings, fingerprint
 
 
 def open_source(config: Config, workdir: Path) -> Source:
-    """The source that the config names. Raises ValueError for inputs that are not there; writes nothing."""
-    d, prefixes = config.data, {}
-    counts: Counter[str] = Counter()
+    """The source that the config names. Raises ValueError for inputs and models that are not there; writes nothing."""
+    d, b, prefixes, counts = config.data, config.batching, {}, Counter()
+    surrogate.check_surrogate(b.surrogate, b.surrogate_prompts)
+    if not b.filter_is_surrogate:
+        surrogate.check_surrogate(b.filter_surrogate or b.surrogate, b.filter_prompts)
+    if d.tokenizer != "wordpiece":
+        _check_vocabulary(config, Tokenizer.load(d.tokenizer).vocab_size)
     if d.source == "jsonl":
         read, inputs = partial(jsonl.read_pairs, d.paths), jsonl.identity(d.paths)
     elif d.source == "huggingface":
@@ -70,7 +61,7 @@ def open_source(config: Config, workdir: Path) -> Source:
     elif d.source == "tfds":
         from cde_jax.data.sources import collections, tfds_pairs  # takes seconds to import
 
-        read = partial(tfds_pairs.read_pairs, d.collections, d.paths[0], workdir / COLLECTIONS)
+        read = partial(tfds_pairs.read_pairs, d.collections, d.paths[0], workdir / work.COLLECTIONS)
         inputs, prefixes = tfds_pairs.identity(d.collections, d.paths[0]), collections.prefixes(d.collections)
     else:
         packages = docstrings.core_packages() if d.packages == "core" else docstrings.installed_packages()
@@ -83,58 +74,97 @@ def open_source(config: Config, workdir: Path) -> Source:
 
 def prepare(
     config: Config, workdir: Path, source: Source, *, rebuild: bool = False, training: bool = False
-) -> Prepared:
+) -> work.Prepared:
     """Keep or make `store/` and `plan/`. Raises ValueError for a part that does not fit, unless it is to be rebuilt.
 
     training: settings of the training that follows are checked as soon as pairs are counted.
     """
-    b, roles = config.batching, _roles(config)
-    pairs = _keep_pairs(config, workdir, source, rebuild) or _make_pairs(config, workdir, source)
-    tokenizer = load_tokenizer(workdir, pairs)
-    check_pairs(config, pairs, training)
-    wanted = [_vectors_identity(config, pairs, role) for role in roles]
-    kept = [_keep_vectors(workdir, role, each, rebuild) for role, each in zip(roles, wanted, strict=True)]
-    plan = _keep_plan(config, workdir, pairs, wanted, rebuild)  # refused before vectors are made, which may take hours
-    vectors = [
-        store or _make_vectors(config, workdir, pairs, role, identity)
-        for store, role, identity in zip(kept, roles, wanted, strict=True)
-    ]
+    d, b, keep = config.data, config.batching, partial(_keep, rebuild, workdir)
+    identity = {"settings": d.affecting("pairs"), "inputs": source.inputs}
+    beside = [work.TOKENIZER, *(f"{work.SETS}/{name}" for name in d.held_out if d.source == "docstrings")]
+    pairs = keep("pairs are there and fit", work.PAIRS, _load_store, "pairs", {"source": identity}, beside)
+    pairs = pairs or _make_pairs(config, workdir, source, identity)
+    vocab_size = pairs.manifest["vocab_size"]
+    _check_vocabulary(config, vocab_size)
+    batches = check_sizes(b, {domain["name"]: domain["pairs"] for domain in pairs.manifest["domains"]})
+    if training:
+        train.check_steps(config.train, batches)
+        train.check_initial_encoders(config, vocab_size)
+
+    wanted, stores = _surrogates(config, pairs), []
+    for v in wanted:
+        beside = [work.LSA] if v.surrogate == "lsa" else []
+        stores.append(keep("vectors are there and fit", v.folder, _load_store, "vectors", v.identity, beside))
+    plan = keep("the plan is there and fits", work.PLAN, _load_plan, config, pairs, wanted)
+    for i, v in enumerate(wanted):  # only now: a plan that does not fit is refused before hours of work
+        stores[i] = stores[i] or _make_vectors(b.vectors_cache, workdir, pairs, v)
     if plan is None:
         log.info("building the batch plan")
-        plan = build_plan(workdir / PLAN, pairs, vectors[0], b, config.seed, filter_vectors=vectors[-1])
-    return Prepared(pairs, plan, tokenizer)
+        plan = build_plan(workdir / work.PLAN, pairs, stores[0], b, config.seed, filter_vectors=stores[-1])
+    return work.Prepared(pairs, plan, work.load_tokenizer(workdir, pairs))
 
 
-def _keep_pairs(config: Config, workdir: Path, source: Source, rebuild: bool) -> Store | None:
-    identity = {"source": {"settings": pairs_settings(config), "inputs": source.inputs}}
-    held_out = config.data.held_out if config.data.source == "docstrings" else ()
-    return _keep(workdir, PAIRS, "pairs", identity, rebuild, [TOKENIZER, *(f"{SETS}/{name}" for name in held_out)])
+def _keep(rebuild: bool, workdir: Path, fits: str, name: str, load: Callable[..., Any], *identity: Any) -> Any:
+    """A part that is there, as `load(workdir, name, *identity)` opens and verifies it; None where it is to be made."""
+    if not (workdir / name).exists():
+        return None
+    try:
+        part = load(workdir, name, *identity)
+    except ValueError as error:
+        if not rebuild:
+            raise
+        log.warning("%s is made again: %s", name, error)
+        return None
+    log.info("%s: kept", fits)
+    return part
 
 
-def _make_pairs(config: Config, workdir: Path, source: Source) -> Store:
+def _load_store(workdir: Path, name: str, kind: str, identity: dict[str, Any], beside: Sequence[str]) -> Store:
+    if missing := [other for other in beside if not (workdir / other).exists()]:
+        raise ValueError(f"{workdir / name} is there without {', '.join(missing)}; --rebuild makes it again")
+    work.check_identity(workdir / name, identity, Store.open(workdir / name, kind=kind, verify=False).manifest)
+    store = Store.open(workdir / name, kind=kind)
+    if kind == "pairs":
+        work.load_tokenizer(workdir, store)
+    return store
+
+
+def _load_plan(workdir: Path, name: str, config: Config, pairs: Store, vectors: Sequence[_Vectors]) -> BatchPlan:
+    plan, fingerprints = BatchPlan.load(workdir / name), [vectors[i].identity["fingerprint"] for i in (0, -1)]
+    plan.verify(pairs.fingerprint, config.batching.plan_settings(config.seed), *fingerprints)
+    return plan
+
+
+def _check_vocabulary(config: Config, tokens: int) -> None:
+    if 0 < config.model.vocab_size < tokens:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens, `model.vocab_size` is {config.model.vocab_size}: raise it, or set it "
+            "to 0 for as many as the tokenizer has"
+        )
+
+
+def _make_pairs(config: Config, workdir: Path, source: Source, identity: dict[str, Any]) -> Store:
     d, inputs = config.data, InputLog()
     log.info("reading pairs: %s", d.source)
     read = partial(source.read, log=inputs)
     if d.source == "docstrings":  # a few thousand, read from hundreds of files: once is enough
         everything = list(read())
         for name in d.held_out:
-            beir.write(docstrings.evaluation_set(name, everything), workdir / SETS / name)
+            beir.write(docstrings.evaluation_set(name, everything), workdir / work.SETS / name)
         read = partial(iter, [pair for pair in everything if pair.domain not in d.held_out])
-    if d.tokenizer == "wordpiece":
-        tokenizer = Tokenizer.train(_Texts(read), d.vocab_size)
-    else:
-        tokenizer = Tokenizer.load(d.tokenizer)
-    tokenizer.save(workdir / TOKENIZER)
+    wordpiece = d.tokenizer == "wordpiece"
+    tokenizer = Tokenizer.train(_Texts(read), d.vocab_size) if wordpiece else Tokenizer.load(d.tokenizer)
+    tokenizer.save(workdir / work.TOKENIZER)
     return write_pairs(
-        workdir / PAIRS,
-        clean(read(), source.counts, folder=workdir / STORE),
+        workdir / work.PAIRS,
+        clean(read(), source.counts, folder=workdir / work.STORE),
         tokenizer,
         query_prefix=d.query_prefix,
         document_prefix=d.document_prefix,
         prefixes=source.prefixes,
         query_length=d.query_length,
         document_length=d.document_length,
-        source={"settings": pairs_settings(config), "inputs": source.inputs},
+        source=identity,
         counts=source.counts,
         inputs=inputs,
     )
@@ -150,62 +180,54 @@ class _Texts:
         return (text for pair in self.read() for text in (pair.query, pair.document))
 
 
-def _roles(config: Config) -> list[_Role]:
-    b = config.batching
-    roles = [_Role(VECTORS, b.surrogate, b.surrogate_prompts)]
+def _surrogates(config: Config, pairs: Store) -> list[_Vectors]:
+    b, vectors = config.batching, []
+    roles = [(work.VECTORS, b.surrogate, b.surrogate_prompts)]
     if not b.filter_is_surrogate:
-        roles.append(_Role(FILTER_VECTORS, b.filter_surrogate or b.surrogate, b.filter_prompts))
-    return [r if r.name.startswith("sentence-transformers:") else r._replace(prompts=()) for r in roles]
+        roles.append((work.FILTER_VECTORS, b.filter_surrogate or b.surrogate, b.filter_prompts))
+    for folder, name, prompts in roles:
+        prompts = prompts if name.startswith("sentence-transformers:") else ()
+        settings = {"files": surrogate.identity(name), "prompts": prompts}
+        if name == "lsa":
+            settings = {"width": b.surrogate_width, "seed": config.seed}
+        identity = {"texts": surrogate.texts_fingerprint(pairs), "settings": settings}
+        if not settings.get("files"):  # a folder may move: its files are compared
+            identity["surrogate"] = name
+        identity["fingerprint"] = surrogate.vectors_fingerprint(pairs, name, settings)
+        vectors.append(_Vectors(folder, name, identity))
+    return vectors
 
 
-def _vectors_identity(config: Config, pairs: Store, role: _Role) -> dict[str, Any]:
-    if role.name == "lsa":
-        settings = {"width": config.batching.surrogate_width, "seed": config.seed}
-    else:
-        settings = {"files": surrogate.identity(role.name), "prompts": role.prompts}
-    name = {} if settings.get("files") else {"surrogate": role.name}  # a folder may move: its files are compared
-    texts, digest = surrogate.texts_fingerprint(pairs), surrogate.vectors_fingerprint(pairs, role.name, settings)
-    return name | {"texts": texts, "settings": settings, "fingerprint": digest}
-
-
-def _keep_vectors(workdir: Path, role: _Role, identity: dict[str, Any], rebuild: bool) -> Store | None:
-    return _keep(workdir, role.folder, "vectors", identity, rebuild, [LSA] if role.name == "lsa" else [])
-
-
-def _make_vectors(config: Config, workdir: Path, pairs: Store, role: _Role, identity: dict[str, Any]) -> Store:
+def _make_vectors(cache: str, workdir: Path, pairs: Store, vectors: _Vectors) -> Store:
     """The vectors of all pairs: from the cache where they are there, else by the surrogate."""
-    cache = config.batching.vectors_cache
-    cached = Path(cache).expanduser() / identity["fingerprint"]
-    copies = {workdir / role.folder: cached}
-    if role.name == "lsa":
-        copies[workdir / LSA] = cached.with_name(f"{cached.name}-lsa")
-    if cache and all(folder.exists() for folder in copies.values()):
-        log.info("surrogate vectors: %s, from %s", role.name, cached)
-        for folder, source in copies.items():
-            _copy_store(source, folder)
-        return Store.open(workdir / role.folder, kind="vectors")
-    log.info("surrogate vectors: %s", role.name)
-    settings = identity["settings"]
-    encode = _encoders(workdir, pairs, role, settings)
-    store = surrogate.write_vectors(workdir / role.folder, pairs, encode, name=role.name, settings=settings)
-    for folder, target in copies.items() if cache else ():
-        _copy_store(folder, target)
+    folder, name, identity = workdir / vectors.folder, vectors.surrogate, vectors.identity
+    copies = {folder: Path(cache).expanduser() / identity["fingerprint"]}
+    if name == "lsa":
+        copies[workdir / work.LSA] = copies[folder].with_name(f"{identity['fingerprint']}-lsa")
+    if cache and all(copy.exists() for copy in copies.values()):
+        log.info("surrogate vectors: %s, from %s", name, copies[folder])
+        for target, copy in copies.items():
+            _copy_store(copy, target)
+        return Store.open(folder, kind="vectors")
+    log.info("surrogate vectors: %s", name)
+    encode, settings = _encoders(workdir, pairs, name, identity["settings"]), identity["settings"]
+    store = surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings)
+    for made, copy in copies.items() if cache else ():
+        _copy_store(made, copy)
     return store
 
 
-def _encoders(workdir: Path, pairs: Store, role: _Role, settings: dict[str, Any]) -> Any:
+def _encoders(workdir: Path, pairs: Store, name: str, settings: dict[str, Any]) -> Any:
     """The function texts → vectors of a surrogate, or one for queries and one for documents."""
-    if role.name == "lsa":
+    if name == "lsa":
         texts = (surrogate.Texts(pairs.ragged(side)) for side in ("query_text", "document_text"))
         lsa = surrogate.lsa(*texts, **settings)
-        lsa.save(workdir / LSA)
+        lsa.save(workdir / work.LSA)
         return lsa.encode
-    if role.name.startswith("checkpoint:"):
-        from cde_jax.retrieval.embedder import Embedder
-
-        embedder = Embedder.from_pretrained(role.name.removeprefix("checkpoint:"), progress=False)
+    if name.startswith("checkpoint:"):
+        embedder = Embedder.from_pretrained(name.removeprefix("checkpoint:"), progress=False)
         return embedder.encode_queries, embedder.encode_documents
-    return surrogate.sentence_transformer(role.name, role.prompts)
+    return surrogate.sentence_transformer(name, settings["prompts"])
 
 
 def _copy_store(source: Path, target: Path) -> None:
@@ -217,45 +239,3 @@ def _copy_store(source: Path, target: Path) -> None:
             except OSError:
                 shutil.copyfile(file, new.path / file.name)
         new.put_in_place()
-
-
-def _keep_plan(
-    config: Config, workdir: Path, pairs: Store, vectors: list[dict[str, Any]], rebuild: bool
-) -> BatchPlan | None:
-    if not (workdir / PLAN).exists():
-        return None
-    try:
-        plan = BatchPlan.load(workdir / PLAN)
-        used = (vectors[place]["fingerprint"] for place in (0, -1))
-        plan.verify(pairs.fingerprint, config.batching.plan_settings(config.seed), *used)
-    except ValueError as error:
-        if not rebuild:
-            raise
-        log.warning("the plan is made again: %s", error)
-        return None
-    log.info("the plan is there and fits: kept")
-    return plan
-
-
-def _keep(
-    workdir: Path, name: str, kind: str, identity: dict[str, Any], rebuild: bool, beside: Sequence[str]
-) -> Store | None:
-    """The store `name`, verified, if it and the folders `beside` it are there and fit; None: to be made."""
-    folder = workdir / name
-    if not folder.exists():
-        return None
-    try:
-        if missing := [other for other in beside if not (workdir / other).exists()]:
-            raise ValueError(f"{folder} is there without {', '.join(missing)}; --rebuild makes it again")
-        recorded = Store.open(folder, kind=kind, verify=False).manifest
-        check_identity(folder, identity, recorded)
-        store = Store.open(folder, kind=kind)
-        if kind == "pairs":
-            load_tokenizer(workdir, store)
-    except ValueError as error:
-        if not rebuild:
-            raise
-        log.warning("%s are made again: %s", kind, error)
-        return None
-    log.info("%s are there and fit: kept", kind)
-    return store

@@ -1,7 +1,4 @@
-"""What `prepare` made: inputs, table of domains, cluster sizes, difficulty, masks and sample clusters.
-
-As text for the terminal, as `report.json`, and as a figure, `report.png`.
-"""
+"""What `prepare` made, for the terminal, as `report.json`, and as a figure, `report.png`."""
 
 import io
 from pathlib import Path
@@ -22,20 +19,17 @@ CUT = 88  # characters of a sample text
 
 def content(pairs: Store, plan: BatchPlan) -> dict[str, Any]:
     """The report as JSON; a pure function of the two artefacts."""
-    manifest = plan.manifest
-    counts = ("cluster_sizes", "median_cluster_size", "empty_clusters")
-    copied = ("batches_per_epoch", "surrogate", "groups", "dropped", *counts, "difficulty")
+    of_pairs = {"inputs": "inputs", "read": "counts", "tokens": "tokens"}
+    of_plan = "batches_per_epoch surrogate groups dropped cluster_sizes median_cluster_size empty_clusters difficulty"
     return {
         "plan": plan.fingerprint,
         "pairs": pairs.manifest["pairs"],
-        "inputs": pairs.manifest.get("inputs", {}),
-        "read": pairs.manifest.get("counts", {}),
-        "tokens": pairs.manifest.get("tokens", {}),
+        **{name: pairs.manifest.get(key, {}) for name, key in of_pairs.items()},
         "domains": len(pairs.manifest["domains"]),
         "batches": len(plan),
         "batch_size": plan.rows.shape[1],
         "hard_negatives": plan.hard_negatives.shape[2],
-        **{name: manifest[name] for name in copied},
+        **{name: plan.manifest[name] for name in of_plan.split()},
         "sample_clusters": sample_clusters(pairs, plan),
     }
 
@@ -125,24 +119,19 @@ def write(pairs: Store, plan: BatchPlan, workdir: Path) -> str:
 
 
 def _table(report: dict[str, Any]) -> str:
-    groups = sorted(report["groups"], key=lambda group: -group["rows"])
-    rows = []
-    for group in groups[:ROWS_SHOWN]:
+    rows, dropped = [], report["dropped"]["rows"]
+    for group in sorted(report["groups"], key=lambda group: -group["rows"]):
         counts = [f"{group[name]:,}" for name in ("rows", "clusters", "batches", "left_out")]
         means = [group["difficulty"][f"{kind}_similarity"] for kind in ("in_batch_negative", "positive")]
-        rows.append([group["name"], *counts, *map(_number, means), f"{group['masked_share'] or 0:.1%}"])
+        means = ["–" if mean is None else f"{mean:.3f}" for mean in means]
+        rows.append([group["name"], *counts, *means, f"{group['masked_share'] or 0:.1%}"])
     header = ["domain", "pairs", "clusters", "batches", "left out", "negatives", "positives", "masked"]
-    dropped = report["dropped"]["rows"]
     notes = [f"left out, too few for a batch: {dropped:,} pairs"] if dropped else []
-    return "\n".join([text_table(header, rows), *_more(groups), *notes])
+    return "\n".join([text_table(header, rows[:ROWS_SHOWN]), *_more(rows), *notes])
 
 
 def _more(rows: list[Any]) -> list[str]:
     return [f"  {len(rows) - ROWS_SHOWN} more, in report.json"] if len(rows) > ROWS_SHOWN else []
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def _cut(text: str, length: int = CUT) -> str:

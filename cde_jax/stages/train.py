@@ -1,46 +1,68 @@
-"""The training stage: plan batches → checkpoints/, metrics.jsonl, and training.json, which says what was chosen."""
+"""The training stage: plan batches → checkpoints/, metrics.jsonl, and training.json, which says what was chosen.
+
+A run's model, loader and step are made from its configuration here. All of it runs where only JAX is installed.
+"""
 
 import dataclasses
 import importlib.util
 import logging
+import math
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from cde_jax.batching.loader import Loader
-from cde_jax.config import Config
-from cde_jax.data.files import write_json
+from cde_jax.batching.plan import BatchPlan
+from cde_jax.config import AUTO, Config, Model, Train
+from cde_jax.data.files import fingerprint, write_json
+from cde_jax.data.store import Store
+from cde_jax.data.tokens import Tokenizer
 from cde_jax.evaluation import beir
+from cde_jax.interop.modules import TextSettings
+from cde_jax.interop.read import load_encoder, open_encoder
 from cde_jax.models.attention import select_kernel
-from cde_jax.models.contextual import Biencoder, ContextualEncoder
-from cde_jax.models.encoder import select_remat
-from cde_jax.stages.assemble import CHUNKS, Training, build_model, compute_dtype, fit_chunks, make_loader, make_training
-from cde_jax.stages.check import check_initial_encoders, check_steps
-from cde_jax.stages.evaluate import make_embedder, run_identity
-from cde_jax.stages.workdir import CHECKPOINTS, TOKENS, TRAINING, Prepared, read_record
+from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
+from cde_jax.models.encoder import EncoderConfig, select_remat
+from cde_jax.retrieval.embedder import Embedder
+from cde_jax.stages import workdir as work
 from cde_jax.training import loop, sharding
+from cde_jax.training.accounting import GIB, device_limit, largest_chunk, program_bytes
 from cde_jax.training.checkpoint import Checkpoints
-from cde_jax.training.step import TrainState, stream
+from cde_jax.training.step import TrainState, init_state, make_optimizer, make_train_step, stream
 
 log = logging.getLogger(__name__)
 
+CHUNKS = ("document_chunk", "context_chunk")
+TRAINING_BYTES = 16  # of a parameter: its value, its gradient and Adam's two moments, in float32
+Encoder = Biencoder | ContextualEncoder
 
-def train(config: Config, workdir: Path, prepared: Prepared) -> bool:
+
+class Training(NamedTuple):
+    """What trains: `step(state, batch, key) → (state, metrics)` on `mesh`, to be run `steps` times."""
+
+    mesh: jax.sharding.Mesh
+    graph: nnx.GraphDef
+    state: TrainState
+    step: Any
+    steps: int
+
+
+def train(config: Config, workdir: Path, prepared: work.Prepared) -> bool:
     """Train to the end, from the newest checkpoint if there is one; False if asked to stop before the end."""
-    identity = run_identity(config, prepared.plan)
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, identity)
+    checkpoints = Checkpoints(workdir / work.CHECKPOINTS, run_identity(config, prepared.plan))
     try:
         steps, newest = check_steps(config.train, len(prepared.plan)), checkpoints.newest()
         if newest is not None and newest >= steps:
             log.info("all %d steps are done: training is skipped", steps)
             return True
         # Parameters that a checkpoint is about to replace need no pretrained weights.
-        model = (initial_model if newest is None else _random_model)(config, prepared.vocab_size)
-        config = with_chunks(config, workdir, identity, model, prepared)
+        model = (initial_model if newest is None else build_model)(config, prepared.vocab_size)
+        config = fit_chunks(config, workdir, model, prepared)
         training = make_training(config, model, steps)
         if newest is not None:
             training = training._replace(state=checkpoints.restore(newest, training.state))
@@ -50,40 +72,22 @@ def train(config: Config, workdir: Path, prepared: Prepared) -> bool:
         checkpoints.wait()
 
 
-def initial_model(config: Config, vocab_size: int) -> Biencoder | ContextualEncoder:
-    """Random parameters, then the pretrained encoders that `model.init` names."""
-    check_initial_encoders(config, vocab_size)
-    model, init = _random_model(config, vocab_size), config.model.init
-    encoders = {model.encoder: init.second_stage}
-    if isinstance(model, ContextualEncoder):
-        encoders[model.first_stage.encoder] = init.first_stage
-    for encoder, name in encoders.items():
-        if name:
-            from cde_jax.interop.read import load_encoder
-
-            nnx.update(encoder, nnx.state(load_encoder(name, init.layers or None), nnx.Param))
-    return model
-
-
-def _random_model(config: Config, vocab_size: int) -> Biencoder | ContextualEncoder:
-    return build_model(config, vocab_size, compute_dtype(config))
-
-
-def with_chunks(config: Config, workdir: Path, identity: dict[str, str], model, prepared: Prepared) -> Config:
-    """`config` with numbers for chunk sizes of −1: those of training.json, so that a resumed run computes the same."""
-    before = read_record(workdir / TRAINING, identity=dict, chunks=dict)
-    if before and before["identity"] == identity and before["chunks"].keys() == set(CHUNKS):
-        return dataclasses.replace(config, train=dataclasses.replace(config.train, **before["chunks"]))
-    return fit_chunks(config, model, prepared.plan, prepared.pairs)
-
-
-def _run(config: Config, workdir: Path, prepared: Prepared, training: Training, checkpoints: Checkpoints) -> bool:
+def _run(config: Config, workdir: Path, prepared: work.Prepared, training: Training, checkpoints: Checkpoints) -> bool:
     """Run the loop; whether it got to the last step."""
     mesh, graph, state, step, steps = training
     loader = make_loader(config, prepared.plan, prepared.pairs)
-    chosen = _description(config, training, checkpoints.identity, loader)
-    write_json(workdir / TRAINING, chosen)
-    log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items() if name != "identity"))
+    encoder, device = nnx.merge(graph, state.params).encoder.config, jax.devices()[0]
+    chosen = {
+        "steps": steps,
+        "devices": f"{mesh.size} x {device.platform} {device.device_kind}",
+        "dtype": encoder.dtype,
+        "attention": select_kernel(encoder.attention, encoder.dtype, encoder.head_dim),
+        "remat": select_remat(encoder.remat),
+        "chunks": {name: getattr(config.train, name) for name in CHUNKS},
+        "layouts": {name: layout._asdict() for name, layout in loader.layouts.items()},
+    }
+    write_json(workdir / work.TRAINING, {"identity": checkpoints.identity} | chosen)
+    log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items()))
 
     def batches(start: int, stop: int) -> Iterator[dict[str, Any]]:
         loaded = loader.iterate(start, stop, threads=config.batching.threads, prefetch=config.batching.prefetch)
@@ -94,36 +98,206 @@ def _run(config: Config, workdir: Path, prepared: Prepared, training: Training, 
     if name and importlib.util.find_spec("pytrec_eval") is None:
         log.warning("pytrec_eval is not installed: %s is not scored, the newest checkpoint counts as best", name)
         name = ""
-    development = beir.read_tokens(workdir / TOKENS / name) if name else None
+    development = beir.read_tokens(workdir / work.TOKENS / name) if name else None
 
     def score(state: TrainState) -> float:
         embedder = make_embedder(config, workdir, nnx.merge(graph, state.params), prepared.tokenizer)
         return beir.score(embedder, development, config.seed, config.evaluate.cutoff)
 
-    state = loop.run(
-        step,
-        state,
-        batches,
-        sharding.replicate(mesh, stream(config.seed, "dropout")),
-        steps=steps,
-        train=config.train,
-        checkpoints=checkpoints,
-        workdir=workdir,
-        evaluate=score if development else None,
+    key, evaluate = sharding.replicate(mesh, stream(config.seed, "dropout")), score if development else None
+    options = {"steps": steps, "train": config.train, "checkpoints": checkpoints, "workdir": workdir}
+    return int(loop.run(step, state, batches, key, **options, evaluate=evaluate).step) >= steps
+
+
+def check_runtime(config: Config) -> None:
+    """Raise ValueError for what this machine cannot train, before anything is written: devices, kernel, model size."""
+    t = config.train
+    sharding.make_mesh(t.devices, t.batches_per_step)
+    model = _abstract(config, config.data.vocab_size)
+    encoder = model.encoder.config
+    select_kernel(encoder.attention, encoder.dtype, encoder.head_dim)
+    needed = TRAINING_BYTES * (parameters := sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model))))
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host)
+    if needed > memory:
+        raise ValueError(
+            f"the model has {parameters:,} parameters: to train it takes at least {TRAINING_BYTES} bytes each, "
+            f"{needed / GIB:.1f} GiB, and there are {memory / GIB:.1f}; make model.* smaller"
+        )
+    if t.evaluate_every and not config.evaluate.development:
+        log.warning("train.evaluate_every has no effect: evaluate.development names no evaluation set")
+
+
+def check_steps(train: Train, batches: int) -> int:
+    """The steps of a run. Raises ValueError for a plan too short for one, or for the warm-up."""
+    once = batches // train.batches_per_step
+    steps, warmup = train.steps or once, train.warmup_steps
+    problem = f"the plan has {batches} batches, fewer than the {train.batches_per_step} of one step"
+    if steps >= 1:
+        problem = f"`train.warmup_steps` {warmup} must be fewer than the {steps} steps of the plan's {batches} batches"
+    if warmup >= steps:
+        raise ValueError(f"{problem}: lower it or batching.batch_size, raise batching.epochs, or give more data")
+    if steps > once:
+        log.warning("train.steps %d are more than the %d of the plan, which is repeated", steps, once)
+    return steps
+
+
+def check_initial_encoders(config: Config, vocab_size: int | None = None) -> None:
+    """Raises ValueError for encoders of `model.init` that are not there or of another shape than the config's model.
+
+    vocab_size: of the tokenizer, where it is known.
+    """
+    m, d = config.model, config.data
+    for stage, name in _initial_encoders(m).items():
+        actual, *_ = open_encoder(name, m.init.layers or None)
+        if vocab_size is None:  # a WordPiece of at most so many tokens is still to be trained
+            vocab_size = min(actual.vocab_size, d.vocab_size) if d.tokenizer == "wordpiece" else None
+        layers = m.layers if stage == "second_stage" else m.first_stage_layers or m.layers
+        expected = encoder_config(m, vocab_size or actual.vocab_size, layers, "float32")
+        different = [
+            f"{field}: the config says {value!r}, the checkpoint {other!r}"
+            for field, value in vars(expected).items()
+            if field not in ("dtype", "remat", "attention") and value != (other := getattr(actual, field))
+        ]
+        if different:
+            raise ValueError(
+                f"model.init.{stage} {name!r} is of another shape than the config's model: {'; '.join(different)}. "
+                "Set model.* to the checkpoint's shape"
+            )
+
+
+def _initial_encoders(model: Model) -> dict[str, str]:
+    """{stage: the pretrained encoder it starts from}."""
+    stages = ("second_stage", "first_stage") if model.kind == "contextual" else ("second_stage",)
+    return {stage: name for stage in stages if (name := getattr(model.init, stage))}
+
+
+def run_identity(config: Config, plan: BatchPlan) -> dict[str, str]:
+    """What a checkpoint is tied to: the plan and the settings that shape parameters or optimiser."""
+    settings = {"seed": config.seed, "model": dataclasses.asdict(config.model)}
+    return {"plan": plan.fingerprint, "config": fingerprint(settings | {"train": config.train.affecting("training")})}
+
+
+def encoder_config(model: Model, vocab_size: int, layers: int, dtype: str) -> EncoderConfig:
+    """The encoder that `model` describes; `vocab_size` is used where the config leaves it to the tokenizer."""
+    same = ("width", "heads", "mlp_width", "max_positions", "attention", "remat")
+    shape = {"vocab_size": model.vocab_size or vocab_size, "layers": layers, "dtype": dtype}
+    shape |= {name: getattr(model, name) for name in same}
+    if model.backbone == "bert":
+        shape |= {"positions": "learned", "activation": "gelu", "attention_bias": True, "mlp_bias": (True, True)}
+    return EncoderConfig(**shape)
+
+
+def model_config(model: Model, vocab_size: int, dtype: str) -> BiencoderConfig | ContextualConfig:
+    """What `models.contextual` builds: a biencoder, or both stages of a contextual encoder."""
+    second = encoder_config(model, vocab_size, model.layers, dtype)
+    if model.kind == "biencoder":
+        return BiencoderConfig(second, head=model.head, residual=model.head)
+    first = encoder_config(model, vocab_size, model.first_stage_layers or model.layers, dtype)
+    same = ("context_size", "context_attention", "soft_prompt", "slot_bias")
+    return ContextualConfig(BiencoderConfig(first, head=True), second, **{name: getattr(model, name) for name in same})
+
+
+def compute_dtype(config: Config, platform: str | None = None) -> str:
+    """`model.dtype`; "auto" is float32 on CPU and bfloat16 on other platforms (None: this process's)."""
+    auto = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+    return auto if config.model.dtype == "auto" else config.model.dtype
+
+
+def build_model(config: Config, vocab_size: int) -> Encoder:
+    """The model with random parameters from the run's seed; jitted, so that a large one is made in seconds."""
+    shape = model_config(config.model, vocab_size, compute_dtype(config))
+    return nnx.jit(lambda key: shape.build(rngs=nnx.Rngs(params=key)))(stream(config.seed, "params"))
+
+
+def initial_model(config: Config, vocab_size: int) -> Encoder:
+    """Random parameters, then the pretrained encoders that `model.init` names."""
+    check_initial_encoders(config, vocab_size)
+    model = build_model(config, vocab_size)
+    for stage, name in _initial_encoders(config.model).items():
+        encoder = model.encoder if stage == "second_stage" else model.first_stage.encoder
+        nnx.update(encoder, nnx.state(load_encoder(name, config.model.init.layers or None), nnx.Param))
+    return model
+
+
+def restore_model(config: Config, vocab_size: int, checkpoints: Checkpoints, step: int) -> Encoder:
+    """The model of a checkpoint: only its parameters are read, on any number of devices."""
+    graph, params = nnx.split(_abstract(config, vocab_size), nnx.Param)
+    return nnx.merge(graph, checkpoints.restore_weights(step, params))
+
+
+def _abstract(config: Config, vocab_size: int) -> Encoder:
+    shape = model_config(config.model, vocab_size, compute_dtype(config))
+    return nnx.eval_shape(lambda: shape.build(rngs=nnx.Rngs(0)))
+
+
+def make_embedder(config: Config, workdir: Path, model: Encoder, tokenizer: Tokenizer | None) -> Embedder:
+    """The model with the run's tokenizer and text settings."""
+    return Embedder(model, tokenizer, text_settings(config), workdir / work.TOKENIZER)
+
+
+def text_settings(config: Config) -> TextSettings:
+    """Prefixes and lengths of a run's texts."""
+    d = config.data
+    return TextSettings(d.query_prefix, d.document_prefix, d.query_length, d.document_length)
+
+
+def make_loader(config: Config, plan: BatchPlan, pairs: Store, platform: str | None = None) -> Loader:
+    """The loader of a run's batches; chunk sizes of −1 must have been replaced (`fit_chunks`)."""
+    t, d = config.train, config.data
+    # What keeps an accelerator busy; on a CPU the loader chooses.
+    default = 0 if (platform or jax.default_backend()) == "cpu" else 8192
+    return Loader(
+        plan,
+        pairs,
+        batches_per_step=t.batches_per_step,
+        context_size=config.model.context_size if config.model.kind == "contextual" else 0,
+        context_source=config.batching.context_source,
+        seed=config.seed,
+        text_lengths=t.text_lengths,
+        chunk_tokens=t.document_chunk * d.document_length or default,
+        context_chunk_tokens=t.context_chunk * d.document_length or default,
     )
-    return int(state.step) >= steps
 
 
-def _description(config: Config, training: Training, identity: dict[str, str], loader: Loader) -> dict[str, Any]:
-    """The content of training.json: what was chosen where the config leaves it open."""
-    encoder, device = nnx.merge(training.graph, training.state.params).encoder.config, jax.devices()[0]
-    return {
-        "identity": identity,
-        "steps": training.steps,
-        "devices": f"{training.mesh.size} x {device.platform} {device.device_kind}",
-        "dtype": encoder.dtype,
-        "attention": select_kernel(encoder.attention, encoder.dtype, encoder.head_dim),
-        "remat": select_remat(encoder.remat),
-        "chunks": {name: getattr(config.train, name) for name in CHUNKS},
-        "layouts": {name: layout._asdict() for name, layout in loader.layouts.items()},
-    }
+def make_training(config: Config, model: Encoder, steps: int) -> Training:
+    """The step of a run of `steps` steps and its state at step 0. Raises ValueError where devices are too few."""
+    t = config.train
+    mesh = sharding.make_mesh(t.devices, t.batches_per_step)
+    optimizer, schedule = make_optimizer(t, steps)
+    graph, state = init_state(model, optimizer)
+    step = make_train_step(graph, optimizer, schedule, t, mesh)
+    return Training(mesh, graph, sharding.replicate(mesh, state), step, steps)
+
+
+def fit_chunks(config: Config, workdir: Path, model: Encoder, prepared: work.Prepared) -> Config:
+    """`config` with a number for each chunk size of −1: the largest whose step fits the device's memory.
+
+    All of them become one number of texts. Compiles the step for ever smaller chunks until one fits; a resumed run
+    takes those of training.json, to compute the same. Raises ValueError where not even single texts fit, and where
+    nobody says how much memory there is.
+    """
+
+    def with_chunks(chunks: dict[str, int]) -> Config:
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, **chunks))
+
+    recorded = work.read_record(workdir / work.TRAINING, identity=dict, chunks=dict) or {"identity": None}
+    if recorded["identity"] == run_identity(config, prepared.plan) and recorded["chunks"].keys() == set(CHUNKS):
+        return with_chunks(recorded["chunks"])
+    auto = [name for name in CHUNKS if getattr(config.train, name) == AUTO]
+    if not auto:
+        return config
+    limit = device_limit(jax.devices()[0], config.train.memory_gib)
+
+    def needs(texts: int) -> int:
+        candidate = with_chunks(dict.fromkeys(auto, texts))
+        training = make_training(candidate, model, steps=1)
+        batch = make_loader(candidate, prepared.plan, prepared.pairs).batch(0)
+        del batch["plan_batch"]
+        batch = sharding.shard_batch(training.mesh, batch)
+        key = sharding.replicate(training.mesh, stream(0, "dropout"))
+        return program_bytes(training.step.lower(training.state, batch, key).compile())
+
+    _, queries, hard = prepared.plan.hard_negatives.shape
+    texts = largest_chunk(needs, limit, queries * (2 + hard))  # all queries and documents of a plan batch
+    return with_chunks(dict.fromkeys(auto, texts))

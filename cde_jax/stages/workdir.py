@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.config import Config, Data, flatten, names_affecting
+from cde_jax.config import Config, affected, flatten
 from cde_jax.data.files import fingerprint, read_json
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
@@ -19,8 +19,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, LOCK, TRAINING, METRICS = "config.json", ".lock", "training.json", "metrics.jsonl"
 RANKINGS, EVALUATION, PER_QUERY = "rankings.json", "evaluation.json", "per_query.json"
-PLAN, CHECKPOINTS, EXPORT = "plan", "checkpoints", "export"
-STORE = "store"
+STORE, PLAN, CHECKPOINTS, EXPORT = "store", "plan", "checkpoints", "export"
 PAIRS, VECTORS, FILTER_VECTORS, LSA = (f"store/{name}" for name in ("pairs", "vectors", "filter_vectors", "lsa"))
 TOKENIZER, COLLECTIONS, SETS, TOKENS = (
     f"store/{name}" for name in ("tokenizer", "collections", "evaluation", "evaluation_tokens")
@@ -43,7 +42,7 @@ class Prepared(NamedTuple):
 def load_prepared(config: Config, workdir: Path) -> Prepared:
     """What `prepare` left in a work directory, checked against each other and the config."""
     pairs = Store.open(workdir / PAIRS, kind="pairs")
-    check_identity(workdir / PAIRS, {"settings": pairs_settings(config)}, pairs.manifest["source"])
+    check_identity(workdir / PAIRS, {"settings": config.data.affecting("pairs")}, pairs.manifest["source"])
     plan = BatchPlan.load(workdir / PLAN)
     plan.verify(pairs.fingerprint, config.batching.plan_settings(config.seed))
     return Prepared(pairs, plan, load_tokenizer(workdir, pairs))
@@ -51,36 +50,53 @@ def load_prepared(config: Config, workdir: Path) -> Prepared:
 
 def load_tokenizer(workdir: Path, pairs: Store) -> Tokenizer | None:
     """The tokenizer of the pairs. Raises ValueError where it is missing, or another one than theirs."""
-    if not (workdir / TOKENIZER / "tokenizer.json").is_file():
-        raise ValueError(f"{workdir / TOKENIZER} has no tokenizer.json; run --stage=prepare --rebuild")
+    folder = workdir / TOKENIZER
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; run --stage=prepare --rebuild")
     if importlib.util.find_spec("tokenizers") is None:
         return None
-    tokenizer = Tokenizer.load(workdir / TOKENIZER)
-    if tokenizer.fingerprint != pairs.manifest["tokenizer"]:
+    tokenizer, recorded = Tokenizer.load(folder), pairs.manifest["tokenizer"]
+    if tokenizer.fingerprint != recorded:
         raise ValueError(
-            f"{workdir / PAIRS} was made with another tokenizer: expected fingerprint {tokenizer.fingerprint}, that of "
-            f"{workdir / TOKENIZER}, it has {pairs.manifest['tokenizer']}; run --stage=prepare --rebuild"
+            f"{pairs.directory} was made with another tokenizer: expected fingerprint {tokenizer.fingerprint}, that of "
+            f"{folder}, it has {recorded}; run --stage=prepare --rebuild"
         )
     return tokenizer
-
-
-def pairs_settings(config: Config) -> dict[str, Any]:
-    """The settings that a pairs store records."""
-    return {name: getattr(config.data, name) for name in names_affecting(Data, "pairs")}
 
 
 def check_identity(folder: Path, now: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
     """ValueError, with what differs, where a folder was made from other inputs or settings than `now`."""
     recorded = {key: recorded.get(key) for key in now}
-    expected, got = fingerprint(now), fingerprint(recorded)
-    if got != expected:
-        now, recorded = flatten(now), flatten(recorded)
-        keys = [k for k in {**now, **recorded} if fingerprint(now.get(k, "")) != fingerprint(recorded.get(k, ""))]
-        different = ", ".join(f"{key}: {recorded.get(key)!r} there, {now.get(key)!r} now" for key in keys[:5])
+    if (expected := fingerprint(now)) != (got := fingerprint(recorded)):
+        different = ", ".join(list(differences(now, recorded).values())[:5])
         raise ValueError(
             f"{folder} was made from other inputs or settings: expected fingerprint {expected}, it has {got} "
             f"({different}). Choose another --workdir, or --rebuild to make it and what depends on it again"
         )
+
+
+def check_same_run(config: Mapping[str, Any], recorded: Mapping[str, Any], workdir: Path | str) -> None:
+    """ValueError when a work directory was made with other settings that change results; lists each."""
+    effect, different = affected(), differences(config, recorded)
+    if lines := [
+        f"- {line}\n" for name, line in different.items() if effect.get(name) not in ("nothing", "evaluation")
+    ]:
+        raise ValueError(
+            f"{workdir} holds a run with another configuration:\n{''.join(lines)}Use the same configuration to go on "
+            "with it, or another --workdir to start a new one; --rebuild starts over in this one and moves its "
+            "checkpoints aside."
+        )
+
+
+def differences(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, str]:
+    """{"section.key": "section.key: 3 there, 4 now"} of the values that differ, as JSON, in two nested mappings."""
+    now, recorded = flatten(now), flatten(recorded)
+    now = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
+    return {
+        key: f"{key}: {recorded.get(key, '(not there)')!r} there, {now.get(key, '(not there)')!r} now"
+        for key in sorted(now.keys() | recorded.keys())
+        if fingerprint(now.get(key, "(not there)")) != fingerprint(recorded.get(key, "(not there)"))
+    }
 
 
 def read_record(file: Path, **types: type) -> dict[str, Any] | None:
