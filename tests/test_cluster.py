@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from cde_jax.batching import cluster
 from cde_jax.batching.cluster import paired_kmeans
+from cde_jax.batching.negatives import Vectors
 from cde_jax.config import Batching
 from cde_jax.data.store import unit_rows
 
@@ -21,7 +22,7 @@ def cluster_domains(queries, documents, groups, *, seed=3, **settings):
     """`cluster.cluster_domains` by the settings given by name."""
     names = {"dimensions": "cluster_dimensions", "rows": "cluster_rows"}
     settings = {names.get(name, name): value for name, value in settings.items()}
-    return list(cluster.cluster_domains(queries, documents, groups, Batching(**settings), seed))
+    return list(cluster.cluster_domains(Vectors(queries, documents), groups, Batching(**settings), seed))
 
 
 def blobs(n, k, width, *, noise=0.1, seed=0):
@@ -172,7 +173,7 @@ def test_directions_are_those_of_an_uncentred_svd_of_queries_and_documents():
     queries, documents, _ = blobs(300, 6, 20, noise=0.4)
     queries[:, :5] += 3  # far from the origin, where centring would show, and not where the documents are
     documents[:, 5:] += 2
-    found = cluster._projection(queries, documents, np.arange(300), 4, np.random.default_rng(0))
+    found = cluster._projection(Vectors(queries, documents), np.arange(300), 4, np.random.default_rng(0))
     expected = svd(queries, documents, 4)
     np.testing.assert_allclose(np.abs((found * expected).sum(axis=0)), 1, atol=1e-4)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cde_jax.batching import negatives
-from cde_jax.batching.negatives import TextKeys
+from cde_jax.batching.negatives import TextKeys, Vectors
 from cde_jax.config import Batching
 
 repeatable = settings(max_examples=100, derandomize=True, deadline=None)
@@ -20,7 +20,7 @@ def different(n):
 def mine_hard_negatives(queries, documents, rows, keys, *, first, last, margin):
     """`negatives.mine_hard_negatives` by the settings given by name."""
     settings = Batching(hard_negatives=1, mine_first=first, mine_last=last, mine_margin=margin)
-    return negatives.mine_hard_negatives(queries, documents, rows, keys, settings, seed=0)
+    return negatives.mine_hard_negatives(Vectors(queries, documents), rows, keys, settings, seed=0)
 
 
 def cosines(query, documents):

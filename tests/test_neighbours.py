@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from cde_jax.batching import negatives
-from cde_jax.batching.negatives import build_index, load_faiss, nearest_documents, search_selected
+from cde_jax.batching.negatives import Vectors, build_index, load_faiss, nearest_documents, search_selected
 
 repeatable = settings(max_examples=60, derandomize=True, deadline=None)
 
@@ -46,7 +46,7 @@ def test_neighbours_are_those_of_a_sort_of_all(n, others, count, small_pieces, d
         if small_pieces:  # so that a query's neighbours come from several indexes
             patch.setattr(negatives, "INDEX_BYTES", 3 * 3 * 4)
             patch.setattr(negatives, "READ_BYTES", 2 * 3 * 4)
-        ids, scores = nearest_documents(queries, documents, rows, count, seed=0)
+        ids, scores = nearest_documents(Vectors(queries, documents), rows, count, seed=0)
     found = min(count, n)
     expected = cosines(queries[rows], documents[rows])
     best = np.sort(expected, axis=1)[:, ::-1][:, :found]
@@ -60,19 +60,19 @@ def test_neighbours_are_those_of_a_sort_of_all(n, others, count, small_pieces, d
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_inverted_lists_find_nearly_all(monkeypatch, pieces):
     points, rows = clustered(4000, seed=3).astype(np.float16), np.arange(4000)
-    exact, _ = nearest_documents(points, points, rows, 10, seed=0)
+    exact, _ = nearest_documents(Vectors(points, points), rows, 10, seed=0)
     monkeypatch.setattr(negatives, "EXACT_POINTS", 500)
     monkeypatch.setattr(negatives, "INDEX_BYTES", -(-4000 // pieces) * 8 * 4)
-    ids, scores = nearest_documents(points, points, rows, 10, seed=0)
+    ids, scores = nearest_documents(Vectors(points, points), rows, 10, seed=0)
     shared = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), exact.tolist(), strict=True)])
     assert 0.95 < shared < 1  # below 1, or the lists were not used at all
     assert (np.diff(scores, axis=1) <= 0).all()
     np.testing.assert_allclose(scores[0], cosines(points[:1], points[ids[0]])[0], atol=1e-4)
-    again = nearest_documents(points, points, rows, 10, seed=0)
+    again = nearest_documents(Vectors(points, points), rows, 10, seed=0)
     np.testing.assert_array_equal(again[0], ids)
     np.testing.assert_array_equal(again[1], scores)
     monkeypatch.setattr(negatives, "PROBED", 1)
-    ids, scores = nearest_documents(points, points, rows, 100, seed=0)
+    ids, scores = nearest_documents(Vectors(points, points), rows, 100, seed=0)
     assert (ids < 0).any() and ((ids < 0) == np.isinf(scores)).all()  # a few lists do not hold so many
 
 
@@ -82,7 +82,7 @@ def test_neighbours_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(negatives, "THREADED_WORK", 0)
     for threads in (1, 2, 3):
         with threadpool_limits(threads):
-            found.append(nearest_documents(points, points, np.arange(5000), 10, seed=0))
+            found.append(nearest_documents(Vectors(points, points), np.arange(5000), 10, seed=0))
     for other in found[1:]:
         np.testing.assert_array_equal(other[0], found[0][0])
         np.testing.assert_array_equal(other[1], found[0][1])
@@ -118,7 +118,7 @@ def test_a_broken_row_is_named_by_its_own_number(side):
     sides = [np.ones((9, 3)), np.ones((9, 3))]
     sides[side][7] = np.nan
     with pytest.raises(ValueError, match=r"NaN or infinity in 1 of 3 rows \(first: row 7\)"):
-        nearest_documents(*sides, np.array([2, 5, 7]), 1, seed=0)
+        nearest_documents(Vectors(*sides), np.array([2, 5, 7]), 1, seed=0)
 
 
 def test_a_missing_faiss_names_what_to_install(monkeypatch):

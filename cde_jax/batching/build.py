@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Int32, Int64, Shaped
+from jaxtyping import Bool, Float64, Int, Int32, Int64, Shaped
 from tqdm import tqdm
 
 from cde_jax.batching import negatives, pack
@@ -33,12 +33,10 @@ RANDOM_PAIRS = 4096  # drawn to estimate the similarity of a query and any docum
 
 
 class Inputs(NamedTuple):
-    """What a plan is made from. n pairs, m ≥ n documents."""
+    """What a plan is made from."""
 
-    queries: Float[np.ndarray, "n D"]  # vectors that arrange the pairs: clusters, tours
-    documents: Float[np.ndarray, "m D"]
-    filter_queries: Float[np.ndarray, "n E"]  # vectors that find false and hard negatives, and measure difficulty
-    filter_documents: Float[np.ndarray, "m E"]
+    vectors: negatives.Vectors  # arrange the pairs: clusters, tours
+    filter_vectors: negatives.Vectors  # find false and hard negatives, and measure difficulty
     keys: negatives.TextKeys
     settings: Batching
     seed: int
@@ -88,8 +86,7 @@ def build_plan(
 ) -> BatchPlan:
     """Writes the plan's folder and opens it; a kill leaves the old plan or none.
 
-    pairs, vectors, filter_vectors: stores of those kinds, the vectors of these pairs' texts. `vectors` arrange pairs
-    (clusters, tours); `filter_vectors` (None: the same) find false and hard negatives, and measure difficulty.
+    vectors, filter_vectors (None: the same): stores of this kind, of these pairs' texts; see `Inputs`.
 
     Raises ValueError for vectors that are not finite or of other texts, settings that do not fit the data, and hard
     negatives that do not exist.
@@ -100,9 +97,9 @@ def build_plan(
     _check_vectors(pairs, vectors, "vectors")
     if filter_vectors.fingerprint != vectors.fingerprint:
         _check_vectors(pairs, filter_vectors, "the filter's vectors")
-    arrays = [store.array(name) for store in (vectors, filter_vectors) for name in ("queries", "documents")]
+    sides = [negatives.Vectors(*map(store.array, negatives.Vectors._fields)) for store in (vectors, filter_vectors)]
     keys = negatives.TextKeys(pairs.array("query_key"), pairs.array("document_key"), pairs.ragged("negatives"))
-    inputs = Inputs(*arrays, keys, settings, seed)
+    inputs = Inputs(*sides, keys, settings, seed)
     _check_hard_negatives(groups, inputs)
     identity = {
         "pairs": pairs.fingerprint,
@@ -134,17 +131,17 @@ def cluster_groups(groups: Sequence[pack.Group], inputs: Inputs) -> list[pack.Gr
     if settings.method == "random":
         results = (Clusters(np.zeros(len(each), np.int64), np.zeros((1, 0), np.float32), None) for each in rows)
     else:
-        results = cluster_domains(inputs.queries, inputs.documents, rows, settings, inputs.seed)
+        results = cluster_domains(inputs.vectors, rows, settings, inputs.seed)
     clustered = list(groups)
     for number, group in enumerate(groups):
         if group.weight:
             assignments, centroids, objective = next(results)
             used, assignments = np.unique(assignments, return_inverse=True)
-            empty, means = len(centroids) - len(used), None
+            group = group._replace(assignments=assignments, empty=len(centroids) - len(used), objective=objective)
             if settings.packing == "tsp":
-                means = pack.document_centroids(inputs.documents, assignments, group.rows)
-            found = {"assignments": assignments, "empty": empty, "objective": objective, "centroids": means}
-            clustered[number] = group._replace(**found)
+                means = pack.document_centroids(inputs.vectors.documents, assignments, group.rows)
+                group = group._replace(centroids=means)
+            clustered[number] = group
     return clustered
 
 
@@ -153,14 +150,15 @@ def plan_arrays(
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
     """The arrays of `BatchPlan` in pieces with their names; the sums of `_finish_batch` are added to `difficulty`."""
     settings, seed, size = inputs.settings, inputs.seed, inputs.settings.batch_size
-    clusters, first = np.full(len(inputs.queries), -1, np.int32), 0
+    clusters, first = np.full(len(inputs.vectors.queries), -1, np.int32), 0
     mined: dict[int, Int32[np.ndarray, "rows window"]] = {}
     for number, group in enumerate(groups):
         if group.weight:
             clusters[group.rows] = first + group.assignments
             first += len(group.cluster_sizes)
-            vectors = inputs.filter_queries, inputs.filter_documents
-            mined[number] = negatives.mine_hard_negatives(*vectors, group.rows, inputs.keys, settings, seed)
+            mined[number] = negatives.mine_hard_negatives(
+                inputs.filter_vectors, group.rows, inputs.keys, settings, seed
+            )
     yield "clusters", clusters
     total, step = settings.epochs * sum(pack.epoch_size(group, size) for group in groups), 0
     with tqdm(total=total, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
@@ -196,7 +194,8 @@ def _finish_batch(
     settings, keys = inputs.settings, inputs.keys
     hard, given = negatives.choose_hard_negatives(rows, settings.hard_negatives, candidates, pool, keys, random)
     columns = np.concatenate([rows, hard.ravel()])  # [N]
-    scores = negatives.cosine(inputs.filter_queries[rows], inputs.filter_documents[columns])  # [B, N]
+    queries, documents = inputs.filter_vectors
+    scores = negatives.cosine(queries[rows], documents[columns])  # [B, N]
     keep = negatives.false_negative_mask(scores, rows, columns, keys, settings.filter_margin, given)
     batch = len(rows)
     kept = keep[:, :batch] & ~np.eye(batch, dtype=bool)
@@ -266,9 +265,10 @@ def _median_size(sizes: Int64[np.ndarray, " clusters"]) -> float | None:
 def _random_similarity(inputs: Inputs) -> float | None:
     """Mean cosine of a query with another pair's document, over all domains: what random batches would have."""
     random = np.random.default_rng([inputs.seed, STATISTICS_STREAM])
-    q, d = random.integers(len(inputs.queries), size=(2, RANDOM_PAIRS))
-    q, d = inputs.filter_queries[q[q != d]], inputs.filter_documents[d[q != d]]
-    cosines = (negatives.rounded_unit_rows(q) * negatives.rounded_unit_rows(d)).sum(axis=1)
+    queries, documents = inputs.filter_vectors
+    q, d = random.integers(len(queries), size=(2, RANDOM_PAIRS))
+    sides = queries[q[q != d]], documents[d[q != d]]
+    cosines = np.prod([negatives.rounded_unit_rows(side) for side in sides], axis=0).sum(axis=1)
     return round(float(cosines.mean()), 6) if len(cosines) else None
 
 
@@ -291,6 +291,6 @@ def _check_hard_negatives(groups: Sequence[pack.Group], inputs: Inputs) -> None:
     keys, hard = inputs.keys, inputs.settings.hard_negatives
     for group in [group for group in groups if hard and group.weight]:
         texts = len(np.unique(keys.documents[group.rows]))
-        doubtful = group.rows[keys.positive_texts(group.rows) >= texts]  # they may be all texts of the group
-        none = np.empty((len(doubtful), 0), np.int32)
-        negatives.choose_hard_negatives(doubtful, hard, none, group.rows, keys, np.random.default_rng(0))
+        rows = group.rows[keys.positive_texts(group.rows) >= texts]  # their positives may be all texts of the group
+        unmined, random = np.empty((len(rows), 0), np.int32), np.random.default_rng(0)
+        negatives.choose_hard_negatives(rows, hard, unmined, group.rows, keys, random)

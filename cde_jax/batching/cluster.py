@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from cde_jax.batching.negatives import threads
+from cde_jax.batching.negatives import Vectors, threads
 from cde_jax.config import Batching
 from cde_jax.data.store import check_finite, unit_rows
 
@@ -85,67 +85,55 @@ def paired_kmeans(
     settings = Batching(iterations=iterations, tries=tries, cluster_rows=n)
     check_finite("queries", queries)
     check_finite("documents", documents)
-    read = partial(_read_rows, queries, documents, None)
+    read = partial(_read_rows, Vectors(queries, documents), None)
     return _cluster(read, np.arange(n), k, settings, np.random.default_rng([seed, CLUSTER_STREAM]))
 
 
 def cluster_domains(
-    queries: Float[np.ndarray, "n D"],
-    documents: Float[np.ndarray, "m D"],
-    groups: Sequence[Int[np.ndarray, "_"]],
-    settings: Batching,
-    seed: int,
+    vectors: Vectors, groups: Sequence[Int[np.ndarray, "_"]], settings: Batching, seed: int
 ) -> Iterator[Clusters]:
     """Clusters each group of pairs (a domain) separately, into k = ⌈pairs / cluster_size⌉ clusters.
 
-    queries, documents: all vectors, finite, memory-mapped or not. The assignments of the i-th result follow groups[i].
-    Wider vectors than `cluster_dimensions` are reduced by an uncentred SVD of the domain's queries and documents (the
-    reference: of the queries), then to unit norm. A domain of more than `cluster_rows` pairs is trained on a sample of
-    so many, at least TRAINED_PER_CLUSTER · k. Memory: about 12 · cluster_rows · D bytes, and 20 for each pair.
+    vectors: of all pairs, finite. The assignments of the i-th result follow groups[i]. Wider vectors than
+    `cluster_dimensions` are reduced by an uncentred SVD of the domain's queries and documents (the reference: of the
+    queries), then to unit norm. A domain of more than `cluster_rows` pairs is trained on a sample of so many, at least
+    TRAINED_PER_CLUSTER · k. Memory: about 12 · cluster_rows · D bytes, and 20 for each pair.
     """
     for number, rows in enumerate(groups):
         random, projection = np.random.default_rng([seed, CLUSTER_STREAM, number]), None
-        if 0 < settings.cluster_dimensions < queries.shape[1]:
-            projection = _projection(queries, documents, rows, settings.cluster_dimensions, random)
-        read = partial(_read_rows, queries, documents, projection)
+        if 0 < settings.cluster_dimensions < vectors.queries.shape[1]:
+            projection = _projection(vectors, rows, settings.cluster_dimensions, random)
+        read = partial(_read_rows, vectors, projection)
         yield _cluster(read, rows, -(-len(rows) // settings.cluster_size), settings, random)
 
 
 def _read_rows(
-    queries: Float[np.ndarray, "n D"],
-    documents: Float[np.ndarray, "m D"],
-    projection: Float[np.ndarray, "D P"] | None,
-    rows: Int[np.ndarray, " r"],
+    vectors: Vectors, projection: Float[np.ndarray, "D P"] | None, rows: Int[np.ndarray, " r"]
 ) -> Float32[np.ndarray, "r E"]:
     """The pairs' rows q⊕d, projected, normalised and rotated."""
-    width = (queries if projection is None else projection).shape[1]
+    width = (vectors.queries if projection is None else projection).shape[1]
     rotated = np.empty((len(rows), 2 * width), np.float32)
 
-    def work(blocks: Iterator[slice]) -> None:
-        for block in blocks:
-            halves = [vectors[rows[block]].astype(np.float32) for vectors in (queries, documents)]
-            if projection is not None:
-                halves = [unit_rows(half @ projection) for half in halves]
-            rotated[block] = rotate(unit_rows(np.concatenate(halves, axis=1)))
+    def work(block: slice) -> None:
+        halves = [side[rows[block]].astype(np.float32) for side in vectors]
+        if projection is not None:
+            halves = [unit_rows(half @ projection) for half in halves]
+        rotated[block] = rotate(unit_rows(np.concatenate(halves, axis=1)))
 
     _in_parallel(work, len(rows), BLOCK)
     return rotated
 
 
 def _projection(
-    queries: Float[np.ndarray, "n D"],
-    documents: Float[np.ndarray, "m D"],
-    rows: Int[np.ndarray, " r"],
-    dimensions: int,
-    random: np.random.Generator,
+    vectors: Vectors, rows: Int[np.ndarray, " r"], dimensions: int, random: np.random.Generator
 ) -> Float32[np.ndarray, "D P"]:
     """The first right singular vectors of the domain's vectors, uncentred, computed from a sample's X'X."""
     rows = _sample(rows, SVD_PAIRS, random)
-    products = np.zeros((queries.shape[1],) * 2)  # [D, D]
+    products = np.zeros((vectors.queries.shape[1],) * 2)  # [D, D]
     with threads().limit(limits=1):
-        for vectors in (queries, documents):
+        for side in vectors:
             for start in range(0, len(rows), BLOCK):
-                block = vectors[rows[start : start + BLOCK]].astype(np.float32)
+                block = side[rows[start : start + BLOCK]].astype(np.float32)
                 products += block.T @ block
         directions = np.linalg.eigh(products)[1]  # columns by rising singular value
     return directions[:, : -dimensions - 1 : -1].astype(np.float32)
@@ -179,15 +167,15 @@ def _sample(rows: Int[np.ndarray, " n"], size: int, random: np.random.Generator)
     return rows if len(rows) <= size else rows[np.sort(random.choice(len(rows), size, replace=False, shuffle=False))]
 
 
-def _in_parallel(work: Callable[[Iterator[slice]], None], rows: int, size: int) -> None:
-    """Calls `work` in one thread per core; together they take every block of `size` rows from one shared iterator."""
+def _in_parallel(work: Callable[[slice], None], rows: int, size: int) -> None:
+    """Calls `work` with every block of `size` rows, in one thread per core."""
     blocks = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers, shared = min(cores, len(blocks)), iter(blocks)
-    if workers <= 1:
-        return work(shared)
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda _: work(shared), range(workers)))
+    if min(cores, len(blocks)) <= 1:
+        list(map(work, blocks))
+        return
+    with ThreadPoolExecutor(min(cores, len(blocks))) as pool:
+        list(pool.map(work, blocks))
 
 
 def rotate(rows: Float[np.ndarray, "n E"]) -> Float[np.ndarray, "n E"]:
@@ -211,23 +199,20 @@ def assign(
     ]
     size = int(np.clip(BLOCK_SCORES // min(len(centroids), TILE), *BLOCK_PAIRS))
 
-    def work(blocks: Iterator[slice]) -> None:
-        scratch = np.empty(3 * size * min(len(centroids), TILE), np.float32)
-        for block in blocks:
-            rows = pairs[block]
-            for start, u, v in tiles:
-                shape = (3, len(rows), u.shape[1])
-                plus, minus, both = scratch[: np.prod(shape)].reshape(shape)
-                np.matmul(rows[:, :width], u, out=both)
-                np.matmul(rows[:, width:], v, out=minus)
-                np.add(both, minus, out=plus)
-                np.subtract(both, minus, out=minus)
-                for side, scores in enumerate((plus, minus)):
-                    best_in_tile = scores.argmax(axis=1)
-                    best = scores[np.arange(len(scores)), best_in_tile]
-                    better = best > products[side, block]
-                    np.copyto(labels[side, block], best_in_tile + start, where=better)
-                    np.copyto(products[side, block], best, where=better)
+    def work(block: slice) -> None:
+        rows = pairs[block]
+        for start, u, v in tiles:
+            plus, minus, both = np.empty((3, len(rows), u.shape[1]), np.float32)
+            np.matmul(rows[:, :width], u, out=both)
+            np.matmul(rows[:, width:], v, out=minus)
+            np.add(both, minus, out=plus)
+            np.subtract(both, minus, out=minus)
+            for side, scores in enumerate((plus, minus)):
+                best_in_tile = scores.argmax(axis=1)
+                best = scores[np.arange(len(scores)), best_in_tile]
+                better = best > products[side, block]
+                np.copyto(labels[side, block], best_in_tile + start, where=better)
+                np.copyto(products[side, block], best, where=better)
 
     _in_parallel(work, len(pairs), size)
     return labels, products

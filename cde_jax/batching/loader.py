@@ -1,7 +1,7 @@
 """Batches of tokens for the training step: `batch(step)` is a function, so a run is resumed by its step number alone.
 
-It reads memory-mapped arrays and draws from a generator of its own, seeded by the run's seed and the place in the plan.
-So threads may call it ahead of time without sharing any state.
+Its only state is memory-mapped arrays, and draws come from a generator seeded by the run's seed and the place in the
+plan. So threads may call it ahead of time.
 
 Texts of many lengths become chunks of a few static lengths, chosen before training to pad the least. The texts of a
 plan batch, queries and documents together, are sorted by length and cut into chunks of about equally many tokens; a

@@ -11,7 +11,7 @@ in another list is missed. The same arguments give the same results on any numbe
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int32, Int64, Integer
@@ -35,6 +35,13 @@ READ_BYTES = 2**24  # of float32 read and searched at a time
 THREADED_WORK = 10**9  # multiply-adds below which threads cost more time than they save
 
 
+class Vectors(NamedTuple):
+    """The surrogate's vectors of n queries and m ≥ n documents: of any float dtype, memory-mapped or not."""
+
+    queries: Float[np.ndarray, "n D"]
+    documents: Float[np.ndarray, "m D"]
+
+
 class TextKeys:
     """What the data says about n pairs and m ≥ n documents: which texts are equal, positives, hard negatives.
 
@@ -44,10 +51,7 @@ class TextKeys:
     def __init__(
         self, queries: Integer[np.ndarray, " n"], documents: Integer[np.ndarray, " m"], listed: Ragged | None = None
     ):
-        """Equal texts have equal keys; documents from number n on are no pair's positive.
-
-        listed: the data's own hard negatives of each pair, as document numbers.
-        """
+        """Equal texts have equal keys. listed: the data's own hard negatives of each pair, as document numbers."""
         self.listed = listed
         self.queries = np.unique(queries, return_inverse=True)[1]  # [n], the texts numbered from 0
         self.documents = np.unique(documents, return_inverse=True)[1]  # [m]
@@ -116,20 +120,14 @@ def rounded_unit_rows(vectors: Float[np.ndarray, "m D"]) -> Float64[np.ndarray, 
 
 
 def mine_hard_negatives(
-    queries: Float[np.ndarray, "n D"],
-    documents: Float[np.ndarray, "m D"],
-    rows: Int64[np.ndarray, " rows"],
-    keys: TextKeys,
-    settings: Batching,
-    seed: int,
+    vectors: Vectors, rows: Int64[np.ndarray, " rows"], keys: TextKeys, settings: Batching, seed: int
 ) -> Int32[np.ndarray, "rows window"]:
     """For each pair of a group the documents d′ of ranks `mine_first`…`mine_last` with f(q, d′) ≤ f(q, d) − margin.
 
     Documents near the query, but not as near as its own: the very nearest are often positives that nobody marked
-    (NV-Retriever, arXiv 2407.15831, "TopK-MarginPos"). rows: the pairs of the group; only their documents are ranked, 1
-    the nearest, without those that have the text of a positive of the query. Returns document numbers by rank, −1 where
-    the document is too near or no more are found; no columns where nothing is to be mined. Ranks are exact where
-    `nearest_documents` is.
+    (NV-Retriever, arXiv 2407.15831, "TopK-MarginPos"). Only the documents of `rows`, the group, are ranked, 1 the
+    nearest, without those that have the text of a positive of the query. Returns document numbers by rank, −1 where the
+    document is too near or no more are found; no columns where nothing is to be mined.
     """
     first, last = settings.mine_first, min(settings.mine_last, len(rows))
     if not (settings.hard_negatives and 0 < first <= last):
@@ -137,13 +135,13 @@ def mine_hard_negatives(
     mined = np.full((len(rows), last - first + 1), -1, np.int32)
     group = TextKeys(keys.queries[rows], keys.documents[rows])
     count = min(len(rows), last + min(MOST_SKIPPED, group.most_positives()))
-    ids, scores = nearest_documents(queries, documents, rows, count, seed)
+    ids, scores = nearest_documents(vectors, rows, count, seed)
     for start in range(0, len(rows), MINED_BLOCK):
         block = np.arange(start, min(start + MINED_BLOCK, len(rows)))
         near, f = ids[block], scores[block]  # [block, count]
         ranked = (near >= 0) & ~group.is_positive(block, near)
         rank = np.cumsum(ranked, axis=1)
-        q, d = (vectors[rows[block]].astype(np.float32) for vectors in (queries, documents))
+        q, d = (side[rows[block]].astype(np.float32) for side in vectors)
         dot, qq, dd = (np.einsum("bd,bd->b", a, b) for a, b in ((q, d), (q, q), (d, d)))
         limit = dot / np.where(qq * dd > 0, np.sqrt(qq * dd), 1) - settings.mine_margin
         at, column = np.nonzero(ranked & (rank >= first) & (rank <= last) & (f <= limit[:, None]))
@@ -237,26 +235,22 @@ def threads() -> Any:
 
 
 def nearest_documents(
-    queries: Float[np.ndarray, "n D"],
-    documents: Float[np.ndarray, "m D"],
-    rows: Int64[np.ndarray, " rows"],
-    count: int,
-    seed: int,
+    vectors: Vectors, rows: Int64[np.ndarray, " rows"], count: int, seed: int
 ) -> tuple[Int64[np.ndarray, "rows count"], Float32[np.ndarray, "rows count"]]:
     """For each query of `rows` the `count` documents of `rows` of greatest cosine, best first, and their cosines.
 
-    Documents are indices into `rows`, −1 with cosine −∞ where fewer were found; equal cosines by index. Vectors may be
-    memory-mapped; memory: INDEX_BYTES, and 12 bytes per row and place. ValueError for vectors that are not finite.
+    Documents are indices into `rows`, −1 with cosine −∞ where fewer were found; equal cosines by index. Memory:
+    INDEX_BYTES, and 12 bytes per row and place. ValueError for vectors that are not finite.
     """
-    n, width = len(rows), documents.shape[1]
+    n, width = len(rows), vectors.documents.shape[1]
     best_ids, best = np.full((n, count), -1), np.full((n, count), -np.inf, np.float32)
     for piece in _pieces(n, INDEX_BYTES, width):
         points = rows[piece]
         with threads().limit(limits=None if len(points) * n * width > THREADED_WORK else 1):
-            read = functools.partial(_read_unit, documents, points)
+            read = functools.partial(_read_unit, vectors.documents, points)
             index = build_index(read, len(points), width, (seed, piece.start), cosine=True)
             for block in _pieces(n, READ_BYTES, width):
-                scores, ids = index.search(_read_unit(queries, rows, block), count)  # [block, count]
+                scores, ids = index.search(_read_unit(vectors.queries, rows, block), count)  # [block, count]
                 scores[ids < 0] = -np.inf
                 ids[ids >= 0] += piece.start
                 ids, scores = np.hstack([best_ids[block], ids]), np.hstack([best[block], scores])
@@ -296,12 +290,14 @@ def search_selected(index: Any, point: Float32[np.ndarray, " D"], selected: byte
     selector = faiss.IDSelectorBitmap(bits.size, faiss.swig_ptr(bits))
     if not isinstance(index, faiss.IndexIVF):
         return int(index.search(point[None], 1, params=faiss.SearchParameters(sel=selector))[1][0, 0])
-    nearest, probed = -1, PROBED
-    while nearest < 0:  # none is selected in the lists searched: search more lists
-        assert probed < 4 * index.nlist, "no point is selected"
+    probed = PROBED
+    while True:
         parameters = faiss.SearchParametersIVF(sel=selector, nprobe=min(probed, index.nlist))
-        nearest, probed = int(index.search(point[None], 1, params=parameters)[1][0, 0]), 4 * probed
-    return nearest
+        nearest = int(index.search(point[None], 1, params=parameters)[1][0, 0])
+        if nearest >= 0:
+            return nearest
+        assert probed < index.nlist, "no point is selected"
+        probed *= 4  # none is selected in the lists searched
 
 
 def _pieces(rows: int, size: int, width: int) -> Iterator[slice]:

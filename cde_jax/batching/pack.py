@@ -45,9 +45,9 @@ class Group(NamedTuple):
 def domain_groups(
     domain: Int[np.ndarray, " n"], names: Sequence[str], batch_size: int
 ) -> tuple[list[Group], Group | None]:
-    """The groups of n pairs, and the group of small domains if it is left out.
+    """The groups of n pairs by the index of their domain into `names`, and the small domains' if it is left out.
 
-    domain: the index into `names` of each pair. Raises ValueError if no batch of `batch_size` pairs can be made.
+    Raises ValueError if no batch of `batch_size` pairs can be made.
     """
     order = np.argsort(domain, kind="stable").astype(np.int64)
     rows_of = np.split(order, np.cumsum(np.bincount(domain, minlength=len(names)))[:-1])
@@ -77,10 +77,9 @@ def weighted(groups: Sequence[Group], texts: Sequence[str], names: Sequence[str]
             raise ValueError(f"the domain {name!r} has fewer pairs than a batch and is {where}")
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise ValueError(f"a weight is given for {name!r}, no domain of these pairs; the nearest is {near!r}")
-    groups = [group._replace(weight=weights.get(group.name, 1.0)) for group in groups]
-    if not any(group.weight for group in groups):
+    if not any(weights.get(name, 1) for name in known):
         raise ValueError("expected a domain with a weight above 0, but all are 0; nothing would be left to train on")
-    return groups
+    return [group._replace(weight=weights.get(group.name, 1.0)) for group in groups]
 
 
 def epoch_size(group: Group, batch_size: int) -> int:
@@ -160,9 +159,9 @@ def _exact_tour(centroids: Float[np.ndarray, "k D"], start: int) -> Int64[np.nda
     """
     points = centroids.astype(np.float64)
     k, width = points.shape
-    centred = points - points.mean(axis=0)
-    scale = np.sqrt(np.einsum("kd,kd->k", centred, centred).max()) or 1.0
-    rough = (centred / scale).astype(np.float32)  # within the unit ball
+    rough = points - points.mean(axis=0)
+    rough /= np.sqrt(np.einsum("kd,kd->k", rough, rough).max()) or 1.0
+    rough = rough.astype(np.float32)  # within the unit ball
     squares = np.einsum("kd,kd->k", rough, rough)
     # Error of |b|² − 2ab: two sums of `width` products, each rounded by 2⁻²⁴ of at most 1, and of the coordinates.
     # Twice, for the point that is the nearest and for the one that seems to be.

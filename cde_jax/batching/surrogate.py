@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Lsa:
     def encode(self, texts: Any) -> Float32[np.ndarray, "n D"]:
         """Unit vectors of a list of texts; a text without a known word has zeros."""
         texts = as_list(texts, "texts")
-        if not texts:
+        if not texts:  # scikit-learn refuses none
             return np.zeros((0, len(self.components)), np.float32)
         return unit_rows(self._tfidf.transform(texts) @ self.components.T).astype(np.float32)
 
@@ -185,10 +185,7 @@ def sentence_transformer(spec: str, prompts: Sequence[str] = ()) -> tuple[Encode
 
 
 def identity(spec: str) -> dict[str, str]:
-    """File name → sha256 of a surrogate that is a folder ("KIND:DIR"); {} for "lsa" and for a name on a hub.
-
-    For the `settings` of `write_vectors`: another model in the same folder then makes other vectors.
-    """
+    """File name → sha256 of a surrogate that is a folder ("KIND:DIR"), for the settings of its vectors; else {}."""
     folder = spec.partition(":")[2]
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file()) if folder else []
     return digests(files, Path(folder))
@@ -215,11 +212,9 @@ def write_vectors(
     """Encodes every query and document of a pairs store into a store of kind "vectors".
 
     Arrays: queries float16 [n, D], documents float16 [n + m, D]. `encode` is one function, or one for queries and one
-    for documents. It gets BLOCK consecutive rows at a time, the longest first, so that texts of similar length are
-    padded together: always the same texts in the same order, because padding changes the last bits of a vector.
-
-    Each block is kept as a store of its own until all are there: after a kill or an error the same call continues with
-    the next block, and the result is byte-equal. Needs twice the room of the vectors.
+    for documents. It gets BLOCK consecutive rows at a time, the longest first: always the same texts in the same order,
+    because padding changes the last bits of a vector. Each block is kept as a store of its own until all are there:
+    after a kill or an error the same call continues with the next one. Needs twice the room of the vectors.
 
     Raises ValueError if `encode` gives vectors that are not finite in float16, not one of the same width for each text,
     or only zeros; OSError if there is no room or no right to write.
@@ -227,30 +222,33 @@ def write_vectors(
     from tqdm import tqdm
 
     folder, width = Path(directory).with_name(f".{Path(directory).name}.blocks"), None
-    blocks: list[tuple[str, Callable, range, Path]] = []  # array, vectors of rows and width, rows, folder
+    sides: dict[str, tuple[Texts, Callable]] = {}
     encoders = encode if isinstance(encode, tuple) else (encode, encode)
     for array, side, encoder in zip(("queries", "documents"), ("query_text", "document_text"), encoders, strict=True):
         texts = Texts(pairs.ragged(side))
-        vectors = partial(_encode, encoder, texts, f"surrogate {name}, {array}")
-        width = vectors(range(1), width).shape[1]  # models of two widths are found before anything is written
-        for start in range(0, len(texts), BLOCK):
-            rows = range(start, min(start + BLOCK, len(texts)))
-            blocks.append((array, vectors, rows, folder / f"{array}-{start}"))
+        sides[array] = texts, partial(_encode, encoder, texts, f"surrogate {name}, {array}")
+        width = sides[array][1](range(1), width).shape[1]  # models of two widths are found before anything is written
     metadata = {"fingerprint": vectors_fingerprint(pairs, name, settings), "width": width}
     digest = fingerprint(metadata | {"block": BLOCK})
+
+    def blocks() -> Iterator[tuple[str, range, Path]]:
+        for array, (texts, _) in sides.items():
+            for start in range(0, len(texts), BLOCK):
+                yield array, range(start, min(start + BLOCK, len(texts))), folder / f"{array}-{start}"
+
     with StoreWriter(directory, "vectors") as writer:  # opened first: no second process can write this store
-        done = sum(len(rows) for _, _, rows, block in blocks if _is_whole(block, digest))
-        total = sum(len(rows) for _, _, rows, _ in blocks)
+        done = sum(len(rows) for _, rows, block in blocks() if _is_whole(block, digest))
+        total = sum(len(texts) for texts, _ in sides.values())
         if done:
             log.info("vectors of %s: %d of %d texts are there, continuing", name, done, total)
         with tqdm(total=total, initial=done, desc="vectors", unit=" texts", delay=BAR_AFTER, leave=False) as bar:
-            for _, vectors, rows, block in blocks:
+            for array, rows, block in blocks():
                 if not block.exists():
                     with StoreWriter(block, "block") as block_writer:
-                        block_writer.append("vectors", vectors(rows, width))
+                        block_writer.append("vectors", sides[array][1](rows, width))
                         block_writer.finish({"fingerprint": digest})
                     bar.update(len(rows))
-        for array, _, _, block in blocks:
+        for array, _, block in blocks():
             writer.append(array, Store.open(block, kind="block", verify=False).array("vectors"))
         store = writer.finish({"texts": texts_fingerprint(pairs), "surrogate": name, "settings": settings} | metadata)
     shutil.rmtree(folder)
@@ -276,13 +274,11 @@ def _encode(encode: Encode, texts: Texts, what: str, rows: range, width: int | N
     """Vectors of consecutive texts, the longest encoded first; ValueError if they are not what is expected."""
     lengths = np.diff(texts.ragged.offsets[rows.start : rows.stop + 1])  # in bytes
     order = np.argsort(-lengths, kind="stable")
-    vectors = np.asarray(encode([texts[rows.start + i] for i in order.tolist()]))
+    vectors = np.asarray(encode([texts[rows[i]] for i in order.tolist()]))
     where = f"{what} {rows.start} to {rows.stop - 1}"
     if vectors.ndim != 2 or len(vectors) != len(rows) or width not in (None, vectors.shape[1]):
-        raise ValueError(
-            f"{where}: expected vectors of shape [{len(rows)}, {width or 'width'}], got {list(vectors.shape)}; the "
-            "surrogate must give one vector of the same width for each text"
-        )
+        expected, got = f"[{len(rows)}, {width or 'width'}]", list(vectors.shape)
+        raise ValueError(f"{where}: expected vectors of shape {expected}, got {got}; the surrogate must give these")
     broken = order[~(np.abs(vectors) <= np.finfo(np.float16).max).all(axis=1)]
     if len(broken):
         raise ValueError(
@@ -293,6 +289,4 @@ def _encode(encode: Encode, texts: Texts, what: str, rows: range, width: int | N
         if zeros == len(rows) >= MANY:
             raise ValueError(f"{where}: expected vectors, got only zeros; look at the surrogate, or use another one")
         log.warning("%s: %d vectors are zeros", where, zeros)
-    in_place = np.empty(vectors.shape, np.float16)
-    in_place[order] = vectors
-    return in_place
+    return vectors.astype(np.float16)[np.argsort(order)]
