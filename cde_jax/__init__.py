@@ -15,11 +15,21 @@ _MODULES = {
     "Context": "cde_jax.retrieval.embedder",
     "CorpusStatistics": "cde_jax.adapters.statistics",
     "HybridVectors": "cde_jax.adapters.hybrid",
+    "Whitening": "cde_jax.adapters.whitening",
     "pseudo_queries": "cde_jax.adapters.whitening",
     "load_model": "cde_jax.interop.read",
     "whitening": "cde_jax.adapters.whitening",
 }
-__all__ = ["Context", "CorpusStatistics", "Embedder", "HybridVectors", "load_model", "pseudo_queries", "whitening"]
+__all__ = [
+    "Context",
+    "CorpusStatistics",
+    "Embedder",
+    "HybridVectors",
+    "Whitening",
+    "load_model",
+    "pseudo_queries",
+    "whitening",
+]
 
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cde_jax.adapters.whitening import MAX_CHARACTERS, MEAN_FRACTION, SAMPLE_SIZE, STRENGTH, pseudo_queries, whitening
+from cde_jax import CorpusStatistics, Whitening, pseudo_queries, whitening
+from cde_jax.adapters.whitening import MAX_CHARACTERS, MEAN_FRACTION, SAMPLE_SIZE, STRENGTH
 
 
 def unit(vectors):
@@ -80,3 +81,27 @@ def test_pseudo_queries_are_of_plain_words():
 def test_pseudo_queries_of_few_short_and_unspaced_texts():
     assert pseudo_queries(["one", "two  words\n", "", "x_1 = 2"]) == ["one", "two words", "", "x_1 = 2"]
     assert pseudo_queries(["字" * 500]) == ["字" * MAX_CHARACTERS]
+
+
+def test_a_saved_whitening_is_the_same(tmp_path):
+    fitted = Whitening.fit(of_a_corpus(20, seed=1)[0], of_a_corpus()[1])
+    fitted.save(tmp_path / "whitening.safetensors")
+    for loaded, saved in zip(Whitening.load(tmp_path / "whitening.safetensors"), fitted, strict=True):
+        np.testing.assert_array_equal(loaded, saved)
+    with pytest.raises(ValueError, match="'cde_jax corpus statistics 1', got 'cde_jax whitening 1'"):
+        CorpusStatistics.load(tmp_path / "whitening.safetensors")
+
+
+def test_an_index_of_faiss_can_whiten_what_it_is_given():
+    faiss = pytest.importorskip("faiss", reason="FAISS is not installed: its transforms were not run")
+    queries, documents = of_a_corpus()
+    fitted = Whitening.fit(queries, documents)
+    index = faiss.IndexPreTransform(faiss.NormalizationTransform(6), faiss.IndexFlatIP(6))
+    shift = faiss.LinearTransform(6, 6, True)  # for documents; queries have another mean, and come whitened
+    faiss.copy_array_to_vector(fitted.matrix.ravel(), shift.A)
+    faiss.copy_array_to_vector(np.float32(-MEAN_FRACTION) * fitted.document_mean @ fitted.matrix, shift.b)
+    shift.is_trained = True
+    index.prepend_transform(shift)
+    index.add(documents)
+    expected = fitted.transform_documents(documents)
+    np.testing.assert_allclose(index.index.reconstruct_n(0, len(documents)), expected, atol=1e-6)

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 from safetensors.numpy import save
 
-from cde_jax.adapters.inputs import check_integer, check_vectors
-from cde_jax.adapters.statistics import BUCKETS, CorpusStatistics, bucket, read_tensors, terms
+from cde_jax.adapters.inputs import check_integer, check_vectors, read_tensors
+from cde_jax.adapters.statistics import BUCKETS, CorpusStatistics, bucket, terms
 from cde_jax.data.files import given_path, write_file
 from cde_jax.data.store import unit_rows
 from cde_jax.data.tokens import as_list

@@ -1,10 +1,13 @@
-"""Input validation for arrays and numbers that users pass."""
+"""Input validation for arrays, numbers and files that users pass."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
+from safetensors import SafetensorError, safe_open
 
+from cde_jax.data.files import given_path
 from cde_jax.data.store import check_finite
 
 
@@ -35,3 +38,21 @@ def check_integer(name: str, value: Any, low: int) -> int:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or value < low:
         raise ValueError(f"{name}: expected an integer of {low} or more, got {value!r}")
     return int(value)
+
+
+def read_tensors(
+    path: str | Path, expected: str, advice: str = "save it again"
+) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, str]]:
+    """Tensors and metadata of a safetensors file of the format `expected`; a ValueError for any other file."""
+    path = given_path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file of the format {expected!r}, there is none")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != expected:
+                got = metadata.get("format")
+                raise ValueError(f"{path}: expected the format {expected!r}, got {got!r}; {advice}")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not safetensors, truncated or altered ({error}); {advice}") from None

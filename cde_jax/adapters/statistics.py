@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Shaped, UInt32
-from safetensors.numpy import load, save
+from jaxtyping import Float32, UInt32
+from safetensors.numpy import save
 
+from cde_jax.adapters.inputs import read_tensors
 from cde_jax.data.files import given_path, write_file
 from cde_jax.data.tokens import as_list
 
@@ -129,24 +130,6 @@ class CorpusStatistics:
         """Read what `save` wrote. Raises ValueError for another file."""
         tensors, metadata = read_tensors(path, FORMAT)
         return cls(int(metadata["documents"]), int(metadata["terms"]), tensors["frequencies"])
-
-
-def read_tensors(path: str | Path, expected: str) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, str]]:
-    """Tensors and metadata of a safetensors file of the format `expected`; a ValueError for another file."""
-    from safetensors import SafetensorError, safe_open
-
-    path = given_path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a file of the format {expected!r}, there is none")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-        tensors = load(path.read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not safetensors, truncated or altered ({error}); save it again") from None
-    if metadata.get("format") != expected:
-        raise ValueError(f"{path}: expected the format {expected!r}, got {metadata.get('format')!r}")
-    return tensors, metadata
 
 
 def _counts(texts: list[str]) -> tuple[Any, Float32[np.ndarray, " n"]]:

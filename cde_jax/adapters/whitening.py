@@ -7,18 +7,23 @@ large variance are shortened. Full whitening would amplify the noise of directio
 import re
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from safetensors.numpy import save
 
-from cde_jax.adapters.inputs import check_integer, check_vectors
+from cde_jax.adapters.inputs import check_integer, check_vectors, read_tensors
+from cde_jax.data.files import given_path, write_file
 from cde_jax.data.store import unit_rows
 from cde_jax.data.tokens import as_list
 
 SAMPLE_SIZE = 512  # documents that a whitening is fitted on
 MEAN_FRACTION = 0.75  # of the mean that is subtracted
 STRENGTH = 16.0  # a direction with 1/16 of the variance is shortened to 1/√2
+
+FORMAT = "cde_jax whitening 1"
 
 PSEUDO_QUERY_STREAM = 53  # random stream id
 MAX_WORDS = 12  # of a pseudo query: about as many as a query has
@@ -27,11 +32,30 @@ WORD = re.compile(r"\W*([^\W\d_]+(?:[-'’][^\W\d_]+)*)\W*")  # letters, with pu
 
 
 class Whitening(NamedTuple):
-    """Statistics of a corpus, float32. Made by `whitening`."""
+    """Statistics of a corpus, float32. Made by `fit`, or the function `whitening`."""
 
     query_mean: Float[np.ndarray, " D"]
     document_mean: Float[np.ndarray, " D"]
     matrix: Float[np.ndarray, "D D"]  # symmetric
+
+    @classmethod
+    def fit(
+        cls,
+        queries: Float[np.ndarray, "q D"],
+        documents: Float[np.ndarray, "n D"],
+        strength: float = STRENGTH,
+    ) -> "Whitening":
+        """`whitening` of samples of a corpus' unit vectors."""
+        return whitening(queries, documents, strength)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file atomically."""
+        write_file(given_path(path), save(self._asdict(), {"format": FORMAT}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Whitening":
+        """Read what `save` wrote. Raises ValueError for another file."""
+        return cls(**read_tensors(path, FORMAT)[0])
 
     def transform_queries(self, vectors: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
         """Unit vectors of queries → whitened unit vectors, float32."""

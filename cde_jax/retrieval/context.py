@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Shaped
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from cde_jax.adapters.hybrid import HybridVectors
-from cde_jax.adapters.inputs import check_vectors
+from cde_jax.adapters.inputs import check_vectors, read_tensors
 from cde_jax.adapters.whitening import Whitening
 from cde_jax.data.files import given_path, write_file
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import ContextCache
 
 FORMAT = "cde_jax context 1"
+_AGAIN = "embed the context again"
 _HYBRID = "hybrid."  # prefix of its tensors and metadata
 _METADATA = {"seed": int, "corpus_size": int, "weights": str, "documents": str}  # field → type
 
@@ -70,21 +70,10 @@ class Context:
     @classmethod
     def load(cls, path: str | Path) -> "Context":
         """Read what `save` wrote. Raises ValueError for a missing, truncated, altered or other file."""
-        path = given_path(path)
-        if not path.is_file():
-            raise ValueError(f"{path}: expected a file written by Context.save, there is none")
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"expected format {FORMAT!r}, got {metadata.get('format')!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            expected = metadata.pop("sha256", None)
-            if (got := digest(tensors, metadata)) != expected:
-                raise ValueError(f"expected content of sha256 {expected}, got {got}: it was altered")
-        except (SafetensorError, ValueError) as error:
-            reason = error if isinstance(error, ValueError) else f"not safetensors, truncated or altered ({error})"
-            raise ValueError(f"{path}: {reason}; embed the context again") from None
+        tensors, metadata = read_tensors(path, FORMAT, _AGAIN)
+        expected = metadata.pop("sha256", None)
+        if (got := digest(tensors, metadata)) != expected:
+            raise ValueError(f"{path}: expected content of sha256 {expected}, got {got}: it was altered; {_AGAIN}")
         fields = {name: kind(metadata[name]) for name, kind in _METADATA.items()}
         if "keys" in tensors:
             fields["cache"] = ContextCache(tensors["slots"], Prefix(tensors["keys"], tensors["values"]))
