@@ -1,4 +1,4 @@
-"""A run's parts from its config: settings reach the step, chunk sizes fit the memory, weights are read alone."""
+"""The training stage: settings reach the step, chunk sizes fit the memory, weights are read alone."""
 
 import functools
 import logging
