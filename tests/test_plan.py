@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pairs import PLAN, bag_of_letters, tiny_pairs, tiny_plan, tiny_vectors
 
+from cde_jax.batching import build
 from cde_jax.batching.build import check_sizes
 from cde_jax.batching.plan import ARRAYS, BatchPlan
 from cde_jax.batching.surrogate import texts_fingerprint
@@ -448,7 +449,30 @@ def test_hard_negatives_are_drawn_anew_at_each_step(tmp_path):
     assert (whole.hard_negatives[0] == whole.hard_negatives[1]).mean() < 0.3
 
 
-def test_hard_negatives_that_cannot_be_had_are_told_before_the_work(tmp_path):
+def test_the_fingerprint_covers_the_content(stores, plan, scratch, monkeypatch):
+    monkeypatch.setattr(build, "NEGATIVES_STREAM", 99)  # the same inputs and settings, other draws
+    other = tiny_plan(scratch, *stores[:2])
+    assert other.manifest["settings"] == plan.manifest["settings"] and other.fingerprint != plan.fingerprint
+
+
+def test_clusters_without_pairs_are_counted(stores, scratch):
+    groups = tiny_plan(scratch, *stores[:2], cluster_size=1).manifest["groups"]
+    assert [group["clusters"] + group["empty_clusters"] for group in groups] == [20, 13, 5]
+    assert sum(group["empty_clusters"] for group in groups) > 0
+
+
+def test_the_similarity_of_random_pairs_leaves_out_a_query_s_own_document(tmp_path):
+    pairs, vectors = bare(tmp_path, range(4), range(4))
+    vectors = altered(
+        tmp_path / "v", vectors, queries=np.eye(4, dtype=np.float16), documents=np.eye(4, dtype=np.float16)
+    )
+    plan = tiny_plan(tmp_path / "plan", pairs, vectors, hard_negatives=0, cluster_size=4)
+    assert plan.manifest["difficulty"]["random_pair_similarity"] == 0
+
+
+def test_hard_negatives_that_cannot_be_had_are_told_before_the_work(tmp_path, monkeypatch):
+    cluster_groups = build.cluster_groups
+    monkeypatch.setattr(build, "cluster_groups", lambda *_: pytest.fail("clustered before the check"))
     few = {"cluster_size": 2, "hard_negatives": 1}
     pairs = bare(tmp_path / "equal", [1, 2, 3, 4], [7, 7, 7, 7])
     with pytest.raises(ValueError, match=r"negative of pair 0, but all 4 .* hard_negatives=0"):
@@ -457,6 +481,7 @@ def test_hard_negatives_that_cannot_be_had_are_told_before_the_work(tmp_path):
     with pytest.raises(ValueError, match="negative of pair 0"):
         tiny_plan(tmp_path / "plan", *pairs, **few)
     assert not (tmp_path / "plan").exists()
+    monkeypatch.setattr(build, "cluster_groups", cluster_groups)
     pairs = bare(tmp_path / "own", [1, 2, 1, 1], [7, 8, 8, 9, 10], listed=[[4], [], [4], [4]])
     plan = tiny_plan(tmp_path / "plan", *pairs, **few)
     assert plan.hard_negatives[plan.rows == 0].tolist() == [[4]] * 2

@@ -46,6 +46,12 @@ def test_a_text_without_known_words_has_zeros():
     assert fit().encode([]).shape == (0, 4)
 
 
+def test_repeated_words_are_damped():
+    vectors = lsa([], ["cat", "dog"], width=2, seed=0).encode(["cat dog", "cat cat cat cat cat cat dog"])
+    count = 1 + np.log(6)
+    assert vectors[0] @ vectors[1] == pytest.approx((count + 1) / np.sqrt(2 * (count**2 + 1)), abs=1e-5)
+
+
 def test_fitting_is_repeatable():
     np.testing.assert_array_equal(fit(seed=3).encode(QUERIES), fit(seed=3).encode(QUERIES))
 
