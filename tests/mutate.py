@@ -4,7 +4,7 @@ python tests/mutate.py [--packages data batching training models] [--sample 40] 
 
 Draws `--sample` mutations of each package with a seed (one at each place of the code; all with --sample 0), applies
 each to a copy of the working tree and runs the tests of the mutated module: those files that name it, or else all that
-name its package. Prints a line per survivor with its diff, and the share of survivors by package as JSON lines.
+name its package, at most `--tests` of them. Prints a line per survivor with its diff, and the share of survivors by package as JSON lines.
 Mutations of type annotations and of texts are left out: they change no behaviour.
 """
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--packages", nargs="+", default=["data", "batching", "training", "models"])
     parser.add_argument("--sample", type=int, default=40, help="mutations of each package; 0: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tests", type=int, default=8, help="test files of a module at most")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
@@ -50,10 +51,10 @@ def main() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"  # shared by the runs
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
         for package in args.packages:
-            print(json.dumps(test_package(package, args.sample, args.seed)), flush=True)
+            print(json.dumps(test_package(package, args.sample, args.seed, args.tests)), flush=True)
 
 
-def test_package(package: str, sample: int, seed: int) -> dict:
+def test_package(package: str, sample: int, seed: int, tests: int) -> dict:
     """Mutate a package; returns counts. The unmutated code must pass its tests first."""
     items = draw(sorted(Path("cde_jax", package).rglob("*.py")), sample, seed)
     by_module: dict[str, list[WorkItem]] = defaultdict(list)
@@ -61,7 +62,7 @@ def test_package(package: str, sample: int, seed: int) -> dict:
         by_module[str(item.mutations[0].module_path)].append(item)
     tried = survived = 0
     for module, mutations in by_module.items():
-        command = shlex.join([sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", *tests_of(module)])
+        command = shlex.join([sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", *tests_of(module)[:tests]])
         subprocess.run(shlex.split(command), check=True, capture_output=True)
         for item in mutations:
             result = mutate_and_test(item.mutations, command, TIMEOUT)
