@@ -255,7 +255,8 @@ def _fit_projection(
     latent = min(int(width * latent_fraction), *weights.shape)
     basis = np.zeros((len(used), 0), np.float32)
     if latent:
-        svd = TruncatedSVD(latent, random_state=seed, n_iter=2).fit(weights)
+        with np.errstate(divide="ignore", invalid="ignore"):  # documents that are all alike have no variance
+            svd = TruncatedSVD(latent, random_state=seed, n_iter=2).fit(weights)
         basis = np.ascontiguousarray(svd.components_.T, np.float32)  # [V, latent]
     if term_vectors is None:
         vectors, scale = random_signs(width - latent, seed)[used].toarray(), RESIDUAL_SCALE[1]

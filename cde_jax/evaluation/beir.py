@@ -5,13 +5,14 @@ searched (the paper's setting), the same with whitened vectors, unrelated traini
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Integer
 
+from cde_jax.adapters.statistics import CorpusStatistics
 from cde_jax.adapters.whitening import pseudo_queries
 from cde_jax.data.files import fingerprint
 from cde_jax.data.sources.beir import EvaluationSet
@@ -19,12 +20,12 @@ from cde_jax.data.store import Store, StoreWriter
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.evaluation.metrics import Rankings, Run, ndcg
 from cde_jax.interop.modules import TextSettings
-from cde_jax.retrieval.embedder import Context, Embedder
+from cde_jax.retrieval.embedder import Context, Embedder, Texts
 from cde_jax.retrieval.encode import Tokens
 from cde_jax.retrieval.index import as_run, search
 
 SAME_CORPUS, RANDOM_DOCUMENTS, NO_CONTEXT = "same corpus", "random training documents", "none"
-WHITENED = "same corpus, whitened"
+WHITENED, STATISTICS = "same corpus, whitened", "same corpus, statistics"
 KIND = "evaluation"  # of the store of a `TokenSet`
 
 
@@ -38,43 +39,83 @@ class TokenSet(EvaluationSet):
 
 
 def rank(
-    embedder: Embedder, sets: Sequence[EvaluationSet], other_documents: list[str] | Tokens, seed: int, k: int = 10
+    embedder: Embedder,
+    sets: Sequence[EvaluationSet],
+    other_documents: list[str] | Tokens,
+    seed: int,
+    k: int = 10,
+    kinds: Collection[str] | None = None,
+    candidates: Mapping[str, Run] | None = None,
 ) -> Rankings:
     """The k best documents of every query, by set and kind of context; needs no pytrec_eval.
 
     "same corpus" samples the context from the set's own corpus, "random training documents" from `other_documents`
     (left out if there are none), "none" is null slots (left out if the model has no null embedding). A biencoder reads
     no context and has only "none" of these. "same corpus, whitened" is the first of them with vectors whitened by
-    documents and pseudo queries of the corpus.
+    documents and pseudo queries of the corpus; "same corpus, statistics" has a lexical part beside these vectors
+    (`HybridVectors`). `kinds` are those wanted, by default all but the last. With `candidates`, {set: run}, the
+    documents of a query's run alone are ranked.
     """
     check_names(sets)
+    kinds = (SAME_CORPUS, WHITENED, RANDOM_DOCUMENTS, NO_CONTEXT) if kinds is None else kinds
     other_context = None
-    if embedder.contextual and len(other_documents):
+    if embedder.contextual and len(other_documents) and RANDOM_DOCUMENTS in kinds:
         other_context = embedder.embed_context(other_documents, seed)  # one sample for all sets
     rankings: Rankings = {}
     for dataset in sets:
         corpus = list(dataset.corpus.values())
         pseudo = dataset.pseudo_queries if isinstance(dataset, TokenSet) else pseudo_queries(corpus, seed)
-        context = embedder.embed_context(corpus, seed, queries=pseudo)
-        contexts = {SAME_CORPUS: dataclasses.replace(context, whitening=None)} if embedder.contextual else {}
-        if other_context is not None:
-            contexts[RANDOM_DOCUMENTS] = other_context
-        if embedder.works_without_context:
-            contexts[NO_CONTEXT] = None
-        runs = rankings[dataset.name] = {}
-        for kind, of_kind in contexts.items():
-            queries, documents = _encode(embedder, dataset, of_kind)
-            runs[kind] = rank_by_vectors(dataset, queries, documents, k)
-            if WHITENED not in runs:  # of the first kind only
-                vectors = context.whitening.transform_queries(queries), context.whitening.transform_documents(documents)
-                runs[WHITENED] = rank_by_vectors(dataset, *vectors, k)
+        encoded = vectors_by_kind(embedder, list(dataset.queries.values()), corpus, kinds, seed, pseudo, other_context)
+        rankings[dataset.name] = {
+            kind: rank_by_vectors(dataset, *vectors, k)
+            if candidates is None
+            else rank_candidates(dataset, *vectors, k, candidates[dataset.name])
+            for kind, *vectors in encoded
+        }
     return rankings
+
+
+def vectors_by_kind(
+    embedder: Embedder,
+    queries: Texts,
+    corpus: Texts,
+    kinds: Collection[str],
+    seed: int,
+    pseudo: Texts,
+    other_context: Context | None = None,
+) -> Iterator[tuple[str, Float[np.ndarray, "q D"], Float[np.ndarray, "n D"]]]:
+    """(kind, query vectors, document vectors) of the kinds of context that are wanted and possible.
+
+    Queries and documents are encoded once for all kinds with the context of their own corpus.
+    """
+    own, adapted = SAME_CORPUS if embedder.contextual else NO_CONTEXT, {WHITENED, STATISTICS} & set(kinds)
+    if own in kinds or adapted:
+        context = plain = None
+        if embedder.contextual or adapted:
+            statistics = CorpusStatistics.fit(corpus) if STATISTICS in kinds else None
+            context = embedder.embed_context(corpus, seed, pseudo if adapted else None, statistics)
+            plain = dataclasses.replace(context, whitening=None, hybrid=None)
+        vectors = _encode(embedder, queries, corpus, plain)
+        if own in kinds:
+            yield own, *vectors
+        if adapted:
+            w, h = context.whitening, context.hybrid
+            vectors = w.transform_queries(vectors[0]), w.transform_documents(vectors[1])
+            if WHITENED in kinds:
+                yield WHITENED, *vectors
+            if STATISTICS in kinds:
+                yield STATISTICS, h.transform_queries(vectors[0], queries), h.transform_documents(vectors[1], corpus)
+    if other_context is not None and RANDOM_DOCUMENTS in kinds:
+        yield RANDOM_DOCUMENTS, *_encode(embedder, queries, corpus, other_context)
+    if NO_CONTEXT in kinds and embedder.contextual and embedder.works_without_context:
+        yield NO_CONTEXT, *_encode(embedder, queries, corpus, None)
 
 
 def score(embedder: Embedder, dataset: EvaluationSet, seed: int, k: int = 10) -> float:
     """Mean NDCG@k of one set; a contextual model with context from the set's own corpus."""
     context = embedder.embed_context(list(dataset.corpus.values()), seed) if embedder.contextual else None
-    return ndcg(rank_by_vectors(dataset, *_encode(embedder, dataset, context), k), dataset.qrels, k)
+    vectors = _encode(embedder, list(dataset.queries.values()), list(dataset.corpus.values()), context)
+    return ndcg(rank_by_vectors(dataset, *vectors, k), dataset.qrels, k)
 
 
 def rank_by_vectors(
@@ -82,6 +123,22 @@ def rank_by_vectors(
 ) -> Run:
     """The k documents of greatest inner product for each query."""
     return as_run(list(dataset.queries), list(dataset.corpus), search(queries, documents, k))
+
+
+def rank_candidates(
+    dataset: EvaluationSet,
+    queries: Float[np.ndarray, "q D"],
+    documents: Float[np.ndarray, "n D"],
+    k: int,
+    candidates: Run,
+) -> Run:
+    """The k best of each query's candidates, by inner product."""
+    rows, run = {document: row for row, document in enumerate(dataset.corpus)}, {}
+    for query, vector in zip(dataset.queries, queries, strict=True):
+        names = list(candidates.get(query, ()))
+        scores = documents[[rows[name] for name in names]] @ vector if names else np.zeros(0)
+        run[query] = {names[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[:k]}
+    return run
 
 
 def check_names(sets: Sequence[EvaluationSet]) -> None:
@@ -92,10 +149,9 @@ def check_names(sets: Sequence[EvaluationSet]) -> None:
 
 
 def _encode(
-    embedder: Embedder, dataset: EvaluationSet, context: Context | None
+    embedder: Embedder, queries: Texts, corpus: Texts, context: Context | None
 ) -> tuple[Float[np.ndarray, "q D"], Float[np.ndarray, "n D"]]:
-    queries = embedder.encode_queries(dataset.queries.values(), context)
-    return queries, embedder.encode_documents(dataset.corpus.values(), context)
+    return embedder.encode_queries(queries, context), embedder.encode_documents(corpus, context)
 
 
 def write_tokens(

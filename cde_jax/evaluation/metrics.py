@@ -1,5 +1,6 @@
-"""NDCG@k of every query, by pytrec_eval, and the results of an evaluation."""
+"""Retrieval measures of every query, by pytrec_eval, and the results of an evaluation."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -13,6 +14,15 @@ Run = Mapping[str, Mapping[str, float]]  # {query id: {document id: score}}, as 
 Qrels = Mapping[str, Mapping[str, int]]  # {query id: {document id: relevance}}
 Rankings = dict[str, dict[str, Run]]  # {set: {kind: run}}; plain JSON
 Means = Mapping[str, Mapping[str, float]]  # {set: {kind: NDCG@k}}
+PerQuery = dict[str, dict[str, float]]  # {query id: {measure: score}}
+
+# Our name → pytrec_eval's. "mrr" counts as many documents as are ranked.
+MEASURES = {f"ndcg@{k}": f"ndcg_cut_{k}" for k in (1, 3, 5, 10)} | {
+    "mrr": "recip_rank",
+    "map@100": "map_cut_100",
+    "recall@10": "recall_10",
+    "recall@100": "recall_100",
+}
 
 
 @dataclass(frozen=True)
@@ -47,19 +57,26 @@ class Scores:
         return cls(int(content["metric"].removeprefix("ndcg@")), content["per_query"])
 
 
-def ndcg_per_query(run: Run, qrels: Qrels, k: int = 10) -> dict[str, float]:
-    """NDCG@k of each query that has a relevant document, in the order of `qrels`; 0 without documents in `run`.
+def measures_per_query(run: Run, qrels: Qrels, measures: Mapping[str, str] = MEASURES) -> PerQuery:
+    """Measures of each query that has a relevant document, in the order of `qrels`; 0 without documents in `run`.
 
-    Equal scores are ranked as trec_eval does, by document id, greatest first. Raises ValueError if there is no query.
+    measures: name in the result → pytrec_eval's, as in `MEASURES`. Equal scores are ranked as trec_eval does, by
+    document id, greatest first. Raises ValueError if there is no query.
     """
     import pytrec_eval  # not on a bare accelerator image, which only ranks
 
     relevant = {query: dict(grades) for query, grades in qrels.items() if any(g > 0 for g in grades.values())}
     if not relevant:
         raise ValueError(f"expected qrels with a relevant document, none of the {len(qrels)} queries has one")
-    evaluator = pytrec_eval.RelevanceEvaluator(relevant, {f"ndcg_cut.{k}"})
+    evaluator = pytrec_eval.RelevanceEvaluator(relevant, {re.sub(r"_(?=\d+$)", ".", m) for m in measures.values()})
     scores = evaluator.evaluate({query: dict(run[query]) for query in relevant if run.get(query)})
-    return {query: float(scores[query][f"ndcg_cut_{k}"]) if query in scores else 0.0 for query in relevant}
+    return {q: {name: float(scores.get(q, {}).get(m, 0.0)) for name, m in measures.items()} for q in relevant}
+
+
+def ndcg_per_query(run: Run, qrels: Qrels, k: int = 10) -> dict[str, float]:
+    """NDCG@k of each query, as `measures_per_query`."""
+    scores = measures_per_query(run, qrels, {"ndcg": f"ndcg_cut_{k}"})
+    return {query: measures["ndcg"] for query, measures in scores.items()}
 
 
 def ndcg(run: Run, qrels: Qrels, k: int = 10) -> float:

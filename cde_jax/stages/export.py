@@ -58,7 +58,7 @@ def read_corpus(path: Path) -> list[str]:
     Raises ValueError with file and line for what cannot be read, and for a corpus without texts.
     """
     if not path.is_file():
-        raise ValueError(f"--corpus={path}: there is no such file")
+        raise ValueError(f"{path}: there is no such file, expected JSON lines (.jsonl) or a text a line")
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         texts = []
         for place, entry in json_lines(path):
@@ -67,7 +67,7 @@ def read_corpus(path: Path) -> list[str]:
         return texts
     texts = [line.rstrip("\r\n") for _, line in text_lines(path)]
     if not texts:
-        raise ValueError(f"--corpus={path}: expected a text a line, found none")
+        raise ValueError(f"{path}: expected a text a line, found none")
     return texts
 
 

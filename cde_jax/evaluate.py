@@ -1,0 +1,61 @@
+"""The command that scores a model on retrieval sets and tasks, under each kind of context, and compares two runs.
+
+python -m cde_jax.evaluate --model DIR_OR_NAME --data BEIR_FOLDER... --context corpus,random,none,whitened \
+    --context-seeds 0 1 2 3 4 --random-corpus BEIR_FOLDER --out DIR
+python -m cde_jax.evaluate compare DIR_A DIR_B [--context corpus[,none]] [--measure ndcg@10]
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+
+def _kinds(text: str) -> list[str]:
+    return [kind.strip() for kind in text.split(",") if kind.strip()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m cde_jax.evaluate", epilog="Compare two runs: compare DIR_A DIR_B")
+    add = parser.add_argument
+    add("--model", required=True, help="an export, a directory or a hub name")
+    add("--out", required=True, type=Path, help="where results are written; finished tasks there are kept")
+    add("--data", nargs="+", default=[], metavar="FOLDER", help="retrieval sets in BEIR's layout")
+    add("--context", type=_kinds, default=[], metavar="KIND,…", help="corpus, whitened, statistics, random, none")
+    add("--context-seeds", nargs="+", type=int, default=[0], metavar="SEED", help="of the context's sample")
+    add("--random-corpus", metavar="PATH", help="documents of the context `random`: a BEIR folder or a text a line")
+    return parser
+
+
+def _comparison_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m cde_jax.evaluate compare")
+    parser.add_argument("runs", nargs=2, type=Path, metavar="DIR", help="--out of two runs")
+    parser.add_argument("--context", type=_kinds, help="of both, or FIRST,SECOND; by default all that both have")
+    parser.add_argument("--measure", default="ndcg@10", help="a column of scores/*.parquet")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """User errors exit with a message, no traceback."""
+    logging.basicConfig(format="%(message)s")
+    try:
+        if argv[:1] == ["compare"]:
+            from cde_jax.evaluation.results import compare_runs
+
+            flags = _comparison_parser().parse_args(argv[1:])
+            kinds = flags.context and (flags.context[0], flags.context[-1])
+            print(compare_runs(flags.runs, kinds, flags.measure))
+            return
+        flags = vars(_parser().parse_args(argv))
+        from cde_jax.stages.benchmark import evaluate
+
+        options = {"kinds": flags.pop("context"), "seeds": flags.pop("context_seeds")}
+        for text in evaluate(**flags, **options):
+            print(text, flush=True)
+    except (ValueError, OSError, ImportError) as error:
+        logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,128 @@
+"""The evaluate command's work: one model on many tasks, under each kind of context and seed of its sample.
+
+Leaves scores/TASK.parquet (every query's scores) and results.json (means, spread over seeds). A task's file is written
+when it is finished and kept by the next call; kinds and seeds that it lacks are added to it.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from cde_jax.data.files import fingerprint, write_json
+from cde_jax.data.sources.beir import EvaluationSet, read, read_sets
+from cde_jax.evaluation import beir, results
+from cde_jax.evaluation.metrics import PerQuery, measures_per_query
+from cde_jax.retrieval.embedder import Embedder
+from cde_jax.stages.export import read_corpus
+
+log = logging.getLogger(__name__)
+
+NONE, RANDOM = "none", "random"
+KINDS = {
+    "corpus": beir.SAME_CORPUS,
+    "whitened": beir.WHITENED,
+    "statistics": beir.STATISTICS,
+    RANDOM: beir.RANDOM_DOCUMENTS,
+    NONE: beir.NO_CONTEXT,
+}
+DEPTH = 100  # documents ranked for each query
+
+
+class Task(NamedTuple):
+    """Something to score a model on."""
+
+    name: str
+    main: str  # measure in the table
+    identity: Any  # of its data, as JSON
+    run: Callable[[Sequence[str], int], Mapping[str, PerQuery]]  # kinds of context, seed → scores
+
+
+def evaluate(
+    model: str,
+    out: Path,
+    *,
+    data: Sequence[str] = (),
+    kinds: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    random_corpus: str | None = None,
+) -> Iterator[str]:
+    """Score a model, by default under every kind of context that it can have but "random" and "statistics".
+
+    Yields the table of results. Raises ValueError for what cannot be evaluated, before anything is encoded; for a task
+    that failed, after the others.
+    """
+    sets = read_sets(data)
+    if not sets:
+        raise ValueError("nothing to evaluate: give --data with folders in BEIR's layout")
+    other = [] if random_corpus is None else _random_documents(random_corpus)
+    embedder = Embedder.from_pretrained(model)
+    kinds = check_kinds(embedder, kinds, random_corpus is not None)
+    tasks = [_retrieval(embedder, dataset, other) for dataset in sets]
+    settings = [embedder.weights, dataclasses.asdict(embedder.settings), embedder.tokenizer.fingerprint]
+    summaries, failed = {}, {}
+    for task in (bar := tqdm(tasks, desc="tasks")):
+        bar.set_postfix_str(task.name)
+        identity = fingerprint([settings, task.identity, other])
+        try:
+            summaries[task.name] = results.summary(_scores(task, out, kinds, seeds, identity))
+        except (ValueError, OSError) as error:
+            log.error("%s: %s", task.name, error)
+            failed[task.name] = error
+    if summaries:
+        main = {task.name: task.main for task in tasks}
+        content = {"model": str(model), "weights": embedder.weights, "main": main, "tasks": summaries}
+        write_json(out / "results.json", content)
+        yield results.table(summaries, main)
+    if failed:
+        lines = "".join(f"\n- {name}: {error}" for name, error in failed.items())
+        raise ValueError(f"{len(failed)} of {len(tasks)} tasks failed; the same command tries them again:{lines}")
+
+
+def check_kinds(embedder: Embedder, kinds: Sequence[str], random: bool) -> list[str]:
+    """The kinds of context wanted, or all usual ones; ValueError for those that the model cannot have."""
+    unusable = {} if embedder.contextual else dict.fromkeys(("corpus", RANDOM), "a biencoder reads no context")
+    if not embedder.works_without_context:
+        unusable[NONE] = "these weights have no null embedding"
+    if not random:
+        unusable.setdefault(RANDOM, "it needs --random-corpus, a BEIR folder or a file of texts")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(f"--context: unknown kind {kind!r}; choose among {', '.join(KINDS)}")
+        if kind in unusable:
+            possible = ", ".join(kind for kind in KINDS if kind not in unusable)
+            raise ValueError(f"--context {kind}: {unusable[kind]}; this model and call can have {possible}")
+    usual = [kind for kind in ("corpus", "whitened", RANDOM, NONE) if kind not in unusable]
+    return list(dict.fromkeys(kinds)) or usual
+
+
+def _scores(task: Task, out: Path, kinds: Sequence[str], seeds: Sequence[int], identity: str) -> results.Cells:
+    """The task's scores of all kinds and seeds: those of its file, and what it lacks."""
+    path = out / results.SCORES / f"{task.name}.parquet"
+    cells = results.read_scores(path, identity)
+    wanted = {(kind, None if kind == NONE else seed): None for seed in seeds for kind in kinds}
+    before = len(cells)
+    for seed in seeds:
+        if missing := [kind for kind in kinds if (kind, None if kind == NONE else seed) not in cells]:
+            for kind, scores in task.run(missing, seed).items():
+                cells[kind, None if kind == NONE else seed] = scores
+    if len(cells) > before:
+        results.write_scores(path, cells, identity)
+    return {key: cells[key] for key in sorted(wanted, key=lambda key: list(KINDS).index(key[0]))}
+
+
+def _retrieval(embedder: Embedder, dataset: EvaluationSet, other: list[str]) -> Task:
+    def run(kinds: Sequence[str], seed: int) -> Mapping[str, PerQuery]:
+        names = {KINDS[kind]: kind for kind in kinds}
+        rankings = beir.rank(embedder, [dataset], other, seed, DEPTH, names)[dataset.name]
+        return {names[kind]: measures_per_query(ranking, dataset.qrels) for kind, ranking in rankings.items()}
+
+    return Task(dataset.name, "ndcg@10", fingerprint(dataclasses.asdict(dataset)), run)
+
+
+def _random_documents(path: str) -> list[str]:
+    folder = Path(path).expanduser()
+    return list(read(folder).corpus.values()) if folder.is_dir() else read_corpus(folder)
