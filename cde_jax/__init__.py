@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 _MODULES = {
+    "Adapter": "cde_jax.adapters.adder",
     "Embedder": "cde_jax.retrieval.embedder",
     "Context": "cde_jax.retrieval.embedder",
     "CorpusStatistics": "cde_jax.adapters.statistics",
@@ -21,6 +22,7 @@ _MODULES = {
     "whitening": "cde_jax.adapters.whitening",
 }
 __all__ = [
+    "Adapter",
     "Context",
     "CorpusStatistics",
     "Embedder",

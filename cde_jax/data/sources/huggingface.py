@@ -15,6 +15,8 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cde_jax.data.files import digests, file_digest, matches
 from cde_jax.data.pairs import InputLog, Pair
 from cde_jax.data.sources.jsonl import as_text, numbered
@@ -134,6 +136,27 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]
             raise ValueError(f"{path}: expected the columns {absent}, found {names}")
         for batch in file.iter_batches(batch_size=_BATCH, columns=list(columns)):
             yield from batch.to_pylist()
+
+
+def parquet_vectors(path: Path, key: str = "id", column: str = "vector") -> tuple[list[str], np.ndarray]:
+    """Ids and vectors [n, D] of a Parquet file, in the float type of its lists, all of one length, else ValueError."""
+    with _parquet(path) as file:
+        if absent := [name for name in (key, column) if name not in file.schema_arrow.names]:
+            raise ValueError(f"{path}: expected the columns {absent}, found {file.schema_arrow.names}")
+        blocks = []
+        ids: list[str] = []
+        for batch in file.iter_batches(columns=[key, column]):
+            ids += map(str, batch[key].to_pylist())
+            lengths = batch[column].value_lengths().to_numpy(zero_copy_only=False)  # NaN: null
+            values = batch[column].flatten().to_numpy(zero_copy_only=False)
+            width = blocks[0].shape[1] if blocks else lengths[0]
+            if (wrong := np.flatnonzero(lengths != width)).size or values.dtype.kind != "f":
+                where = f"row {len(ids) - len(lengths) + wrong[0] + 1}" if wrong.size else f"values of {values.dtype}"
+                raise ValueError(f"{path}: expected float lists of one length as {column!r}, got another in {where}")
+            blocks.append(values.reshape(len(lengths), -1))
+    if not blocks:
+        raise ValueError(f"{path}: expected rows of {key!r} and {column!r}, found none")
+    return ids, np.concatenate(blocks)
 
 
 @contextmanager
