@@ -4,8 +4,9 @@ python tests/mutate.py [--packages data batching training models] [--sample 40] 
 
 Draws `--sample` mutations of each package with a seed (one at each place of the code; all with --sample 0), applies
 each to a copy of the working tree and runs the tests of the mutated module: those files that name it, or else all that
-name its package, at most `--tests` of them. Prints a line per survivor with its diff, and the share of survivors by package as JSON lines.
-Mutations of type annotations and of texts are left out: they change no behaviour.
+name its package, at most `--tests` of them (what others would notice counts as survived). Prints a line per survivor
+with its diff, and the share of survivors by package as JSON lines. Mutations of type annotations and of texts are left
+out: they change no behaviour.
 """
 
 import argparse
