@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cde_jax.adapters.adder import Adapter
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from cde_jax.adapters.statistics import CorpusStatistics
 from cde_jax.adapters.whitening import whitening
+from cde_jax.config import AdapterSettings
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.interop.read import TextSettings
 from cde_jax.interop.reference_model import ReferenceBiencoderConfig
@@ -454,6 +456,46 @@ def test_a_lexical_part_needs_texts_and_two_inputs(contextual, tokenizer, tmp_pa
         contextual.embed_context(tokenizer.encode(CORPUS, 24), statistics=statistics)
     with pytest.raises(ValueError, match="cannot tell queries from documents"):
         contextual.export_corpus(context, tmp_path / "export", onnx=False)
+
+
+def adapter_of(embedder, **fingerprints):
+    """An adapter of random tables, as if fitted on vectors of the embedder."""
+    random = np.random.default_rng(0)
+    shapes = {"K": (4, embedder.width), "b": (4,), "V": (embedder.width, 4)}
+    tables = {
+        side: {k: random.normal(size=x).astype(np.float32) for k, x in shapes.items()} for side in ("query", "document")
+    }
+    fingerprints = {"weights": embedder.weights} | fingerprints
+    return Adapter(embedder.width, AdapterSettings(sides="both"), tables, fingerprints=fingerprints)
+
+
+def test_an_adapter_acts_after_the_whitening_and_before_the_lexical_part(embedder, tokenizer):
+    statistics = CorpusStatistics.fit(CORPUS)
+    plain = embedder.embed_context(CORPUS, seed=3, queries=ASKED)
+    adapter = adapter_of(embedder, context=plain.documents)
+    adapted = Embedder(embedder.model, tokenizer, SETTINGS, progress=False, adapter=adapter)
+    expected = adapter.transform_queries(embedder.encode_queries(ASKED, plain))
+    np.testing.assert_allclose(adapted.encode_queries(ASKED, plain), expected, atol=1e-6)
+    context = adapted.embed_context(CORPUS, seed=3, queries=ASKED, statistics=statistics)
+    np.testing.assert_allclose(context.whitening.matrix, plain.whitening.matrix, atol=1e-6)
+    documents = adapter.transform_documents(embedder.encode_documents(CORPUS, plain))
+    expected = context.hybrid.transform_documents(documents, CORPUS)
+    np.testing.assert_allclose(adapted.encode_documents(CORPUS, context), expected, atol=1e-5)
+    spread = (adapter.transform_queries(embedder.encode_queries(ASKED, plain)) @ documents.T).std()
+    assert context.hybrid.dense_spread == pytest.approx(spread, rel=1e-4)
+
+
+def test_an_adapter_of_other_weights_or_another_context_is_refused(contextual, tokenizer, tmp_path):
+    context = contextual.embed_context(CORPUS)
+    build_with = functools.partial(Embedder, contextual.model, tokenizer, SETTINGS, progress=False)
+    with pytest.raises(ValueError, match="fitted on vectors with the weights 'other', these have"):
+        build_with(adapter=adapter_of(contextual, weights="other"))
+    with pytest.raises(ValueError, match=r"fitted on vectors with the context None, these have '\w+'; fit it on"):
+        build_with(adapter=adapter_of(contextual)).encode_queries(FEW, context)
+    with pytest.raises(ValueError, match=r"fitted on vectors with the context '\w+', these have None"):
+        build_with(adapter=adapter_of(contextual, context=context.documents)).encode_queries(FEW)
+    with pytest.raises(ValueError, match="cannot tell queries from documents"):
+        build_with(adapter=adapter_of(contextual)).export_corpus(None, tmp_path / "export", onnx=False)
 
 
 def test_term_vectors_are_mean_token_embeddings(embedder, tokenizer):

@@ -13,10 +13,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from cde_jax.adapters.adder import Adapter
 from cde_jax.adapters.hybrid import HybridVectors
 from cde_jax.adapters.inputs import check_integer
 from cde_jax.adapters.statistics import CorpusStatistics
-from cde_jax.adapters.whitening import SAMPLE_SIZE, pseudo_queries, whitening
+from cde_jax.adapters.whitening import SAMPLE_SIZE, Whitening, pseudo_queries, whitening
 from cde_jax.data.files import fingerprint
 from cde_jax.data.tokens import Tokenizer, as_list
 from cde_jax.interop.modules import TextSettings
@@ -40,7 +41,8 @@ class Embedder:
     a new Embedder. Runs on the first device of this process. `progress=False` shows no progress bar.
 
     With `statistics` of a corpus, `embed_context` makes contexts under which all vectors have a lexical part beside the
-    dense one (`HybridVectors`) and the width 2 D.
+    dense one (`HybridVectors`) and the width 2 D. An `adapter` acts on all vectors, after whitening and before the
+    lexical part; one that was fitted on other weights, or under another context, is refused.
     """
 
     def __init__(
@@ -52,9 +54,10 @@ class Embedder:
         *,
         progress: bool = True,
         statistics: CorpusStatistics | None = None,
+        adapter: Adapter | None = None,
     ):
         self.config = c = model.config
-        self.statistics = statistics
+        self.statistics, self.adapter = statistics, adapter
         self.tokenizer = tokenizer
         self.settings = settings
         self.tokenizer_directory = tokenizer_directory and Path(tokenizer_directory)
@@ -68,6 +71,8 @@ class Embedder:
         self._caches: WeakKeyDictionary[Context, ContextCache] = WeakKeyDictionary()
         self._null_context = Context(np.zeros((0, self.width), np.float32), 0, 0, "", "")
         self._run = partial(encode, tokenizer=tokenizer, vocab_size=c.encoder.vocab_size, progress=progress)
+        if adapter is not None:
+            self._check_fitted(adapter, "weights", self.weights)
 
     @classmethod
     def from_pretrained(
@@ -77,6 +82,7 @@ class Embedder:
         *,
         progress: bool = True,
         statistics: CorpusStatistics | None = None,
+        adapter: Adapter | None = None,
     ) -> "Embedder":
         """Load an export of this package, a directory laid out like cde-small-v1, or a hub name.
 
@@ -88,7 +94,7 @@ class Embedder:
         if not isinstance(name_or_path, str | Path) or not str(name_or_path).strip():
             raise ValueError(f"expected a model directory or a hub name, got {name_or_path!r}")
         model, directory, settings = load_pretrained(name_or_path, numerics)
-        options = {"progress": progress, "statistics": statistics}
+        options = {"progress": progress, "statistics": statistics, "adapter": adapter}
         return cls(model, Tokenizer.load(directory), settings, directory, **options)
 
     def save_pretrained(self, directory: str | Path, card: str | None = None) -> None:
@@ -106,9 +112,11 @@ class Embedder:
 
         if not self.contextual:
             raise ValueError("a biencoder reads no context: save_pretrained writes a one-input model")
-        if context is not None and not context.whitening is context.hybrid is None:
+        parts = (self.adapter, *((context.whitening, context.hybrid) if context is not None else ()))
+        if any(part is not None for part in parts):
             raise ValueError(
-                "a one-input model cannot tell queries from documents: embed the context without queries and statistics"
+                "a one-input model cannot tell queries from documents: it takes no adapter, and a context that was "
+                "embedded without queries and statistics"
             )
         options = {"tokenizer": self.tokenizer_directory, "settings": self.settings}
         export_corpus(self.model, self._cache(context), directory, card=card, onnx=onnx, **options)
@@ -172,13 +180,15 @@ class Embedder:
             parts["cache"] = jax.device_get(cache)
         if fitted:
             asked = pseudo_queries(corpus, seed) if queries is None else queries
-            vectors = self._encode(asked, context, "queries"), self._encode(fitted, context, "documents")
+            q, d = self._model_vectors(asked, context, "queries"), self._model_vectors(fitted, context, "documents")
             if queries is not None:
-                parts["whitening"] = w = whitening(*vectors)
-                vectors = w.transform_queries(vectors[0]), w.transform_documents(vectors[1])
+                parts["whitening"] = whitening(q, d)
             if statistics is not None:
+                q, d = (
+                    self._adapted(x, parts.get("whitening"), kind) for x, kind in ((q, "queries"), (d, "documents"))
+                )
                 options = {"corpus": corpus, "term_vectors": self.term_vectors, "seed": seed}
-                parts["hybrid"] = HybridVectors.fit(statistics, vectors[1], fitted, vectors[0], **options)
+                parts["hybrid"] = HybridVectors.fit(statistics, d, fitted, q, **options)
         context = dataclasses.replace(context, **parts)
         if cache is not None:
             self._caches[context] = cache
@@ -198,19 +208,34 @@ class Embedder:
 
     def _encode(
         self, texts: list[str] | Tokens, context: Context | None, kind: Literal["queries", "documents"]
+    ) -> Float[np.ndarray, "n _"]:
+        if self.adapter is not None:
+            self._check_fitted(self.adapter, "context", "" if context is None else context.documents)
+        hybrid = None if context is None else context.hybrid
+        texts = texts if hybrid is None else as_list(texts, kind)  # not token ids
+        vectors = self._model_vectors(texts, context, kind)
+        vectors = self._adapted(vectors, None if context is None else context.whitening, kind)
+        if hybrid is None:
+            return vectors
+        transform = hybrid.transform_queries if kind == "queries" else hybrid.transform_documents
+        return transform(vectors, texts)
+
+    def _model_vectors(
+        self, texts: list[str] | Tokens, context: Context | None, kind: Literal["queries", "documents"]
     ) -> Float[np.ndarray, "n D"]:
         s, cache, of_queries = self.settings, self._cache(context), kind == "queries"
-        if context is not None and context.hybrid is not None:
-            texts = as_list(texts, kind)  # not token ids
         prefix, length = (s.query_prefix, s.query_length) if of_queries else (s.document_prefix, s.document_length)
         embed = partial(_embed, self._graph, self._state, cache=cache)
         # Only joint attention has the slots in the sequence of every text.
         slots = cache.slots.shape[0] if cache is not None and cache.prefix is None else 0
-        vectors = self._run(texts, prefix, padded_lengths(length), embed, slots=slots, width=self.width, name=kind)
-        if context is not None and (w := context.whitening) is not None:
-            vectors = w.transform_queries(vectors) if of_queries else w.transform_documents(vectors)
-        if context is not None and (h := context.hybrid) is not None:
-            vectors = h.transform_queries(vectors, texts) if of_queries else h.transform_documents(vectors, texts)
+        return self._run(texts, prefix, padded_lengths(length), embed, slots=slots, width=self.width, name=kind)
+
+    def _adapted(
+        self, vectors: Float[np.ndarray, "n D"], whitened: Whitening | None, kind: Literal["queries", "documents"]
+    ) -> Float[np.ndarray, "n D"]:
+        """Vectors of the model, whitened and adapted."""
+        for step in filter(None, (whitened, self.adapter)):
+            vectors = step.transform_queries(vectors) if kind == "queries" else step.transform_documents(vectors)
         return vectors
 
     def _context_vectors(self, documents: list[str] | Tokens) -> Float[np.ndarray, "m D"]:
@@ -255,6 +280,14 @@ class Embedder:
             raise ValueError(
                 f"context: expected one of this embedder's weights and width {own}, got one of other weights {got}; "
                 "call embed_context of this embedder"
+            )
+
+    def _check_fitted(self, adapter: Adapter, what: str, own: str) -> None:
+        """ValueError for an adapter that was fitted on vectors of other weights or another context."""
+        if adapter.fingerprints and (fitted := adapter.fingerprints.get(what, "")) != own:
+            raise ValueError(
+                f"adapter: was fitted on vectors with the {what} {fitted or None!r}, these have {own or None!r}; fit "
+                "it on vectors of this embedder"
             )
 
     def _check_tables(self) -> None:
