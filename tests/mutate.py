@@ -96,14 +96,14 @@ def draw(modules: list[Path], sample: int, seed: int) -> list[WorkItem]:
 
 
 def tests_of(module: str) -> list[str]:
-    """Test files that import the module, or else its package: those named after it first, then from small to large."""
+    """Test files that import the module, or else its package: those named after it or naming it most often first."""
     name = module.removesuffix(".py").replace("/", ".")
     tests = {file: file.read_text() for file in sorted(Path("tests").glob("test_*.py"))}
     package, _, last = name.rpartition(".")
     imported = re.compile(rf"\b{re.escape(name)}\b|from {re.escape(package)} import [^\n]*\b{last}\b")
     exact = [file for file, text in tests.items() if imported.search(text)]
     files = exact or [file for file, text in tests.items() if package in text]
-    return [str(file) for file in sorted(files, key=lambda file: (last not in file.stem, len(tests[file])))]
+    return [str(file) for file in sorted(files, key=lambda file: (last not in file.stem, -tests[file].count(last)))]
 
 
 if __name__ == "__main__":
