@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cde_jax.batching.loader import choose_layout, choose_lengths, split_by_length, to_chunks
+from cde_jax.batching.loader import _sizes, choose_layout, choose_lengths, split_by_length, to_chunks
+from cde_jax.data.store import Ragged
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=30).map(np.array)
 BATCHES = st.lists(SIZES, min_size=1, max_size=5)
@@ -112,3 +113,8 @@ def test_a_chunk_holds_as_many_texts_as_fit_its_tokens(tokens, texts):
 def test_left_alone_a_chunk_is_a_share_of_a_plan_batch_neither_tiny_nor_most_of_it(texts, tokens):
     (length,), (held,), _ = choose_layout(lambda: [np.full(texts, 16)] * 3, 1)
     assert (length, held) == (16, tokens // 16)
+
+
+def test_the_first_text_has_its_length_and_a_missing_one_has_none():
+    tokens = Ragged(np.arange(9, dtype=np.uint16), np.array([0, 5, 9]))
+    np.testing.assert_array_equal(_sizes(tokens, np.array([0, -1, 1])), [5, 0, 4])
