@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cde_jax.adapters.adder import Adapter
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from cde_jax.adapters.adder import Adapter
 from cde_jax.adapters.statistics import CorpusStatistics
 from cde_jax.adapters.whitening import whitening
 from cde_jax.config import AdapterSettings
