@@ -1,7 +1,7 @@
 """The command that scores a model on retrieval sets and tasks, under each kind of context, and compares two runs.
 
-python -m cde_jax.evaluate --model DIR_OR_NAME --data BEIR_FOLDER... --context corpus,random,none,whitened \
-    --context-seeds 0 1 2 3 4 --random-corpus BEIR_FOLDER --out DIR
+python -m cde_jax.evaluate --model DIR_OR_NAME --data BEIR_FOLDER... | --tasks NAME... | --benchmark "MTEB(eng, v2)" \
+    --context corpus,random,none,whitened --context-seeds 0 1 2 3 4 --random-corpus BEIR_FOLDER --out DIR
 python -m cde_jax.evaluate compare DIR_A DIR_B [--context corpus[,none]] [--measure ndcg@10]
 """
 
@@ -21,6 +21,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="an export, a directory or a hub name")
     add("--out", required=True, type=Path, help="where results are written; finished tasks there are kept")
     add("--data", nargs="+", default=[], metavar="FOLDER", help="retrieval sets in BEIR's layout")
+    add("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of MTEB, by name")
+    add("--benchmark", metavar="NAME", help='a benchmark of MTEB, for example "MTEB(eng, v2)"')
     add("--context", type=_kinds, default=[], metavar="KIND,…", help="corpus, whitened, statistics, random, none")
     add("--context-seeds", nargs="+", type=int, default=[0], metavar="SEED", help="of the context's sample")
     add("--random-corpus", metavar="PATH", help="documents of the context `random`: a BEIR folder or a text a line")

@@ -99,8 +99,7 @@ def test_models_and_steps_run_on_a_bare_image(file):
 )
 def test_a_library_has_one_owner(library, owners):
     assert importers(library) <= owners
-    if library != "mteb":
-        assert importers(library), f"nobody imports {library}: is this contract still needed?"
+    assert importers(library), f"nobody imports {library}: is this contract still needed?"
 
 
 def test_only_sharding_spells_partition_specs():

@@ -7,6 +7,7 @@ when it is finished and kept by the next call; kinds and seeds that it lacks are
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,8 @@ def evaluate(
     out: Path,
     *,
     data: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    benchmark: str | None = None,
     kinds: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     random_corpus: str | None = None,
@@ -55,13 +58,14 @@ def evaluate(
     Yields the table of results. Raises ValueError for what cannot be evaluated, before anything is encoded; for a task
     that failed, after the others.
     """
-    sets = read_sets(data)
-    if not sets:
-        raise ValueError("nothing to evaluate: give --data with folders in BEIR's layout")
+    sets, of_mteb = read_sets(data), _mteb_tasks(tasks, benchmark)
+    if not sets and not of_mteb:
+        raise ValueError("nothing to evaluate: give --data with folders in BEIR's layout, --tasks or --benchmark")
     other = [] if random_corpus is None else _random_documents(random_corpus)
     embedder = Embedder.from_pretrained(model)
     kinds = check_kinds(embedder, kinds, random_corpus is not None)
     tasks = [_retrieval(embedder, dataset, other) for dataset in sets]
+    tasks += _as_tasks(of_mteb, embedder, model, other, out)
     settings = [embedder.weights, dataclasses.asdict(embedder.settings), embedder.tokenizer.fingerprint]
     summaries, failed = {}, {}
     for task in (bar := tqdm(tasks, desc="tasks")):
@@ -111,7 +115,7 @@ def _scores(task: Task, out: Path, kinds: Sequence[str], seeds: Sequence[int], i
                 cells[kind, None if kind == NONE else seed] = scores
     if len(cells) > before:
         results.write_scores(path, cells, identity)
-    return {key: cells[key] for key in sorted(wanted, key=lambda key: list(KINDS).index(key[0]))}
+    return {key: cells[key] for key in sorted(wanted, key=lambda key: list(KINDS).index(key[0])) if key in cells}
 
 
 def _retrieval(embedder: Embedder, dataset: EvaluationSet, other: list[str]) -> Task:
@@ -121,6 +125,29 @@ def _retrieval(embedder: Embedder, dataset: EvaluationSet, other: list[str]) -> 
         return {names[kind]: measures_per_query(ranking, dataset.qrels) for kind, ranking in rankings.items()}
 
     return Task(dataset.name, "ndcg@10", fingerprint(dataclasses.asdict(dataset)), run)
+
+
+def _mteb_tasks(names: Sequence[str], benchmark: str | None) -> list[Any]:
+    if not names and not benchmark:
+        return []
+    try:
+        from cde_jax.evaluation import mteb
+    except ImportError as error:
+        raise ImportError(f"--tasks and --benchmark need mteb: pip install 'cde_jax[mteb]' ({error})") from None
+    return mteb.find_tasks(names, benchmark)
+
+
+def _as_tasks(found: Sequence[Any], embedder: Embedder, model: str, other: list[str], out: Path) -> list[Task]:
+    if not found:
+        return []
+    from cde_jax.evaluation import mteb
+
+    meta = mteb.model_meta(embedder, model)
+    return [
+        Task(task.metadata.name, mteb.MAIN, mteb.identity(task),
+             partial(mteb.score_task, embedder, meta, task, random_documents=other, folder=out / "mteb"))
+        for task in found
+    ]  # fmt: skip
 
 
 def _random_documents(path: str) -> list[str]:

@@ -1,0 +1,243 @@
+"""MTEB (mteb 2.26 or later): our models under its encoder and search protocols, its tasks for the evaluate command.
+
+A task's context is sampled from its own texts: of retrieval and reranking from the corpus of each subset and split, of
+classification from the training texts, else from the first texts that are encoded (each clustering problem's own).
+"""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+from jaxtyping import Float
+from mteb.models.abs_encoder import AbsEncoder, get_prompt_name
+from mteb.models.model_implementations import MODEL_REGISTRY
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.models.search_wrappers import SearchEncoderWrapper
+from mteb.types import PromptType
+
+from cde_jax.adapters.statistics import CorpusStatistics
+from cde_jax.adapters.whitening import pseudo_queries
+from cde_jax.evaluation.metrics import PerQuery
+from cde_jax.interop.modules import TextSettings
+from cde_jax.retrieval.embedder import Context, Embedder
+
+log = logging.getLogger(__name__)
+
+MAIN = "main_score"  # as mteb names each task's
+RETRIEVAL = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
+CLASSIFICATION = ("Classification", "MultilabelClassification", "Regression")
+# By task type, of models that were trained with "search_query: ": as mteb has them for Nomic's and the paper's.
+NOMIC_PROMPTS = dict.fromkeys(
+    (*CLASSIFICATION, "PairClassification", "Reranking", "STS", "Summarization"), "classification: "
+) | {"Clustering": "clustering: "}
+
+
+class MtebModel(AbsEncoder):
+    """An embedder with one kind of context, "corpus", "whitened", "statistics", "random" or "none", and its seed.
+
+    prompts: by mteb's names (task, task type, "query", "document"); by default those of the embedder's settings.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        meta: ModelMeta,
+        context: str = "corpus",
+        context_seed: int = 0,
+        random_documents: Sequence[str] = (),
+        prompts: Mapping[str, str] | None = None,
+    ):
+        self.embedder, self.kind, self.seed = embedder, context, context_seed
+        self.random_documents = list(random_documents)
+        self.model_prompts = default_prompts(embedder.settings) if prompts is None else dict(prompts)
+        self.mteb_model_meta = meta.model_copy(
+            update={"experiment_kwargs": {"context": context, "context_seed": context_seed}}
+        )
+        self._key: tuple[str, ...] | None = None  # what the context belongs to
+        self._context: Context | None = None
+
+    def index(self, corpus: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, **options: Any) -> None:
+        """Sample the context from the corpus that will be searched."""
+        texts = [f"{row.get('title') or ''} {row['text']}".strip() for row in corpus]
+        self._set_context(texts, task_metadata, hf_split, hf_subset)
+        self._search = SearchEncoderWrapper(self)
+        self._search.index(
+            corpus, task_metadata=task_metadata, hf_split=hf_split, hf_subset=hf_subset, **options
+        )  # fmt: skip
+
+    def search(self, queries: Any, **options: Any) -> dict[str, dict[str, float]]:
+        """Search as mteb does for any encoder: {query id: {document id: score}}."""
+        return self._search.search(queries, **options)
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **_: Any,
+    ) -> Float[np.ndarray, "n D"]:
+        """Vectors of the texts of a data loader, under the context of their task."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        training = task_metadata.type in CLASSIFICATION and hf_split not in task_metadata.eval_splits
+        known = self._key in (
+            (task_metadata.name, hf_subset, hf_split), (task_metadata.name, hf_subset, "training texts")
+        )  # fmt: skip
+        if not known or training or task_metadata.type == "Clustering":
+            self._set_context(texts, task_metadata, "training texts" if training else hf_split, hf_subset)
+        embedder = self._prompted(task_metadata)
+        encode = embedder.encode_queries if prompt_type == PromptType.query else embedder.encode_documents
+        return encode(texts, self._context)
+
+    def _set_context(self, texts: list[str], task_metadata: Any, hf_split: str, hf_subset: str) -> None:
+        self._key = (task_metadata.name, hf_subset, hf_split)
+        corpus = self.random_documents if self.kind == "random" else texts
+        if not self.embedder.works_without_context and len(corpus) < (size := self.embedder.context_size):
+            log.warning("%s: %d texts for a context of %d, they are repeated", task_metadata.name, len(corpus), size)
+            corpus = corpus * -(-size // len(corpus))
+        if self.kind == "none":
+            self._context = None
+        elif self.kind in ("corpus", "random"):
+            self._context = self.embedder.embed_context(corpus, self.seed)
+        else:
+            statistics = CorpusStatistics.fit(texts) if self.kind == "statistics" else None
+            queries, embedder = pseudo_queries(texts, self.seed), self._prompted(task_metadata)
+            self._context = embedder.embed_context(corpus, self.seed, queries, statistics)
+
+    def _prompted(self, task_metadata: Any) -> Embedder:
+        """The embedder with the task's prompts as prefixes; texts of symmetric tasks have one, the document's."""
+        embedder, s = copy.copy(self.embedder), self.embedder.settings
+        defaults = {PromptType.query: s.query_prefix, PromptType.document: s.document_prefix}
+        if task_metadata.type not in RETRIEVAL:
+            defaults = dict.fromkeys((None,), s.document_prefix)
+        names = [get_prompt_name(self.model_prompts, task_metadata, kind) for kind in defaults]
+        prompts = [self.model_prompts.get(n, d) for n, d in zip(names, defaults.values(), strict=True)]
+        embedder.settings = dataclasses.replace(s, query_prefix=prompts[0], document_prefix=prompts[-1])
+        return embedder
+
+
+def default_prompts(settings: TextSettings) -> dict[str, str]:
+    """Prefixes of queries and documents, and those of task types that go with "search_query: "."""
+    prompts = {"query": settings.query_prefix, "document": settings.document_prefix}
+    return prompts | (NOMIC_PROMPTS if settings.query_prefix.strip() == "search_query:" else {})
+
+
+def model_meta(embedder: Embedder, path: str | Path, name: str | None = None) -> ModelMeta:
+    """What mteb records of a model; its revision is the fingerprint of the weights."""
+    folder, settings = Path(path).expanduser(), embedder.settings
+    parameters = sum(x.size for x in _leaves(embedder))
+    return ModelMeta(
+        loader=load,
+        loader_kwargs={"path": str(path)},
+        name=name or (f"cde_jax/{folder.resolve().name}" if folder.is_dir() else str(path)),
+        revision=embedder.weights[:16],
+        release_date=None,
+        languages=None,
+        n_parameters=parameters,
+        memory_usage_mb=round(parameters * 4 / 2**20),
+        max_tokens=settings.document_length,
+        embed_dim=embedder.width,
+        license=None,
+        open_weights=True,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["JAX"],
+        similarity_fn_name=ScoringFunction.COSINE,
+        use_instructions=bool(settings.query_prefix or settings.document_prefix),
+        training_datasets=None,
+    )
+
+
+def register(path: str | Path, name: str | None = None) -> ModelMeta:
+    """Make a model known to mteb, so that `mteb.get_model(name, context=…, context_seed=…)` and its command find it."""
+    meta = model_meta(Embedder.from_pretrained(path, progress=False), path, name)
+    MODEL_REGISTRY[meta.name] = meta
+    return meta
+
+
+def load(name: str, revision: str | None = None, device: str | None = None, *, path: str, **options: Any) -> MtebModel:
+    """The loader of `register`ed models. Runs on JAX's first device, whatever `device` says."""
+    embedder = Embedder.from_pretrained(path)
+    if "context" not in options and not embedder.contextual:
+        options["context"] = "none"
+    return MtebModel(embedder, model_meta(embedder, path, name), **options)
+
+
+def find_tasks(names: Sequence[str], benchmark: str | None = None) -> list[Any]:
+    """Tasks by mteb's names, and those of a benchmark. ValueError for unknown names."""
+    try:
+        tasks = list(mteb.get_benchmark(benchmark).tasks) if benchmark else []
+        return tasks + [mteb.get_task(name) for name in names]
+    except KeyError as error:
+        known = "`mteb available-benchmarks` and `mteb available-tasks` list them"
+        raise ValueError(f"mteb: {str(error.args[0]).removeprefix('KeyError: ')} {known}") from None
+
+
+def identity(task: Any) -> list[Any]:
+    """What decides a task's scores beside the model, as JSON."""
+    metadata = task.metadata
+    data = getattr(metadata, "dataset", None)  # name and revision
+    return [version("mteb"), metadata.name, data, list(task.eval_splits), list(task.hf_subsets or ())]
+
+
+def score_task(
+    embedder: Embedder,
+    meta: ModelMeta,
+    task: Any,
+    kinds: Sequence[str],
+    seed: int,
+    random_documents: Sequence[str],
+    folder: Path,
+) -> dict[str, PerQuery]:
+    """The task's main score of each split and subset, by kind of context; mteb's own result files in `folder`.
+
+    "statistics" is left out for tasks other than retrieval and reranking: its vectors are of queries and documents.
+    Raises ValueError where the task's data cannot be had.
+    """
+    cache, scores = mteb.ResultCache(folder), {}
+    parts = task.metadata.tasks if task.is_aggregate else [task]
+    try:
+        for part in parts:
+            _load_data(part)
+        for kind in kinds:
+            if kind == "statistics" and task.metadata.type not in RETRIEVAL:
+                log.warning("%s: no lexical part for tasks of type %s", task.metadata.name, task.metadata.type)
+                continue
+            model = MtebModel(embedder, meta, kind, seed, random_documents)
+            result = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False).task_results[0]
+            scores[kind] = {
+                f"{split}/{entry['hf_subset']}": {MAIN: float(entry[MAIN])}
+                for split, entries in result.scores.items()
+                for entry in entries
+            }
+    finally:
+        for part in parts:
+            if part.data_loaded:
+                part.unload_data()
+    return scores
+
+
+def _load_data(task: Any) -> None:
+    try:
+        task.load_data()
+    except Exception as error:  # hub, connection and file errors share no base class
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"the task's data {task.metadata.dataset.get('path')!r} is not in the local cache and cannot be fetched "
+            f"now ({reason}); connect to the network once, or leave the task out"
+        ) from None
+
+
+def _leaves(embedder: Embedder) -> list[Any]:
+    import jax
+    from flax import nnx
+
+    return jax.tree.leaves(nnx.state(embedder.model, nnx.Param))
