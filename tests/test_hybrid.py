@@ -161,6 +161,16 @@ def test_documents_of_very_many_terms_keep_the_norm():
     np.testing.assert_allclose(np.linalg.norm(vectors), 1, atol=1e-6)
 
 
+def test_a_sample_of_a_large_corpus_is_enough(monkeypatch, tmp_path):
+    monkeypatch.setattr("cde_jax.adapters.hybrid.FIT_DOCUMENTS", 30)
+    np.save(tmp_path / "vectors.npy", DOCUMENT_VECTORS.astype(np.float16))
+    mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+    hybrid = HybridVectors.fit(STATISTICS, mapped, CORPUS, QUERY_VECTORS, weight=0.3)
+    assert len(hybrid.buckets) <= len(WORDS)
+    got = hybrid.transform_queries(QUERY_VECTORS, QUERIES) @ hybrid.transform_documents(mapped, CORPUS).T
+    assert correlation(got, scores(fitted(weight=0.3))) > 0.8
+
+
 def test_saved_vectors_are_the_same(tmp_path):
     hybrid = fitted(weight=0.25, seed=3)
     hybrid.save(tmp_path / "a.safetensors")

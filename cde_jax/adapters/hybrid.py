@@ -23,7 +23,7 @@ FORMAT = "cde_jax hybrid vectors 1"
 LATENT_FRACTION = 2 / 3  # of the lexical width is for directions learned from the corpus
 RESIDUAL_SCALE = 0.7, 0.55  # of what these directions leave: of term vectors, of random signs
 SIGNS = 4  # a term, of a random projection
-FIT_DOCUMENTS = 20_000  # at most, that a projection is fitted on
+FIT_DOCUMENTS = 20_000  # at most, that projection and spreads are fitted on
 NORM_QUANTILE = 0.999  # of the lexical norms of documents; larger ones are cut
 STREAM = 71  # random stream id
 
@@ -88,7 +88,12 @@ class HybridVectors:
         weights (latent semantic analysis); the rest holds what they leave of term vectors, or of random signs.
         Raises ValueError for arrays and texts that do not belong together, and for a width of D + 2 or less.
         """
+        random = np.random.default_rng([check_integer("seed", seed, 0), STREAM])
         vectors, documents = _check("documents", vectors, documents)
+        texts = documents if corpus is None else as_list(corpus, "corpus")
+        texts = [texts[i] for i in np.sort(random.permutation(len(texts))[:FIT_DOCUMENTS])]
+        rows = np.sort(random.permutation(len(documents))[:FIT_DOCUMENTS])
+        vectors, documents = unit_rows(np.asarray(vectors[rows], np.float32)), [documents[i] for i in rows]
         dense = vectors.shape[1]
         query_vectors = check_vectors("query_vectors", query_vectors, dense)
         if not len(documents) or not len(query_vectors):
@@ -96,18 +101,15 @@ class HybridVectors:
         if isinstance(latent_fraction, bool) or not 0 <= latent_fraction <= 1:
             raise ValueError(f"latent_fraction: expected a number from 0 to 1, got {latent_fraction!r}")
         width = check_integer("width", 2 * dense if width is None else width, dense + 3) - dense - 1
-        random = np.random.default_rng([check_integer("seed", seed, 0), STREAM])
-        texts = documents if corpus is None else as_list(corpus, "corpus")
-        texts = [texts[i] for i in np.sort(random.permutation(len(texts))[:FIT_DOCUMENTS])]
         buckets, projection, signs_from = _fit_projection(statistics, texts, width, latent_fraction, term_vectors, seed)
         none = np.zeros((0, 0), np.float32)
         fitted = cls(statistics, buckets, projection, signs_from, none, 1.0, 1.0, check_weight(weight), seed)
         lexical = fitted._lexical(statistics.document_weights(documents))
-        spread = (unit_rows(np.asarray(query_vectors, np.float32)) @ unit_rows(vectors).T).std()
+        spread = (unit_rows(np.asarray(query_vectors, np.float32)) @ vectors.T).std()
         largest = np.quantile(np.linalg.norm(lexical, axis=1), NORM_QUANTILE)
         return replace(
             fitted,
-            covariance=np.cov(np.concatenate([unit_rows(vectors), lexical], axis=1).T, bias=True).astype(np.float32),
+            covariance=np.cov(np.concatenate([vectors, lexical], axis=1).T, bias=True).astype(np.float32),
             dense_spread=max(float(spread), 1e-6),
             largest_norm=max(float(largest), 1e-6),
         )
@@ -120,7 +122,8 @@ class HybridVectors:
         lexical = self._lexical(self.statistics.document_weights(texts)) / np.float32(self.largest_norm)
         lexical /= np.maximum(np.linalg.norm(lexical, axis=1, keepdims=True), 1)
         rest = np.sqrt(np.maximum(1 - (lexical**2).sum(axis=1, keepdims=True), 0))
-        return unit_rows(np.concatenate([unit_rows(vectors), lexical, rest], axis=1))
+        dense = unit_rows(np.asarray(vectors, np.float32))
+        return unit_rows(np.concatenate([dense, lexical, rest], axis=1))
 
     def transform_queries(self, vectors: Float[np.ndarray, "n D"], texts: Iterable[str]) -> Float32[np.ndarray, "n _"]:
         """Dense unit vectors and texts of queries → unit vectors; a query without known words keeps the dense part."""
@@ -192,7 +195,7 @@ class HybridVectors:
         """Unit dense vectors, lexical parts, spreads of the lexical scores, and the features of `query_features`."""
         vectors, texts = _check("queries", vectors, texts, self._dense_width)
         weights = self.statistics.query_weights(texts)
-        dense, lexical = unit_rows(vectors), self._lexical(weights)
+        dense, lexical = unit_rows(np.asarray(vectors, np.float32)), self._lexical(weights)
         c, d = self.covariance, dense.shape[1]
         variances = [np.einsum("ni,ij,nj->n", a, b, a) for a, b in ((dense, c[:d, :d]), (lexical, c[d:, d:]))]
         spreads = [np.sqrt(np.maximum(variance, 1e-12)) for variance in variances]
@@ -231,11 +234,11 @@ def random_signs(width: int, seed: int) -> Any:
 
 def _check(
     name: str, vectors: Float[np.ndarray, "n D"], texts: Iterable[str], width: int | None = None
-) -> tuple[Float32[np.ndarray, "n D"], list[str]]:
+) -> tuple[Float[np.ndarray, "n D"], list[str]]:
     vectors, texts = check_vectors(name, vectors, width), as_list(texts, name)
     if len(vectors) != len(texts):
         raise ValueError(f"{name}: expected one vector a text, got {len(vectors)} vectors and {len(texts)} texts")
-    return np.asarray(vectors, np.float32), texts
+    return vectors, texts
 
 
 def _fit_projection(
