@@ -303,10 +303,13 @@ class Embedder:
                 )
 
 
+def sample_rows(count: int, size: int, seed: list[int]) -> Int[np.ndarray, " m"]:
+    """min(size, count) of `count` rows, without replacement; `Embedder.embed_context` draws them with [seed]."""
+    return np.random.default_rng(seed).choice(count, min(size, count), replace=False)
+
+
 def _sample(corpus: list[str] | Tokens, size: int, seed: list[int]) -> list[str] | Tokens:
-    """min(size, len(corpus)) documents, without replacement."""
-    drawn = np.random.default_rng(seed).choice(len(corpus), min(size, len(corpus)), replace=False)
-    return [corpus[i] for i in drawn]
+    return [corpus[i] for i in sample_rows(len(corpus), size, seed)]
 
 
 @partial(jax.jit, static_argnames="graph")
