@@ -24,7 +24,6 @@ from mteb.types import PromptType
 from cde_jax.adapters.statistics import CorpusStatistics
 from cde_jax.adapters.whitening import pseudo_queries
 from cde_jax.evaluation.metrics import PerQuery
-from cde_jax.interop.modules import TextSettings
 from cde_jax.retrieval.embedder import Context, Embedder
 
 log = logging.getLogger(__name__)
@@ -55,10 +54,10 @@ class MtebModel(AbsEncoder):
     ):
         self.embedder, self.kind, self.seed = embedder, context, context_seed
         self.random_documents = list(random_documents)
-        self.model_prompts = default_prompts(embedder.settings) if prompts is None else dict(prompts)
-        self.mteb_model_meta = meta.model_copy(
-            update={"experiment_kwargs": {"context": context, "context_seed": context_seed}}
-        )
+        nomic = embedder.settings.query_prefix.strip() == "search_query:"
+        self.model_prompts = dict(NOMIC_PROMPTS if nomic else {}) if prompts is None else dict(prompts)
+        experiment = {"context": context, "context_seed": context_seed}  # mteb keeps a folder of results for each
+        self.mteb_model_meta = meta.model_copy(update={"experiment_kwargs": experiment})
         self._key: tuple[str, ...] | None = None  # what the context belongs to
         self._context: Context | None = None
 
@@ -67,9 +66,8 @@ class MtebModel(AbsEncoder):
         texts = [f"{row.get('title') or ''} {row['text']}".strip() for row in corpus]
         self._set_context(texts, task_metadata, hf_split, hf_subset)
         self._search = SearchEncoderWrapper(self)
-        self._search.index(
-            corpus, task_metadata=task_metadata, hf_split=hf_split, hf_subset=hf_subset, **options
-        )  # fmt: skip
+        options |= {"task_metadata": task_metadata, "hf_split": hf_split, "hf_subset": hf_subset}
+        self._search.index(corpus, **options)
 
     def search(self, queries: Any, **options: Any) -> dict[str, dict[str, float]]:
         """Search as mteb does for any encoder: {query id: {document id: score}}."""
@@ -88,9 +86,7 @@ class MtebModel(AbsEncoder):
         """Vectors of the texts of a data loader, under the context of their task."""
         texts = [text for batch in inputs for text in batch["text"]]
         training = task_metadata.type in CLASSIFICATION and hf_split not in task_metadata.eval_splits
-        known = self._key in (
-            (task_metadata.name, hf_subset, hf_split), (task_metadata.name, hf_subset, "training texts")
-        )  # fmt: skip
+        known = self._key in [(task_metadata.name, hf_subset, split) for split in (hf_split, "training texts")]
         if not known or training or task_metadata.type == "Clustering":
             self._set_context(texts, task_metadata, "training texts" if training else hf_split, hf_subset)
         embedder = self._prompted(task_metadata)
@@ -118,42 +114,26 @@ class MtebModel(AbsEncoder):
         defaults = {PromptType.query: s.query_prefix, PromptType.document: s.document_prefix}
         if task_metadata.type not in RETRIEVAL:
             defaults = dict.fromkeys((None,), s.document_prefix)
-        names = [get_prompt_name(self.model_prompts, task_metadata, kind) for kind in defaults]
-        prompts = [self.model_prompts.get(n, d) for n, d in zip(names, defaults.values(), strict=True)]
+        names = {kind: get_prompt_name(self.model_prompts, task_metadata, kind) for kind in defaults}
+        prompts = [self.model_prompts.get(name, defaults[kind]) for kind, name in names.items()]
         embedder.settings = dataclasses.replace(s, query_prefix=prompts[0], document_prefix=prompts[-1])
         return embedder
-
-
-def default_prompts(settings: TextSettings) -> dict[str, str]:
-    """Prefixes of queries and documents, and those of task types that go with "search_query: "."""
-    prompts = {"query": settings.query_prefix, "document": settings.document_prefix}
-    return prompts | (NOMIC_PROMPTS if settings.query_prefix.strip() == "search_query:" else {})
 
 
 def model_meta(embedder: Embedder, path: str | Path, name: str | None = None) -> ModelMeta:
     """What mteb records of a model; its revision is the fingerprint of the weights."""
     folder, settings = Path(path).expanduser(), embedder.settings
-    parameters = sum(x.size for x in _leaves(embedder))
-    return ModelMeta(
-        loader=load,
-        loader_kwargs={"path": str(path)},
-        name=name or (f"cde_jax/{folder.resolve().name}" if folder.is_dir() else str(path)),
-        revision=embedder.weights[:16],
-        release_date=None,
-        languages=None,
-        n_parameters=parameters,
-        memory_usage_mb=round(parameters * 4 / 2**20),
-        max_tokens=settings.document_length,
-        embed_dim=embedder.width,
-        license=None,
-        open_weights=True,
-        public_training_code=None,
-        public_training_data=None,
-        framework=["JAX"],
-        similarity_fn_name=ScoringFunction.COSINE,
-        use_instructions=bool(settings.query_prefix or settings.document_prefix),
-        training_datasets=None,
-    )
+    return ModelMeta.create_empty({
+        "loader": load,
+        "loader_kwargs": {"path": str(path)},
+        "name": name or (f"cde_jax/{folder.resolve().name}" if folder.is_dir() else str(path)),
+        "revision": embedder.weights[:16],
+        "max_tokens": settings.document_length,
+        "embed_dim": embedder.width,
+        "framework": ["JAX"],
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "use_instructions": bool(settings.query_prefix or settings.document_prefix),
+    })  # fmt: skip
 
 
 def register(path: str | Path, name: str | None = None) -> ModelMeta:
@@ -192,10 +172,10 @@ def score_task(
     embedder: Embedder,
     meta: ModelMeta,
     task: Any,
-    kinds: Sequence[str],
-    seed: int,
     random_documents: Sequence[str],
     folder: Path,
+    kinds: Sequence[str],
+    seed: int,
 ) -> dict[str, PerQuery]:
     """The task's main score of each split and subset, by kind of context; mteb's own result files in `folder`.
 
@@ -234,10 +214,3 @@ def _load_data(task: Any) -> None:
             f"the task's data {task.metadata.dataset.get('path')!r} is not in the local cache and cannot be fetched "
             f"now ({reason}); connect to the network once, or leave the task out"
         ) from None
-
-
-def _leaves(embedder: Embedder) -> list[Any]:
-    import jax
-    from flax import nnx
-
-    return jax.tree.leaves(nnx.state(embedder.model, nnx.Param))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cde_jax.data.files import write_file
-from cde_jax.evaluation.compare import Comparison, compare
+from cde_jax.evaluation.compare import compare
 from cde_jax.evaluation.metrics import PerQuery, Scores, text_table
 
 Cells = dict[tuple[str, int | None], PerQuery]  # (kind of context, seed of its sample, None without one) → scores
@@ -97,45 +97,41 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
 def compare_runs(folders: Sequence[Path], kinds: tuple[str, str] | None, measure: str) -> str:
     """A table of paired bootstrap intervals between two runs, for kinds of context of both or for one of each.
 
-    Raises ValueError where there is nothing to pair.
+    Tasks and seeds are those that both have; a kind without seeds stands beside each seed of the other. Raises
+    ValueError where there is nothing to pair.
     """
     runs = [read_run(folder) for folder in folders]
-    names = [name for name in runs[0] if name in runs[1]]
-    sides = [_by_kind({name: run[name] for name in names}, measure) for run in runs]
+    names = [name for name in runs[0] if name in runs[1] and all(measure in _first(run[name]) for run in runs)]
+    sides: list[dict[str, list[int | None]]] = []  # {kind: seeds} of all these tasks
+    for run in runs:
+        keys = [key for key in run[names[0]] if all(key in run[name] for name in names)] if names else []
+        sides.append({kind: [seed for k, seed in keys if k == kind] for kind, _ in keys})
     pairs = [kinds] if kinds else [(kind, kind) for kind in sides[0] if kind in sides[1]]
-    if not pairs or any(kind not in side for pair in pairs for kind, side in zip(pair, sides, strict=True)):
-        raise ValueError(
-            f"expected {measure} of the same tasks and kinds of context in {folders[0]} and {folders[1]}, they have "
-            f"the tasks {names} and the kinds {list(sides[0])} and {list(sides[1])}: choose among these"
-        )
     rows = []
     for pair in pairs:
-        first, second = _same_seeds(*(side[kind] for kind, side in zip(pair, sides, strict=True)))
-        c: Comparison = compare(first, second, *pair)
-        seeds = f"{len(first)} seed" + "s" * (len(first) > 1)
-        rows.append([" − ".join(dict.fromkeys(pair)), f"{c.difference:+.4f}", f"{c.low:+.4f} … {c.high:+.4f}",
-                     f"{c.wins} of {c.sets}", seeds])  # fmt: skip
+        first, second = (side.get(kind, []) for kind, side in zip(pair, sides, strict=True))
+        seeds = first if second == [None] else second if first == [None] else [seed for seed in first if seed in second]
+        scores = [
+            [Scores(0, {name: {kind: _column(run[name], kind, seed, measure)} for name in names}) for seed in seeds]
+            for run, kind in zip(runs, pair, strict=True)
+        ]
+        if seeds:
+            c = compare(*scores, *pair)
+            over = f"{len(seeds)} seed" + "s" * (len(seeds) > 1)
+            row = f"{c.difference:+.4f}", f"{c.low:+.4f} … {c.high:+.4f}", f"{c.wins} of {c.sets}", over
+            rows.append([" − ".join(dict.fromkeys(pair)), *row])
+    if not rows:
+        raise ValueError(
+            f"expected {measure} of the same tasks, kinds of context and seeds in {folders[0]} and {folders[1]}, they "
+            f"have the tasks {names} and the kinds {list(sides[0])} and {list(sides[1])}: choose among these"
+        )
     return text_table([f"{measure}, first − second", "difference", "95 % interval", "tasks won", "over"], rows)
 
 
-def _by_kind(run: Mapping[str, Cells], measure: str) -> dict[str, dict[int | None, Scores]]:
-    """{kind: {seed: scores}} of the tasks that have the measure."""
-    sides: dict[str, dict[int | None, Scores]] = {}
-    for name, cells in run.items():
-        for (kind, seed), queries in cells.items():
-            if measure in next(iter(queries.values())):
-                scores = sides.setdefault(kind, {}).setdefault(seed, Scores(0, {}))  # the measure has the cutoff
-                scores.per_query[name] = {kind: {query: row[measure] for query, row in queries.items()}}
-    return sides
+def _column(cells: Cells, kind: str, seed: int | None, measure: str) -> dict[str, float]:
+    queries = cells[kind, seed if (kind, seed) in cells else None]
+    return {query: scores[measure] for query, scores in queries.items()}
 
 
-def _same_seeds(
-    first: Mapping[int | None, Scores], second: Mapping[int | None, Scores]
-) -> tuple[list[Scores], list[Scores]]:
-    """Scores of the seeds of both; those of a kind without seeds stand beside each seed of the other."""
-    for one, other in ((first, second), (second, first)):
-        if list(one) == [None] and None not in other:
-            paired = list(one.values()) * len(other), list(other.values())
-            return paired if one is first else paired[::-1]
-    seeds = [seed for seed in first if seed in second]
-    return [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+def _first(cells: Cells) -> dict[str, float]:
+    return next(iter(next(iter(cells.values())).values()))

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -58,14 +59,17 @@ def evaluate(
     Yields the table of results. Raises ValueError for what cannot be evaluated, before anything is encoded; for a task
     that failed, after the others.
     """
-    sets, of_mteb = read_sets(data), _mteb_tasks(tasks, benchmark)
-    if not sets and not of_mteb:
+    sets, mteb = read_sets(data), _mteb() if tasks or benchmark else None
+    mteb_tasks = mteb.find_tasks(tasks, benchmark) if mteb else []
+    if not sets and not mteb_tasks:
         raise ValueError("nothing to evaluate: give --data with folders in BEIR's layout, --tasks or --benchmark")
     other = [] if random_corpus is None else _random_documents(random_corpus)
     embedder = Embedder.from_pretrained(model)
     kinds = check_kinds(embedder, kinds, random_corpus is not None)
     tasks = [_retrieval(embedder, dataset, other) for dataset in sets]
-    tasks += _as_tasks(of_mteb, embedder, model, other, out)
+    for task in mteb_tasks:
+        run = partial(mteb.score_task, embedder, mteb.model_meta(embedder, model), task, other, out / "mteb")
+        tasks.append(Task(task.metadata.name, mteb.MAIN, mteb.identity(task), run))
     settings = [embedder.weights, dataclasses.asdict(embedder.settings), embedder.tokenizer.fingerprint]
     summaries, failed = {}, {}
     for task in (bar := tqdm(tasks, desc="tasks")):
@@ -84,6 +88,14 @@ def evaluate(
     if failed:
         lines = "".join(f"\n- {name}: {error}" for name, error in failed.items())
         raise ValueError(f"{len(failed)} of {len(tasks)} tasks failed; the same command tries them again:{lines}")
+
+
+def _mteb() -> ModuleType:
+    try:
+        from cde_jax.evaluation import mteb
+    except ImportError as error:
+        raise ImportError(f"--tasks and --benchmark need mteb: pip install 'cde_jax[mteb]' ({error})") from None
+    return mteb
 
 
 def check_kinds(embedder: Embedder, kinds: Sequence[str], random: bool) -> list[str]:
@@ -125,29 +137,6 @@ def _retrieval(embedder: Embedder, dataset: EvaluationSet, other: list[str]) -> 
         return {names[kind]: measures_per_query(ranking, dataset.qrels) for kind, ranking in rankings.items()}
 
     return Task(dataset.name, "ndcg@10", fingerprint(dataclasses.asdict(dataset)), run)
-
-
-def _mteb_tasks(names: Sequence[str], benchmark: str | None) -> list[Any]:
-    if not names and not benchmark:
-        return []
-    try:
-        from cde_jax.evaluation import mteb
-    except ImportError as error:
-        raise ImportError(f"--tasks and --benchmark need mteb: pip install 'cde_jax[mteb]' ({error})") from None
-    return mteb.find_tasks(names, benchmark)
-
-
-def _as_tasks(found: Sequence[Any], embedder: Embedder, model: str, other: list[str], out: Path) -> list[Task]:
-    if not found:
-        return []
-    from cde_jax.evaluation import mteb
-
-    meta = mteb.model_meta(embedder, model)
-    return [
-        Task(task.metadata.name, mteb.MAIN, mteb.identity(task),
-             partial(mteb.score_task, embedder, meta, task, random_documents=other, folder=out / "mteb"))
-        for task in found
-    ]  # fmt: skip
 
 
 def _random_documents(path: str) -> list[str]:
