@@ -10,6 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
+KINDS = "corpus, whitened, statistics, random, none"
+
 
 def _kinds(text: str) -> list[str]:
     return [kind.strip() for kind in text.split(",") if kind.strip()]
@@ -21,9 +23,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="an export, a directory or a hub name")
     add("--out", required=True, type=Path, help="where results are written; finished tasks there are kept")
     add("--data", nargs="+", default=[], metavar="FOLDER", help="retrieval sets in BEIR's layout")
+    add(
+        "--first-model",
+        metavar="MODEL",
+        help="rank only its candidates of --data: bm25, lsa, a sentence-transformers name",
+    )
+    add("--candidates", type=int, default=1024, metavar="N", help="of --first-model for each query")
+    add("--conteb", nargs="+", default=[], metavar="FOLDER", help="sets of ConTEB, documents/ and queries/ as Parquet")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of MTEB, by name")
     add("--benchmark", metavar="NAME", help='a benchmark of MTEB, for example "MTEB(eng, v2)"')
-    add("--context", type=_kinds, default=[], metavar="KIND,…", help="corpus, whitened, statistics, random, none")
+    add("--context", type=_kinds, default=[], metavar="KIND,…", help=f"{KINDS}; document and late for --conteb")
     add("--context-seeds", nargs="+", type=int, default=[0], metavar="SEED", help="of the context's sample")
     add("--random-corpus", metavar="PATH", help="documents of the context `random`: a BEIR folder or a text a line")
     return parser

@@ -220,7 +220,7 @@ def test_a_small_corpus_is_repeated_for_weights_without_null_embedding(tokenizer
     one = embedder("joint", tokenizer, null_embedding=False)  # J = 4
     model = ours.MtebModel(one, ours.model_meta(one, tmp_path), "corpus")
     model._set_context(["a cat", "a whale"], Sts.metadata, "test", "default")
-    assert model._context.corpus_size == 4 and "2 texts for a context of 4, they are repeated" in caplog.text
+    assert model._context.corpus_size == 4 and "2 texts for a context of 4: they are repeated" in caplog.text
 
 
 def test_mteb_finds_a_registered_model(home):

@@ -1,18 +1,23 @@
 """Baselines: BM25, and any function from texts to vectors (LSA)."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
+from cde_jax.batching.surrogate import lsa, sentence_transformer
+from cde_jax.data.files import fingerprint, read_json, write_json
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.store import unit_rows
 from cde_jax.evaluation.beir import check_names, rank_by_vectors
 from cde_jax.evaluation.metrics import Run, Scores, score_rankings
 
 BM25 = "BM25"
+LSA_WIDTH = 256
 Encode = Callable[[Sequence[str]], Float[np.ndarray, "n D"]]
 
 
@@ -60,3 +65,32 @@ def rank_vectors(dataset: EvaluationSet, encode: Encode, k: int = 10) -> Run:
     sides = [encode(list(texts.values())) for texts in (dataset.queries, dataset.corpus)]
     queries, documents = (unit_rows(np.asarray(vectors, np.float32)) for vectors in sides)
     return rank_by_vectors(dataset, queries, documents, k)
+
+
+def candidates(dataset: EvaluationSet, first_model: str, count: int, file: Path) -> Run:
+    """The `count` best documents of each query by a first model, for others to rank again; kept in `file`.
+
+    first_model: "bm25", "lsa" fitted on the set, or a sentence-transformers name or folder. Raises ValueError for a
+    model that cannot be had.
+    """
+    identity = fingerprint([first_model, count, dataset.queries, dataset.corpus])
+    if file.is_file() and (kept := read_json(file, keys=("fingerprint", "run")))["fingerprint"] == identity:
+        return kept["run"]
+    if first_model == "bm25":
+        run = bm25(dataset, count)
+    elif first_model == "lsa":
+        texts = list(dataset.queries.values()), list(dataset.corpus.values())
+        run = rank_vectors(dataset, lsa(*texts, width=LSA_WIDTH, seed=0).encode, count)
+    else:
+        encoders = sentence_transformer(f"sentence-transformers:{first_model}")
+        sides = zip(encoders, (dataset.queries, dataset.corpus), strict=True)
+        run = rank_by_vectors(dataset, *(encode(list(texts.values())) for encode, texts in sides), count)
+    write_json(file, {"first_model": first_model, "count": count, "fingerprint": identity, "run": run})
+    return run
+
+
+def truncated(dataset: EvaluationSet, run: Run) -> EvaluationSet:
+    """The set with the documents of `run` alone; qrels of others stay, and count as not found."""
+    found = {document for documents in run.values() for document in documents}
+    corpus = {name: text for name, text in dataset.corpus.items() if name in found}
+    return dataclasses.replace(dataset, corpus=corpus)

@@ -5,8 +5,10 @@ searched (the paper's setting), the same with whitened vectors, unrelated traini
 """
 
 import dataclasses
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from cde_jax.interop.modules import TextSettings
 from cde_jax.retrieval.embedder import Context, Embedder, Texts
 from cde_jax.retrieval.encode import Tokens
 from cde_jax.retrieval.index import as_run, search
+
+log = logging.getLogger(__name__)
 
 SAME_CORPUS, RANDOM_DOCUMENTS, NO_CONTEXT = "same corpus", "random training documents", "none"
 WHITENED, STATISTICS = "same corpus, whitened", "same corpus, statistics"
@@ -139,6 +143,14 @@ def rank_candidates(
         scores = documents[[rows[name] for name in names]] @ vector if names else np.zeros(0)
         run[query] = {names[i]: float(scores[i]) for i in np.argsort(-scores, kind="stable")[:k]}
     return run
+
+
+def filled(embedder: Embedder, corpus: Sequence[str]) -> list[str]:
+    """The corpus, repeated where weights without null embedding need more context documents than it has."""
+    missing = 0 if embedder.works_without_context else embedder.context_size - len(corpus)
+    if missing > 0:
+        log.warning("%d texts for a context of %d: they are repeated", len(corpus), embedder.context_size)
+    return list(islice(cycle(corpus), len(corpus) + max(missing, 0)))
 
 
 def check_names(sets: Sequence[EvaluationSet]) -> None:

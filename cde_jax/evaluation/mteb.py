@@ -23,6 +23,7 @@ from mteb.types import PromptType
 
 from cde_jax.adapters.statistics import CorpusStatistics
 from cde_jax.adapters.whitening import pseudo_queries
+from cde_jax.evaluation.beir import filled
 from cde_jax.evaluation.metrics import PerQuery
 from cde_jax.retrieval.embedder import Context, Embedder
 
@@ -95,10 +96,7 @@ class MtebModel(AbsEncoder):
 
     def _set_context(self, texts: list[str], task_metadata: Any, hf_split: str, hf_subset: str) -> None:
         self._key = (task_metadata.name, hf_subset, hf_split)
-        corpus = self.random_documents if self.kind == "random" else texts
-        if not self.embedder.works_without_context and len(corpus) < (size := self.embedder.context_size):
-            log.warning("%s: %d texts for a context of %d, they are repeated", task_metadata.name, len(corpus), size)
-            corpus = corpus * -(-size // len(corpus))
+        corpus = filled(self.embedder, self.random_documents if self.kind == "random" else texts)
         if self.kind == "none":
             self._context = None
         elif self.kind in ("corpus", "random"):

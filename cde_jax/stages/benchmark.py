@@ -17,7 +17,11 @@ from tqdm import tqdm
 from cde_jax.data.files import fingerprint, write_json
 from cde_jax.data.sources.beir import EvaluationSet, read, read_sets
 from cde_jax.evaluation import beir, results
-from cde_jax.evaluation.metrics import PerQuery, measures_per_query
+from cde_jax.evaluation.baselines import candidates as first_candidates
+from cde_jax.evaluation.baselines import truncated
+from cde_jax.evaluation.conteb import DOCUMENT, LATE, rank_chunks
+from cde_jax.evaluation.conteb import read as read_chunks
+from cde_jax.evaluation.metrics import PerQuery, Run, measures_per_query
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.stages.export import read_corpus
 
@@ -30,6 +34,8 @@ KINDS = {
     "statistics": beir.STATISTICS,
     RANDOM: beir.RANDOM_DOCUMENTS,
     NONE: beir.NO_CONTEXT,
+    "document": DOCUMENT,  # these two of ConTEB sets only
+    "late": LATE,
 }
 DEPTH = 100  # documents ranked for each query
 
@@ -48,25 +54,38 @@ def evaluate(
     out: Path,
     *,
     data: Sequence[str] = (),
+    conteb: Sequence[str] = (),
     tasks: Sequence[str] = (),
     benchmark: str | None = None,
     kinds: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     random_corpus: str | None = None,
+    first_model: str | None = None,
+    candidates: int = 1024,
 ) -> Iterator[str]:
     """Score a model, by default under every kind of context that it can have but "random" and "statistics".
 
     Yields the table of results. Raises ValueError for what cannot be evaluated, before anything is encoded; for a task
     that failed, after the others.
     """
-    sets, mteb = read_sets(data), _mteb() if tasks or benchmark else None
+    sets, chunked = read_sets(data), [read_chunks(folder) for folder in conteb]
+    beir.check_names([*sets, *chunked])
+    mteb = _mteb() if tasks or benchmark else None
     mteb_tasks = mteb.find_tasks(tasks, benchmark) if mteb else []
-    if not sets and not mteb_tasks:
-        raise ValueError("nothing to evaluate: give --data with folders in BEIR's layout, --tasks or --benchmark")
+    if not sets and not chunked and not mteb_tasks:
+        raise ValueError(
+            "nothing to evaluate: give --data with folders in BEIR's layout, --conteb, --tasks or --benchmark"
+        )
     other = [] if random_corpus is None else _random_documents(random_corpus)
     embedder = Embedder.from_pretrained(model)
     kinds = check_kinds(embedder, kinds, random_corpus is not None)
-    tasks = [_retrieval(embedder, dataset, other) for dataset in sets]
+    tasks = []
+    for dataset in sets:
+        run = first_model and first_candidates(
+            dataset, first_model, candidates, out / f"candidates/{dataset.name}.json"
+        )
+        tasks.append(_retrieval(embedder, truncated(dataset, run) if run else dataset, other, run))
+    tasks += [_retrieval(embedder, dataset, other, chunks=True) for dataset in chunked]
     for task in mteb_tasks:
         run = partial(mteb.score_task, embedder, mteb.model_meta(embedder, model), task, other, out / "mteb")
         tasks.append(Task(task.metadata.name, mteb.MAIN, mteb.identity(task), run))
@@ -100,9 +119,11 @@ def _mteb() -> ModuleType:
 
 def check_kinds(embedder: Embedder, kinds: Sequence[str], random: bool) -> list[str]:
     """The kinds of context wanted, or all usual ones; ValueError for those that the model cannot have."""
-    unusable = {} if embedder.contextual else dict.fromkeys(("corpus", RANDOM), "a biencoder reads no context")
+    unusable = (
+        {} if embedder.contextual else dict.fromkeys(("corpus", RANDOM, "document"), "a biencoder reads no context")
+    )
     if not embedder.works_without_context:
-        unusable[NONE] = "these weights have no null embedding"
+        unusable |= dict.fromkeys((NONE, "late"), "these weights have no null embedding")
     if not random:
         unusable.setdefault(RANDOM, "it needs --random-corpus, a BEIR folder or a file of texts")
     for kind in kinds:
@@ -130,13 +151,20 @@ def _scores(task: Task, out: Path, kinds: Sequence[str], seeds: Sequence[int], i
     return {key: cells[key] for key in sorted(wanted, key=lambda key: list(KINDS).index(key[0])) if key in cells}
 
 
-def _retrieval(embedder: Embedder, dataset: EvaluationSet, other: list[str]) -> Task:
+def _retrieval(
+    embedder: Embedder, dataset: EvaluationSet, other: list[str], candidates: Run | None = None, chunks: bool = False
+) -> Task:
     def run(kinds: Sequence[str], seed: int) -> Mapping[str, PerQuery]:
         names = {KINDS[kind]: kind for kind in kinds}
-        rankings = beir.rank(embedder, [dataset], other, seed, DEPTH, names)[dataset.name]
+        if chunks:
+            rankings = rank_chunks(embedder, dataset, other, seed, DEPTH, names)
+        else:
+            runs = candidates and {dataset.name: candidates}
+            rankings = beir.rank(embedder, [dataset], other, seed, DEPTH, names, runs)[dataset.name]
         return {names[kind]: measures_per_query(ranking, dataset.qrels) for kind, ranking in rankings.items()}
 
-    return Task(dataset.name, "ndcg@10", fingerprint(dataclasses.asdict(dataset)), run)
+    identity = [dataclasses.asdict(dataset), candidates and fingerprint(candidates), chunks]
+    return Task(dataset.name, "ndcg@10", fingerprint(identity), run)
 
 
 def _random_documents(path: str) -> list[str]:
