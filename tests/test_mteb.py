@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from test_evaluate import ANIMALS, OTHERS, embedder
 
@@ -18,6 +19,7 @@ from cde_jax.data.tokens import Tokenizer  # noqa: E402
 from cde_jax.evaluate import main  # noqa: E402
 from cde_jax.evaluation import mteb as ours  # noqa: E402
 from cde_jax.evaluation.metrics import ndcg  # noqa: E402
+from cde_jax.evaluation.results import compare_runs  # noqa: E402
 from cde_jax.interop.modules import TextSettings  # noqa: E402
 from cde_jax.interop.write import save_pretrained  # noqa: E402
 from cde_jax.retrieval.embedder import Embedder  # noqa: E402
@@ -142,6 +144,12 @@ def test_every_kind_of_task_is_scored_under_every_kind_of_context_in_one_call(ho
     assert all(path.startswith(f"mteb/results/cde_jax__isolated/{revision}") for path in found)
     monkeypatch.setattr(ours.mteb, "evaluate", None)  # all is there: nothing is run again
     assert run() == [text]
+    table = compare_runs([tmp_path, tmp_path], ("corpus", "none"), "main_score").splitlines()
+    means = [[results[name][kind]["main_score"]["mean"] for name in NAMES] for kind in ("corpus", "none")]
+    difference, interval, wins, seeds = (cell.strip() for cell in table[2].split("|")[2:6])
+    assert float(difference) == pytest.approx(np.mean(means[0]) - np.mean(means[1]), abs=1e-4)
+    low, high = map(float, interval.split(" … "))
+    assert low < float(difference) < high and wins.endswith(" of 5") and seeds == "2"  # tasks are resampled
 
 
 def test_retrieval_is_scored_with_the_context_of_each_split_s_corpus(home, tmp_path, local_tasks):

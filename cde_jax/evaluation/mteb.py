@@ -25,11 +25,11 @@ from cde_jax.adapters.statistics import CorpusStatistics
 from cde_jax.adapters.whitening import pseudo_queries
 from cde_jax.evaluation.beir import filled
 from cde_jax.evaluation.metrics import PerQuery
+from cde_jax.evaluation.results import MAIN
 from cde_jax.retrieval.embedder import Context, Embedder
 
 log = logging.getLogger(__name__)
 
-MAIN = "main_score"  # as mteb names each task's
 RETRIEVAL = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 CLASSIFICATION = ("Classification", "MultilabelClassification", "Regression")
 # By task type, of models that were trained with "search_query: ": as mteb has them for Nomic's and the paper's.
@@ -192,7 +192,7 @@ def score_task(
             model = MtebModel(embedder, meta, kind, seed, random_documents)
             result = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False).task_results[0]
             scores[kind] = {
-                f"{split}/{entry['hf_subset']}": {MAIN: float(entry[MAIN])}
+                f"{split}/{entry['hf_subset']}": {MAIN[1]: float(entry[MAIN[1]])}
                 for split, entries in result.scores.items()
                 for entry in entries
             }

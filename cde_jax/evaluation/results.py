@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from cde_jax.data.files import write_file
-from cde_jax.evaluation.compare import compare
+from cde_jax.evaluation.compare import Comparison, bootstrap, compare
 from cde_jax.evaluation.metrics import PerQuery, Scores, text_table
 
 Cells = dict[tuple[str, int | None], PerQuery]  # (kind of context, seed of its sample, None without one) → scores
 Summary = dict[str, dict[str, dict[str, Any]]]  # {kind: {measure: {"mean", "spread", "seeds"}}}
 SCORES = "scores"  # folder of the Parquet files
+MAIN = ("ndcg@10", "main_score")  # the second as mteb has it, of each task, split and subset
 
 
 def write_scores(path: Path, cells: Cells, identity: str) -> None:
@@ -78,60 +79,67 @@ def summary(cells: Cells) -> Summary:
     return result
 
 
-def table(tasks: Mapping[str, Summary], main: Mapping[str, str]) -> str:
-    """A row a task, a column a kind of context: the task's main measure, with its spread over seeds."""
+def table(tasks: Mapping[str, Summary]) -> str:
+    """A row a task, a column a kind of context: NDCG@10 or the task's own main score, with its spread over seeds."""
     kinds = list(dict.fromkeys(kind for kinds in tasks.values() for kind in kinds))
-    rows = [[f"{name}, {main[name]}", *(_cell(row.get(kind, {}).get(main[name])) for kind in kinds)]
-            for name, row in tasks.items()]  # fmt: skip
-    means = [[row[kind][main[name]]["mean"] for name, row in tasks.items() if kind in row] for kind in kinds]
-    whole = [f"{np.mean(column):.4f}" if len(column) == len(tasks) else "–" for column in means]
-    return text_table(["task", *kinds], [*rows, ["mean", *whole]])
+    rows, columns = [], {kind: [] for kind in kinds}
+    for name, row in tasks.items():
+        measure = next((m for m in MAIN for measures in row.values() if m in measures), "–")
+        cells = [row[kind][measure] if kind in row else None for kind in kinds]
+        rows.append([f"{name}, {measure}", *("–" if cell is None else _number(cell) for cell in cells)])
+        for kind, cell in zip(kinds, cells, strict=True):
+            columns[kind] += [] if cell is None else [cell["mean"]]
+    means = [f"{np.mean(column):.4f}" if len(column) == len(tasks) else "–" for column in columns.values()]
+    return text_table(["task", *kinds], [*rows, ["mean", *means]])
 
 
-def _cell(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return "–"
-    return f"{entry['mean']:.4f}" + ("" if entry["spread"] is None else f" ± {entry['spread']:.4f}")
+def _number(cell: Mapping[str, Any]) -> str:
+    return f"{cell['mean']:.4f}" + ("" if cell["spread"] is None else f" ± {cell['spread']:.4f}")
 
 
-def compare_runs(folders: Sequence[Path], kinds: tuple[str, str] | None, measure: str) -> str:
+def compare_runs(folders: Sequence[Path], kinds: tuple[str, str] | None, measure: str = MAIN[0]) -> str:
     """A table of paired bootstrap intervals between two runs, for kinds of context of both or for one of each.
 
-    Tasks and seeds are those that both have; a kind without seeds stands beside each seed of the other. Raises
-    ValueError where there is nothing to pair.
+    Queries are resampled; with mteb's main scores, which are not by query, tasks are. Only tasks and seeds that both
+    have are compared; a kind without seeds stands beside each seed of the other. Raises ValueError where nothing is.
     """
     runs = [read_run(folder) for folder in folders]
-    names = [name for name in runs[0] if name in runs[1] and all(measure in _first(run[name]) for run in runs)]
-    sides: list[dict[str, list[int | None]]] = []  # {kind: seeds} of all these tasks
-    for run in runs:
-        keys = [key for key in run[names[0]] if all(key in run[name] for name in names)] if names else []
-        sides.append({kind: [seed for k, seed in keys if k == kind] for kind, _ in keys})
-    pairs = [kinds] if kinds else [(kind, kind) for kind in sides[0] if kind in sides[1]]
+    found = [list(dict.fromkeys(kind for cells in run.values() for kind, _ in cells)) for run in runs]
     rows = []
-    for pair in pairs:
-        first, second = (side.get(kind, []) for kind, side in zip(pair, sides, strict=True))
-        seeds = first if second == [None] else second if first == [None] else [seed for seed in first if seed in second]
-        scores = [
-            [Scores(0, {name: {kind: _column(run[name], kind, seed, measure)} for name in names}) for seed in seeds]
+    for pair in [kinds] if kinds else [(kind, kind) for kind in found[0] if kind in found[1]]:
+        a, b = (
+            {name: _by_seed(cells, kind, measure) for name, cells in run.items()}
             for run, kind in zip(runs, pair, strict=True)
+        )
+        names = [name for name in a if a[name] and b.get(name)]
+        tables = [side[name] for side in (a, b) for name in names]
+        seeds = list(dict.fromkeys(seed for t in tables for seed in t if seed is not None)) or [None]
+        seeds = [seed for seed in seeds if all(seed in t or None in t for t in tables)]
+        scores = [
+            [Scores(0, {n: {kind: side[n].get(seed, side[n].get(None))} for n in names}) for seed in seeds]
+            for side, kind in zip((a, b), pair, strict=True)
         ]
-        if seeds:
-            c = compare(*scores, *pair)
-            over = f"{len(seeds)} seed" + "s" * (len(seeds) > 1)
-            row = f"{c.difference:+.4f}", f"{c.low:+.4f} … {c.high:+.4f}", f"{c.wins} of {c.sets}", over
-            rows.append([" − ".join(dict.fromkeys(pair)), *row])
+        if not names or not seeds:
+            continue
+        c = compare(*scores, *pair)
+        if measure == MAIN[1]:
+            means = [[first.means, second.means] for first, second in zip(*scores, strict=True)]
+            by_task = [[x[name][pair[0]] - y[name][pair[1]] for name in names] for x, y in means]
+            c = Comparison(*bootstrap([np.array(by_task)]), c.wins, c.sets)
+        row = f"{c.difference:+.4f}", f"{c.low:+.4f} … {c.high:+.4f}", f"{c.wins} of {c.sets}", str(len(seeds))
+        rows.append([" − ".join(dict.fromkeys(pair)), *row])
     if not rows:
         raise ValueError(
-            f"expected {measure} of the same tasks, kinds of context and seeds in {folders[0]} and {folders[1]}, they "
-            f"have the tasks {names} and the kinds {list(sides[0])} and {list(sides[1])}: choose among these"
+            f"expected {measure} of the same tasks, kinds of context and seeds in {folders[0]} and {folders[1]}, got "
+            f"the tasks {list(runs[0])} and {list(runs[1])}, the kinds {found[0]} and {found[1]}: choose among these"
         )
-    return text_table([f"{measure}, first − second", "difference", "95 % interval", "tasks won", "over"], rows)
+    return text_table([f"{measure}, first − second", "difference", "95 % interval", "tasks won", "seeds"], rows)
 
 
-def _column(cells: Cells, kind: str, seed: int | None, measure: str) -> dict[str, float]:
-    queries = cells[kind, seed if (kind, seed) in cells else None]
-    return {query: scores[measure] for query, scores in queries.items()}
-
-
-def _first(cells: Cells) -> dict[str, float]:
-    return next(iter(next(iter(cells.values())).values()))
+def _by_seed(cells: Cells, kind: str, measure: str) -> dict[int | None, dict[str, float]]:
+    """{seed: {query: score}} of the cells that have the measure."""
+    return {
+        seed: {query: scores[measure] for query, scores in queries.items()}
+        for (k, seed), queries in cells.items()
+        if k == kind and measure in next(iter(queries.values()))
+    }

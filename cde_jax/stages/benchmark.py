@@ -44,7 +44,6 @@ class Task(NamedTuple):
     """Something to score a model on."""
 
     name: str
-    main: str  # measure in the table
     identity: Any  # of its data, as JSON
     run: Callable[[Sequence[str], int], Mapping[str, PerQuery]]  # kinds of context, seed → scores
 
@@ -88,7 +87,7 @@ def evaluate(
     tasks += [_retrieval(embedder, dataset, other, chunks=True) for dataset in chunked]
     for task in mteb_tasks:
         run = partial(mteb.score_task, embedder, mteb.model_meta(embedder, model), task, other, out / "mteb")
-        tasks.append(Task(task.metadata.name, mteb.MAIN, mteb.identity(task), run))
+        tasks.append(Task(task.metadata.name, mteb.identity(task), run))
     settings = [embedder.weights, dataclasses.asdict(embedder.settings), embedder.tokenizer.fingerprint]
     summaries, failed = {}, {}
     for task in (bar := tqdm(tasks, desc="tasks")):
@@ -96,14 +95,13 @@ def evaluate(
         identity = fingerprint([settings, task.identity, other])
         try:
             summaries[task.name] = results.summary(_scores(task, out, kinds, seeds, identity))
-        except (ValueError, OSError) as error:
-            log.error("%s: %s", task.name, error)
+        except Exception as error:  # a task of mteb may raise anything
+            log.error("%s: %s", task.name, error, exc_info=not isinstance(error, ValueError | OSError))
             failed[task.name] = error
     if summaries:
-        main = {task.name: task.main for task in tasks}
-        content = {"model": str(model), "weights": embedder.weights, "main": main, "tasks": summaries}
+        content = {"model": str(model), "weights": embedder.weights, "tasks": summaries}
         write_json(out / "results.json", content)
-        yield results.table(summaries, main)
+        yield results.table(summaries)
     if failed:
         lines = "".join(f"\n- {name}: {error}" for name, error in failed.items())
         raise ValueError(f"{len(failed)} of {len(tasks)} tasks failed; the same command tries them again:{lines}")
@@ -164,7 +162,7 @@ def _retrieval(
         return {names[kind]: measures_per_query(ranking, dataset.qrels) for kind, ranking in rankings.items()}
 
     identity = [dataclasses.asdict(dataset), candidates and fingerprint(candidates), chunks]
-    return Task(dataset.name, "ndcg@10", fingerprint(identity), run)
+    return Task(dataset.name, fingerprint(identity), run)
 
 
 def _random_documents(path: str) -> list[str]:
