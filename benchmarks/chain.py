@@ -2,6 +2,8 @@
 
     python benchmarks/chain.py --model all-MiniLM-L6-v2 --evaluation SETS --vectors VECTORS [--labels 10 50 200]
 
+    python benchmarks/chain.py --draw LINES.jsonl FIGURE.svg
+
 VECTORS is written by benchmarks/vectors.py; SETS need 2 × the largest number of labels in queries. Half of a set's
 queries are scored, labels come from the other half. Steps of the chain: `frozen`; `whitened` by the corpus and its
 pseudo queries; `statistics` beside them (HybridVectors, each query its own weight); and, after a fit of the whitened
@@ -10,6 +12,7 @@ paired 95 % interval of the gain over `frozen`; `identity` says how often the gu
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import evaluation_sets
@@ -31,12 +34,16 @@ Vectors = Float[np.ndarray, "n D"]
 def main() -> None:
     """Score the chain on every set, seed and number of labels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="for its token embeddings: a directory or a hub name")
-    parser.add_argument("--evaluation", nargs="+", required=True, help="BEIR folders, or folders of such")
-    parser.add_argument("--vectors", type=Path, required=True, help="directory written by benchmarks/vectors.py")
+    parser.add_argument("--model", help="for its token embeddings: a directory or a hub name")
+    parser.add_argument("--evaluation", nargs="+", help="BEIR folders, or folders of such")
+    parser.add_argument("--vectors", type=Path, help="directory written by benchmarks/vectors.py")
+    parser.add_argument("--draw", nargs=2, type=Path, help="draw lines of a run before, instead of a run")
     parser.add_argument("--labels", nargs="+", type=int, default=[10, 50, 200], help="numbers of labelled queries")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
+    if args.draw:
+        draw(*args.draw)
+        return
     embedder = Embedder.from_pretrained(args.model, progress=False)
     sets = [
         dataset for dataset in evaluation_sets.read(args.evaluation) if len(dataset.queries) >= 2 * max(args.labels)
@@ -64,6 +71,26 @@ def main() -> None:
         if name in kept:
             line["identity"] = f"{sum(kept[name])} of {len(kept[name])}"
         emit(line | {"seeds": len(args.seeds)}, "jax")
+
+
+def draw(lines: Path, figure: Path) -> None:
+    """NDCG@10 against the number of labelled queries, a curve a chain; chains without labels are level."""
+    from matplotlib.figure import Figure
+
+    means = {line["case"]: line["mean"] for line in map(json.loads, lines.read_text().splitlines())}
+    labels = sorted({int(name.split()[-2]) for name in means if name.endswith("labels")})
+    drawn = Figure(figsize=(6, 3.6), layout="constrained")
+    axes, places = drawn.subplots(), range(len(labels) + 1)
+    for name, without in (("frozen", None), ("whitened", "whitened"), ("whitened, adder", "whitened")):
+        values = [means.get(f"{name}, {n} labels", means.get(without or name)) for n in labels]
+        axes.plot(places, [means[without or name], *values], "o-" if "adder" in name else "--", label=name)
+    for name, title in (("statistics", "whitened, statistics"), ("whitened, adder, statistics",) * 2):
+        values = [means.get(f"{name}, {n} labels", means["statistics"]) for n in labels]
+        axes.plot(places, [means["statistics"], *values], "o-" if "adder" in name else "--", label=title)
+    axes.set_xticks(places, ["0", *map(str, labels)])
+    axes.set(xlabel="labelled queries", ylabel="NDCG@10, mean of sets", title="Vectors that you have already")
+    axes.legend(fontsize="small")
+    drawn.savefig(figure)
 
 
 class Chain:
