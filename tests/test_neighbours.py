@@ -125,3 +125,8 @@ def test_a_missing_faiss_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r"cde_jax\[cpu\]'.* 'cde_jax\[cuda\]'"):
         load_faiss()
+
+
+def test_what_plans_of_large_domains_depend_on_is_as_it_was():
+    """Another value is another plan from the same data: change it with a note, not by accident."""
+    assert (negatives.EXACT_POINTS, negatives.LIST_ROWS, negatives.LIST_ITERATIONS) == (32_768, 32, 4)

@@ -111,8 +111,7 @@ def write_pairs(
     are in the manifest, not in the fingerprint (of pairs, prefixes, lengths and tokenizer). No pairs, or one without
     text, is a ValueError; a full disk an OSError. Neither leaves anything.
     """
-    sizes: Counter[str] = Counter()  # pairs by domain, in the order of the domains' numbers
-    stream = hashlib.sha256()
+    sizes, stream = Counter(), hashlib.sha256()  # pairs by domain, in the order of the domains' numbers; their digest
     with StoreWriter(directory, "pairs") as writer, temporary_database(writer.path) as execute:
         execute("CREATE TABLE negatives (prefix TEXT, key BLOB, text TEXT, UNIQUE (prefix, key))")
         execute("CREATE TABLE rows (numbers BLOB)")
@@ -132,32 +131,39 @@ def write_pairs(
                 execute("INSERT INTO rows VALUES (?)", [_insert(execute, prefix, pair.negatives)])
         if not sizes:
             raise ValueError("expected pairs, there are none; look at the data source's settings")
-        for rows in _blocks(execute("SELECT numbers FROM rows ORDER BY rowid"), "listing hard negatives"):
-            writer.append_ragged("negatives", [np.frombuffer(row, np.int64) + queries.count for (row,) in rows])
-        for texts in _blocks(execute("SELECT prefix, text FROM negatives ORDER BY rowid"), "tokenizing hard negatives"):
-            documents.append(texts)
+        _append_negatives(writer, documents, queries.count, execute)
         own = {name: _named(prefixes[name]) for name in sizes if name in prefixes}
         settings = {
             "prefixes": _named((query_prefix, document_prefix)) | {"domains": own},
             "lengths": _named((query_length, document_length)),
             "tokenizer": tokenizer.fingerprint,
         }
-        manifest = {
-            "fingerprint": fingerprint({"pairs": stream.hexdigest()} | settings),
-            "pairs": queries.count,
-            "documents": documents.count,
-            "vocab_size": tokenizer.vocab_size,
-            "domains": [{"name": name, "pairs": size} for name, size in sizes.items()],
-            "counts": dict(counts or {}),
-            "inputs": asdict(inputs or InputLog()),
-            "tokens": _named((queries.statistics(), documents.statistics())),
-            "source": source,
-        }
-        return writer.finish(manifest | settings)
+        digest = fingerprint({"pairs": stream.hexdigest()} | settings)
+        origin = {"counts": dict(counts or {}), "inputs": asdict(inputs or InputLog()), "source": source}
+        sides = _described(queries, documents, sizes) | {"vocab_size": tokenizer.vocab_size}
+        return writer.finish({"fingerprint": digest} | sides | origin | settings)
 
 
 def _key(text: str) -> bytes:
     return text_key(text).to_bytes(8)
+
+
+def _described(queries: "_Side", documents: "_Side", sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Of the manifest: counts, domains and token statistics."""
+    return {
+        "pairs": queries.count,
+        "documents": documents.count,
+        "domains": [{"name": name, "pairs": size} for name, size in sizes.items()],
+        "tokens": _named((queries.statistics(), documents.statistics())),
+    }
+
+
+def _append_negatives(writer: StoreWriter, documents: "_Side", first: int, execute: Callable[..., Any]) -> None:
+    """The numbers of each pair's hard negatives, from `first` on, and their texts as documents after the positives."""
+    for rows in _blocks(execute("SELECT numbers FROM rows ORDER BY rowid"), "listing hard negatives"):
+        writer.append_ragged("negatives", [np.frombuffer(row, np.int64) + first for (row,) in rows])
+    for texts in _blocks(execute("SELECT prefix, text FROM negatives ORDER BY rowid"), "tokenizing hard negatives"):
+        documents.append(texts)
 
 
 def _insert(execute: Callable[..., Any], prefix: str, texts: Iterable[str]) -> bytes:
