@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny_models import J
 from tiny_pairs import tiny_pairs, tiny_plan, tiny_vectors
 from tiny_retrieval import SETTINGS, embedder, evaluation_set, tokenizer
@@ -77,7 +78,8 @@ def test_a_context_larger_than_the_model_s_has_a_slot_for_each_document(attentio
     context = figures.sized_context(ours, SETS[0], 2 * J + 1, seed=0)
     assert len(context.vectors) == 2 * J + 1 == len(np.unique(context.vectors.round(5), axis=0))
     ids = tokenizer().encode([SETTINGS.query_prefix + "the sea"], 8)[0]
-    expected = np.asarray(ours.model.embed(jnp.asarray(ids)[None], jnp.ones((1, len(ids)), bool), context.vectors))[0]
+    mask = jnp.ones((1, len(ids)), bool)
+    expected = np.asarray(nnx.jit(lambda model, *x: model.embed(*x))(ours.model, ids[None], mask, context.vectors))[0]
     found = ours.encode_queries(["the sea"], context)[0]
     np.testing.assert_allclose(found, expected / np.linalg.norm(expected), atol=1e-5)
 

@@ -20,7 +20,7 @@ from cde_jax.retrieval.encode import padded
 
 STREAM = 72  # random stream id
 DRAWS = 8  # random sets of documents that are deleted beside those of largest effect
-LITTLE = 0.05  # of the size of the margins: a context that moves them by less hardly matters
+LITTLE = 0.02  # of the size of the margins: what moves them by less hardly matters
 
 Triple = tuple[str, str, str | None]  # a query, a document, another document
 
@@ -31,15 +31,16 @@ class Deletion(NamedTuple):
     counts: list[int]  # deleted documents
     attributed: Float[np.ndarray, "n C"]  # of each query and count
     random: Float[np.ndarray, "n C"]  # mean over `DRAWS` sets of documents
-    share: float  # change of the margins without any context document, relative to the margins (root mean squares)
+    none: float  # change of the margins without context documents, relative to the margins (root mean squares)
+    same: float  # … with the mean of the context in place of each: what there is to attribute to single documents
     gain: tuple[float, float, float]  # attributed − random, mean over queries and counts, with its 95 % interval
 
     @property
     def verdict(self) -> str:
         """Whether there is anything to attribute, and whether the attribution finds it."""
-        moved = f"without context documents margins change by {self.share:.2%}"
-        if self.share < LITTLE:
-            return f"the slots hardly matter to this model ({moved}): attributions say nothing"
+        moved = f"margins change by {self.none:.2%} without context documents, {self.same:.2%} with their mean for each"
+        if self.same < LITTLE:
+            return f"which documents fill the slots hardly matters to this model ({moved}): attributions say nothing"
         gain, low, high = self.gain
         better = "better than chance" if low > 0 else "not better than chance"
         return f"attribution is {better} ({moved}; gain over random deletion {gain:.4f}, {low:.4f} to {high:.4f})"
@@ -79,19 +80,22 @@ def deletion_test(embedder: Embedder, context: Context, triples: Sequence[Triple
     m = len(context.vectors) // pieces
     counts = [1 << power for power in range(m.bit_length()) if 1 << power < m] or [1]
     by_chance = [random.permutation(m) < count for count in counts for _ in range(DRAWS)]
-    model, margins = nnx.split(embedder.model), []
+    model, margins, mean = nnx.split(embedder.model), [], context.vectors.mean(axis=0)
+    average = np.where(np.arange(len(vectors))[:, None] < len(context.vectors), mean, vectors)
     for triple in triples:
         rank = np.argsort(np.argsort(-effects(embedder, context, *triple)))
         deleted = np.stack([rank < 0, rank < m, *(rank < count for count in counts), *by_chance])
         deleted = np.repeat(deleted, pieces, axis=1)
         deleted = np.pad(deleted, ((0, 0), (0, len(vectors) - deleted.shape[1])))
-        margins.append(_margins(*model, *_tokens(embedder, *triple), vectors, null, deleted))
-    whole, none, *_ = margins = np.asarray(margins, np.float64).T  # [2 + C + C · DRAWS, n]
-    falls = (whole - margins[2:]).T  # [n, C + C · DRAWS]
+        contexts = np.where(deleted[..., None], null, vectors)
+        margins.append(_margins(*model, *_tokens(embedder, *triple), np.stack([average, *contexts])))
+    same, whole, none, *_ = margins = np.asarray(margins, np.float64).T  # [3 + C + C · DRAWS, n]
+    falls = (whole - margins[3:]).T  # [n, C + C · DRAWS]
     attributed = falls[:, : len(counts)]
     chance = falls[:, len(counts) :].reshape(len(triples), len(counts), DRAWS).mean(axis=2)
-    share = np.sqrt(np.square(whole - none).mean() / max(np.square(whole).mean(), 1e-12))
-    return Deletion(counts, attributed, chance, float(share), bootstrap([(attributed - chance).mean(axis=1)[None]]))
+    size = max(np.square(whole).mean(), 1e-12)
+    changes = [float(np.sqrt(np.square(whole - other).mean() / size)) for other in (none, same)]
+    return Deletion(counts, attributed, chance, *changes, bootstrap([(attributed - chance).mean(axis=1)[None]]))
 
 
 def _slots(embedder: Embedder, context: Context) -> tuple[Float[np.ndarray, "P D"], Float[np.ndarray, " D"]]:
@@ -126,7 +130,5 @@ _gradient = jax.jit(jax.grad(_margin, argnums=4), static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _margins(*arguments: Any) -> Float[Array, " M"]:
-    """Margins with the vectors that are `deleted` [M, P] replaced by `null`."""
-    *model_and_texts, vectors, null, deleted = arguments
-    return jax.lax.map(lambda gone: _margin(*model_and_texts, jnp.where(gone[:, None], null, vectors)), deleted)
+def _margins(graph: Any, state: Any, ids: Array, mask: Array, contexts: Float[Array, "M P D"]) -> Float[Array, " M"]:
+    return jax.lax.map(partial(_margin, graph, state, ids, mask), contexts)

@@ -176,7 +176,7 @@ def attribution(embedder: Embedder, sets: Sets, seeds: int = 3) -> Figure:
             for name, falls in (("largest attribution", test.attributed), ("random", test.random)):
                 for count, mean in zip(test.counts, falls.mean(axis=0).tolist(), strict=True):
                     row = {"deleted": f"{dataset.name}, {name}", SIZE: count, "seed": seed, fall: mean}
-                    rows.append(row | {"change without any": test.share})
+                    rows.append(row | {"change without documents": test.none, "change with their mean": test.same})
     return Figure("\n".join(verdicts), rows, SIZE, fall, "deleted", plots.lines)
 
 

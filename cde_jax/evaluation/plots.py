@@ -109,7 +109,8 @@ def grid(axes: Any, figure: Figure) -> None:
     image = axes.imshow(change, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     axes.figure.colorbar(image, label=f"{figure.series}: difference from the set's own context")
     for (i, j), value in np.ndenumerate(cells):
-        axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=8)
+        ink = "white" if abs(change[i, j]) > 0.6 * limit else "black"
+        axes.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=9, color=ink)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
 
