@@ -128,8 +128,8 @@ def local_tasks(monkeypatch):
 
 def test_every_kind_of_task_is_scored_under_every_kind_of_context_in_one_call(home, tmp_path, local_tasks, monkeypatch):
     run = lambda: list(evaluate(  # noqa: E731
-        str(home / "isolated"), tmp_path, tasks=NAMES, kinds=["corpus", "random", "none", "whitened", "statistics"],
-        seeds=[0, 1], random_corpus=str(home / "others.txt"),
+        str(home / "isolated"), tmp_path, tasks=NAMES, seeds=[0, 1],
+        kinds=["corpus", "random", "none", "whitened", "statistics", "late"], random_corpus=str(home / "others.txt"),
     ))  # fmt: skip
     text = run()[0]
     results = read_json(tmp_path / "results.json")["tasks"]
@@ -206,6 +206,17 @@ def test_all_texts_of_a_problem_are_encoded_under_one_context(task, contexts, en
     assert len(model.contexts) == (1 if task is Sts else 2)
 
 
+def test_an_evaluation_does_not_change_the_samples_of_the_next(tokenizer, tmp_path):
+    one, task = embedder("biencoder", tokenizer), Clustering()
+    task.max_documents_per_cluster, task.n_clusters = 3, 4
+    meta = ours.model_meta(one, tmp_path)
+    first, second = (ours.score_task(one, meta, task, [], tmp_path / str(i), ["none"], 0) for i in range(2))
+    result = mteb.evaluate(ours.MtebModel(one, meta, "none"), task, cache=None, co2_tracker=False)
+    assert first == second == {"none": {"test/default": {"main_score": result.task_results[0].get_score()}}}
+    again = mteb.evaluate(ours.MtebModel(one, meta, "none"), task, cache=None, co2_tracker=False)
+    assert again.task_results[0].get_score() != result.task_results[0].get_score()  # so does the task itself
+
+
 def test_prompts_are_chosen_by_task_type(tokenizer, tmp_path):
     one = embedder("biencoder", tokenizer)
     one.settings = TextSettings("search_query: ", "search_document: ", 16, 16)
@@ -228,6 +239,8 @@ def test_a_small_corpus_is_repeated_for_weights_without_null_embedding(tokenizer
     one = embedder("joint", tokenizer, null_embedding=False)  # J = 4
     model = ours.MtebModel(one, ours.model_meta(one, tmp_path), "corpus")
     model._set_context(["a cat", "a whale"], Sts.metadata, "test", "default")
+    with pytest.raises(ValueError, match=r"context: expected one of corpus, .*, got 'whitend'"):
+        ours.MtebModel(one, model.mteb_model_meta, "whitend")
     assert model._context.corpus_size == 4 and "2 texts for a context of 4: they are repeated" in caplog.text
 
 

@@ -30,6 +30,7 @@ from cde_jax.retrieval.embedder import Context, Embedder
 
 log = logging.getLogger(__name__)
 
+KINDS = ("corpus", "whitened", "statistics", "random", "none")
 RETRIEVAL = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 CLASSIFICATION = ("Classification", "MultilabelClassification", "Regression")
 # By task type, of models that were trained with "search_query: ": as mteb has them for Nomic's and the paper's.
@@ -39,7 +40,7 @@ NOMIC_PROMPTS = dict.fromkeys(
 
 
 class MtebModel(AbsEncoder):
-    """An embedder with one kind of context, "corpus", "whitened", "statistics", "random" or "none", and its seed.
+    """An embedder with one kind of context, of `KINDS`, and the seed of its sample.
 
     prompts: by mteb's names (task, task type, "query", "document"); by default those of the embedder's settings.
     """
@@ -53,6 +54,8 @@ class MtebModel(AbsEncoder):
         random_documents: Sequence[str] = (),
         prompts: Mapping[str, str] | None = None,
     ):
+        if context not in KINDS:
+            raise ValueError(f"context: expected one of {', '.join(KINDS)}, got {context!r}")
         self.embedder, self.kind, self.seed = embedder, context, context_seed
         self.random_documents = list(random_documents)
         nomic = embedder.settings.query_prefix.strip() == "search_query:"
@@ -177,29 +180,24 @@ def score_task(
 ) -> dict[str, PerQuery]:
     """The task's main score of each split and subset, by kind of context; mteb's own result files in `folder`.
 
-    "statistics" is left out for tasks other than retrieval and reranking: its vectors are of queries and documents.
-    Raises ValueError where the task's data cannot be had.
+    "statistics" is for retrieval and reranking alone, whose vectors are of queries and documents; other kinds than
+    `KINDS` are left out too. Raises ValueError where the task's data cannot be had.
     """
-    cache, scores = mteb.ResultCache(folder), {}
-    parts = task.metadata.tasks if task.is_aggregate else [task]
-    try:
-        for part in parts:
+    scores = {}
+    for kind in kinds:
+        if kind not in KINDS or (kind == "statistics" and task.metadata.type not in RETRIEVAL):
+            continue
+        fresh = copy.deepcopy(task)  # a task draws samples by a random state that moves on
+        for part in fresh.metadata.tasks if fresh.is_aggregate else [fresh]:
             _load_data(part)
-        for kind in kinds:
-            if kind == "statistics" and task.metadata.type not in RETRIEVAL:
-                log.warning("%s: no lexical part for tasks of type %s", task.metadata.name, task.metadata.type)
-                continue
-            model = MtebModel(embedder, meta, kind, seed, random_documents)
-            result = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False).task_results[0]
-            scores[kind] = {
-                f"{split}/{entry['hf_subset']}": {MAIN[1]: float(entry[MAIN[1]])}
-                for split, entries in result.scores.items()
-                for entry in entries
-            }
-    finally:
-        for part in parts:
-            if part.data_loaded:
-                part.unload_data()
+        model = MtebModel(embedder, meta, kind, seed, random_documents)
+        options = {"cache": mteb.ResultCache(folder), "co2_tracker": False, "show_progress_bar": False}
+        result = mteb.evaluate(model, fresh, **options).task_results[0]
+        scores[kind] = {
+            f"{split}/{entry['hf_subset']}": {MAIN[1]: float(entry[MAIN[1]])}
+            for split, entries in result.scores.items()
+            for entry in entries
+        }
     return scores
 
 
