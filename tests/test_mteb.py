@@ -19,7 +19,7 @@ from cde_jax.data.tokens import Tokenizer  # noqa: E402
 from cde_jax.evaluate import main  # noqa: E402
 from cde_jax.evaluation import mteb as ours  # noqa: E402
 from cde_jax.evaluation.metrics import ndcg  # noqa: E402
-from cde_jax.evaluation.results import compare_runs  # noqa: E402
+from cde_jax.evaluation.results import compare_runs, read_scores  # noqa: E402
 from cde_jax.interop.modules import TextSettings  # noqa: E402
 from cde_jax.interop.write import save_pretrained  # noqa: E402
 from cde_jax.retrieval.embedder import Embedder  # noqa: E402
@@ -68,6 +68,7 @@ class Retrieval(AbsTaskRetrieval):
 
 class Reranking(Retrieval):
     metadata = metadata("LocalReranking", "Reranking", "map_at_1000")
+    ignore_identical_ids = True
     candidates: ClassVar = {"q1": ["d", "a", "c"], "q2": ["c", "b"], "q3": ["a", "c", "d"]}
 
 
@@ -169,6 +170,13 @@ def test_retrieval_is_scored_with_the_context_of_each_split_s_corpus(home, tmp_p
     scores = {split: entries[0]["main_score"] for split, entries in read_json(file)["scores"].items()}
     assert scores == pytest.approx(means, abs=1e-5)
     assert len(set(scores.values())) == 2
+    cells = read_scores(tmp_path / "scores/LocalRetrieval.parquet")["corpus", 3]  # every query's beside them
+    for split, names in (("dev", "ab"), ("test", ["q1", "q2", "q3"])):
+        per_query = [cells[f"{split}/default/{name}"]["ndcg@10"] for name in names]
+        assert np.mean(per_query) == pytest.approx(cells[f"{split}/default"]["main_score"], abs=1e-5)
+    assert "ndcg@10" not in cells["dev/default"] and "main_score" not in cells["dev/default/a"]
+    summary = read_json(tmp_path / "results.json")["tasks"]["LocalRetrieval"]["corpus"]
+    assert summary["main_score"]["mean"] == pytest.approx(np.mean(list(means.values())), abs=1e-5)
 
 
 class Recorded(ours.MtebModel):

@@ -15,8 +15,9 @@ Qrels = Mapping[str, Mapping[str, int]]  # {query id: {document id: relevance}}
 Rankings = dict[str, dict[str, Run]]  # {set: {kind: run}}; plain JSON
 Means = Mapping[str, Mapping[str, float]]  # {set: {kind: NDCG@k}}
 PerQuery = dict[str, dict[str, float]]  # {query id: {measure: score}}
+DEPTH = 100  # documents ranked for each query, where these measures are reported
 
-# Our name → pytrec_eval's. "mrr" counts as many documents as are ranked.
+# Our name → pytrec_eval's; "mrr" is of all that are ranked.
 MEASURES = {f"ndcg@{k}": f"ndcg_cut_{k}" for k in (1, 3, 5, 10)} | {
     "mrr": "recip_rank",
     "map@100": "map_cut_100",

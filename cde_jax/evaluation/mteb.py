@@ -24,7 +24,7 @@ from mteb.types import PromptType
 from cde_jax.adapters.statistics import CorpusStatistics
 from cde_jax.adapters.whitening import pseudo_queries
 from cde_jax.evaluation.beir import filled
-from cde_jax.evaluation.metrics import PerQuery
+from cde_jax.evaluation.metrics import DEPTH, PerQuery, measures_per_query
 from cde_jax.evaluation.results import MAIN
 from cde_jax.retrieval.embedder import Context, Embedder
 
@@ -64,6 +64,7 @@ class MtebModel(AbsEncoder):
         self.mteb_model_meta = meta.model_copy(update={"experiment_kwargs": experiment})
         self._key: tuple[str, ...] | None = None  # what the context belongs to
         self._context: Context | None = None
+        self.rankings: dict[str, dict[str, dict[str, float]]] = {}  # {"split/subset": run} of what was searched
 
     def index(self, corpus: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, **options: Any) -> None:
         """Sample the context from the corpus that will be searched."""
@@ -75,7 +76,9 @@ class MtebModel(AbsEncoder):
 
     def search(self, queries: Any, **options: Any) -> dict[str, dict[str, float]]:
         """Search as mteb does for any encoder: {query id: {document id: score}}."""
-        return self._search.search(queries, **options)
+        run = self._search.search(queries, **options)
+        self.rankings[f"{options['hf_split']}/{options['hf_subset']}"] = run
+        return run
 
     def encode(
         self,
@@ -180,6 +183,8 @@ def score_task(
 ) -> dict[str, PerQuery]:
     """The task's main score of each split and subset, by kind of context; mteb's own result files in `folder`.
 
+    Of retrieval and reranking also our measures of every query ("split/subset/query"), unless mteb's file was there.
+
     "statistics" is for retrieval and reranking alone, whose vectors are of queries and documents; other kinds than
     `KINDS` are left out too. Raises ValueError where the task's data cannot be had.
     """
@@ -194,11 +199,22 @@ def score_task(
         options = {"cache": mteb.ResultCache(folder), "co2_tracker": False, "show_progress_bar": False}
         result = mteb.evaluate(model, fresh, **options).task_results[0]
         scores[kind] = {
-            f"{split}/{entry['hf_subset']}": {MAIN[1]: float(entry[MAIN[1]])}
+            f"{split}/{entry['hf_subset']}": {MAIN[0]: float(entry[MAIN[0]])}
             for split, entries in result.scores.items()
             for entry in entries
         }
+        for place, run in model.rankings.items() if not fresh.is_aggregate else ():
+            split, subset = place.split("/", 1)
+            best = {q: _best(d, q if fresh.ignore_identical_ids else None) for q, d in run.items()}
+            measures = measures_per_query(best, fresh.dataset[subset][split]["relevant_docs"])
+            scores[kind] |= {f"{place}/{query}": row for query, row in measures.items()}
     return scores
+
+
+def _best(documents: Mapping[str, float], without: str | None) -> dict[str, float]:
+    """The 100 best documents but one."""
+    ranked = sorted(documents.items(), key=lambda item: (item[1], item[0]), reverse=True)
+    return dict([item for item in ranked if item[0] != without][:DEPTH])
 
 
 def _load_data(task: Any) -> None:

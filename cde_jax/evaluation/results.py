@@ -14,7 +14,7 @@ from cde_jax.evaluation.metrics import PerQuery, Scores, text_table
 Cells = dict[tuple[str, int | None], PerQuery]  # (kind of context, seed of its sample, None without one) → scores
 Summary = dict[str, dict[str, dict[str, Any]]]  # {kind: {measure: {"mean", "spread", "seeds"}}}
 SCORES = "scores"  # folder of the Parquet files
-MAIN = ("ndcg@10", "main_score")  # the second as mteb has it, of each task, split and subset
+MAIN = ("main_score", "ndcg@10")  # the first as mteb has it, of each task, split and subset
 
 
 def write_scores(path: Path, cells: Cells, identity: str) -> None:
@@ -22,8 +22,9 @@ def write_scores(path: Path, cells: Cells, identity: str) -> None:
     import pyarrow
     from pyarrow import parquet
 
+    measures = dict.fromkeys(m for queries in cells.values() for scores in queries.values() for m in scores)
     rows = [
-        {"context": kind, "seed": seed, "query": query} | scores
+        {"context": kind, "seed": seed, "query": query} | {m: scores.get(m) for m in measures}
         for (kind, seed), queries in cells.items()
         for query, scores in queries.items()
     ]
@@ -53,7 +54,7 @@ def read_scores(path: Path, identity: str | None = None) -> Cells:
         )
     cells: Cells = {}
     for (kind, seed, query), scores in zip(keys, rows, strict=True):
-        cells.setdefault((kind, seed), {})[query] = scores
+        cells.setdefault((kind, seed), {})[query] = {m: score for m, score in scores.items() if score is not None}
     return cells
 
 
@@ -69,8 +70,8 @@ def summary(cells: Cells) -> Summary:
     """Means over queries, and over seeds their mean and standard deviation ("spread")."""
     result: Summary = {}
     for (kind, seed), queries in cells.items():
-        for measure in next(iter(queries.values())):
-            mean = float(np.mean([scores[measure] for scores in queries.values()]))
+        for measure in dict.fromkeys(m for scores in queries.values() for m in scores):
+            mean = float(np.mean([scores[measure] for scores in queries.values() if measure in scores]))
             result.setdefault(kind, {}).setdefault(measure, {"seeds": {}})["seeds"][str(seed)] = mean
     for measures in result.values():
         for entry in measures.values():
@@ -97,7 +98,7 @@ def _number(cell: Mapping[str, Any]) -> str:
     return f"{cell['mean']:.4f}" + ("" if cell["spread"] is None else f" ± {cell['spread']:.4f}")
 
 
-def compare_runs(folders: Sequence[Path], kinds: tuple[str, str] | None, measure: str = MAIN[0]) -> str:
+def compare_runs(folders: Sequence[Path], kinds: tuple[str, str] | None, measure: str = MAIN[1]) -> str:
     """A table of paired bootstrap intervals between two runs, for kinds of context of both or for one of each.
 
     Queries are resampled; with mteb's main scores, which are not by query, tasks are. Only tasks and seeds that both
@@ -122,7 +123,7 @@ def compare_runs(folders: Sequence[Path], kinds: tuple[str, str] | None, measure
         if not names or not seeds:
             continue
         c = compare(*scores, *pair)
-        if measure == MAIN[1]:
+        if measure == MAIN[0]:
             means = [[first.means, second.means] for first, second in zip(*scores, strict=True)]
             by_task = [[x[name][pair[0]] - y[name][pair[1]] for name in names] for x, y in means]
             c = Comparison(*bootstrap([np.array(by_task)]), c.wins, c.sets)
@@ -138,8 +139,6 @@ def compare_runs(folders: Sequence[Path], kinds: tuple[str, str] | None, measure
 
 def _by_seed(cells: Cells, kind: str, measure: str) -> dict[int | None, dict[str, float]]:
     """{seed: {query: score}} of the cells that have the measure."""
-    return {
-        seed: {query: scores[measure] for query, scores in queries.items()}
-        for (k, seed), queries in cells.items()
-        if k == kind and measure in next(iter(queries.values()))
-    }
+    seeds = {seed: queries for (k, seed), queries in cells.items() if k == kind}
+    tables = {seed: {q: s[measure] for q, s in queries.items() if measure in s} for seed, queries in seeds.items()}
+    return {seed: table for seed, table in tables.items() if table}

@@ -21,7 +21,7 @@ from cde_jax.evaluation.baselines import candidates as first_candidates
 from cde_jax.evaluation.baselines import truncated
 from cde_jax.evaluation.conteb import DOCUMENT, LATE, rank_chunks
 from cde_jax.evaluation.conteb import read as read_chunks
-from cde_jax.evaluation.metrics import PerQuery, Run, measures_per_query
+from cde_jax.evaluation.metrics import DEPTH, PerQuery, Run, measures_per_query
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.stages.export import read_corpus
 
@@ -37,7 +37,6 @@ KINDS = {
     "document": DOCUMENT,  # these two of ConTEB sets only
     "late": LATE,
 }
-DEPTH = 100  # documents ranked for each query
 
 
 class Task(NamedTuple):
