@@ -22,6 +22,7 @@ from jaxtyping import Float
 
 from cde_jax import Adapter, CorpusStatistics, HybridVectors, Whitening
 from cde_jax.adapters.whitening import SAMPLE_SIZE
+from cde_jax.config import AdapterSettings
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.evaluation.compare import bootstrap
 from cde_jax.evaluation.metrics import ndcg_per_query
@@ -70,14 +71,16 @@ def main() -> None:
         line |= {"gain": round(gain, 2), "interval": [round(low, 2), round(high, 2)], "sets": means}
         if name in kept:
             line["identity"] = f"{sum(kept[name])} of {len(kept[name])}"
-        emit(line | {"seeds": len(args.seeds)}, "jax")
+        emit(line | {"form": AdapterSettings().form, "seeds": len(args.seeds)}, "jax")
 
 
 def draw(lines: Path, figure: Path) -> None:
     """NDCG@10 against the number of labelled queries, a curve a chain; chains without labels are level."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     means = {line["case"]: line["mean"] for line in map(json.loads, lines.read_text().splitlines())}
+    rcParams["svg.hashsalt"] = "cde_jax"  # the same bytes for the same numbers
     labels = sorted({int(name.split()[-2]) for name in means if name.endswith("labels")})
     drawn = Figure(figsize=(6, 3.6), layout="constrained")
     axes, places = drawn.subplots(), range(len(labels) + 1)
@@ -90,7 +93,7 @@ def draw(lines: Path, figure: Path) -> None:
     axes.set_xticks(places, ["0", *map(str, labels)])
     axes.set(xlabel="labelled queries", ylabel="NDCG@10, mean of sets", title="Vectors that you have already")
     axes.legend(fontsize="small")
-    drawn.savefig(figure)
+    drawn.savefig(figure, metadata={"Date": None})
 
 
 class Chain:
