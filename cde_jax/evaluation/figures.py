@@ -44,21 +44,18 @@ def make(
     model: an export or hub name; data: BEIR folders; workdirs: of runs, for "difficulty" and the training data of
     "idf-shift"; seeds: samples of context documents. Raises ValueError where the figure misses what it is made of.
     """
-    needs = {"workdir": workdirs} if name == "difficulty" else {"model": model, "data": data}
-    missing = [f"--{need}" for need, value in needs.items() if not value]
-    if name not in FIGURES or missing or seeds < 1:
-        wrong = f"needs {' and '.join(missing)}" if missing else f"needs --seeds of 1 or more, got {seeds}"
-        known = f"is unknown: choose one of {', '.join(FIGURES)}"
-        raise ValueError(f"the figure {name!r} {wrong if name in FIGURES else known}")
+    if name not in FIGURES:
+        raise ValueError(f"unknown figure {name!r}: choose one of {', '.join(FIGURES)}")
+    needs = {"--workdir": workdirs} if name == "difficulty" else {"--model": model, "--data": data}
+    if missing := [flag for flag, value in (needs | {"--seeds of 1 or more": seeds > 0}).items() if not value]:
+        raise ValueError(f"the figure {name!r} needs {' and '.join(missing)}")
     if name == "difficulty":
-        return (figure := difficulty(workdirs)), plots.write(figure, directory, name)
-    sets, embedder = read_sets(data), Embedder.from_pretrained(model)
-    if name == "idf-shift":
-        figure = idf_shift(embedder, sets, workdirs)
-    elif embedder.contextual:
-        figure = FIGURES[name](embedder, sets, seeds)
+        figure = difficulty(workdirs)
     else:
-        raise ValueError(f"{model} is a biencoder, which reads no context: {name!r} needs a contextual model")
+        sets, embedder = read_sets(data), Embedder.from_pretrained(model)
+        if name != "idf-shift" and not embedder.contextual:
+            raise ValueError(f"{model} is a biencoder, which reads no context: {name!r} needs a contextual model")
+        figure = FIGURES[name](embedder, sets, workdirs if name == "idf-shift" else seeds)
     return figure, plots.write(figure, directory, name)
 
 
