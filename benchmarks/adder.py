@@ -28,22 +28,22 @@ from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.evaluation.compare import bootstrap
 from cde_jax.retrieval.index import search
 
+_SOFTMAX = {"form": "softmax"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {},
-    "softmax": {"form": "softmax", "learning_rate": 3e-4},
-    "softmax, both sides": {"form": "softmax", "learning_rate": 3e-4, "sides": "both"},
-    "softmax, margin": {"form": "softmax", "learning_rate": 3e-4, "loss": "margin"},
-    "softmax, in-batch": {"form": "softmax", "learning_rate": 3e-4, "negatives": "batch"},
-    "softmax, one hardest": {"form": "softmax", "learning_rate": 3e-4, "hardest": 1},
-    **{f"softmax, h = {h}": {"form": "softmax", "learning_rate": 3e-4, "hidden": h} for h in (16, 32, 128)},
-    "linear": {"form": "linear", "learning_rate": 1e-4},
-    "linear, both sides": {"form": "linear", "learning_rate": 1e-4, "sides": "both"},
-    "linear, margin": {"form": "linear", "learning_rate": 1e-4, "loss": "margin"},
-    "linear, in-batch": {"form": "linear", "learning_rate": 1e-4, "negatives": "batch"},
-    "linear, mixed": {"form": "linear", "learning_rate": 1e-4, "negatives": "both"},
-    "linear, one hardest": {"form": "linear", "learning_rate": 1e-4, "hardest": 1},
-    "low rank": {"form": "low_rank", "learning_rate": 3e-5},
-    "mlp": {"form": "mlp", "hidden": 384, "learning_rate": 3e-5},
+    "linear": {},
+    "softmax": _SOFTMAX,
+    "low rank": {"form": "low_rank"},
+    "mlp": {"form": "mlp", "hidden": 384},
+    "linear, both sides": {"sides": "both"},
+    "softmax, both sides": _SOFTMAX | {"sides": "both"},
+    "linear, in-batch": {"negatives": "batch"},
+    "linear, mixed": {"negatives": "both"},
+    "linear, one hardest": {"hardest": 1},
+    "linear, margin": {"loss": "margin"},
+    "softmax, in-batch": _SOFTMAX | {"negatives": "batch"},
+    "softmax, margin": _SOFTMAX | {"loss": "margin"},
+    **{f"softmax, h = {h}": _SOFTMAX | {"hidden": h} for h in (16, 32, 128)},
 }
 
 

@@ -20,7 +20,8 @@ _VECTORS = flags.DEFINE_string(
 _MODEL = flags.DEFINE_string("model", None, "Encoder in place of --vectors: a directory or a hub name")
 _OUT = flags.DEFINE_string("out", None, "Folder for the adapter and its report; the same command goes on from there")
 _EXPORT = flags.DEFINE_list("export", [], "Also write: onnx, sentence-transformers (which needs --model)")
-_TYPES = {float: flags.DEFINE_float, int: flags.DEFINE_integer, int | None: flags.DEFINE_integer}
+_TYPES = {float: flags.DEFINE_float, float | None: flags.DEFINE_float}
+_TYPES |= {int: flags.DEFINE_integer, int | None: flags.DEFINE_integer}
 _SETTINGS = [
     _TYPES.get(field.type, flags.DEFINE_string)(field.name, field.default, f"Of the fit: {field.name}")
     for field in fields(AdapterSettings)

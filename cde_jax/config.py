@@ -302,15 +302,16 @@ class AdapterSettings(_Section, prefix="", affects="nothing"):
     """How an adapter is fitted: the keyword arguments of `Adapter.fit`, and flags of the adapt command."""
 
     sides: Literal["query", "both"] = "query"  # both: a second table for documents (ADDER 2), which changes the index
-    form: Literal["softmax", "linear", "low_rank", "mlp"] = "softmax"  # V a(K x + b) with this a; "linear" is V x
+    # V softmax(K x + b), the paper's; V x, better on the sets measured; V (K x + b); V relu(K x + b)
+    form: Literal["softmax", "linear", "low_rank", "mlp"] = "linear"
     hidden: int = setting(64, 1, 2**16)  # h, rows of K
     loss: Literal["infonce", "margin"] = "infonce"  # margin: max(0, margin − positive + hardest negative)
     negatives: Literal["global", "batch", "both"] = "global"  # of the whole corpus, or the other queries' positives
     hardest: int = setting(64, 1, 2**16)  # global negatives of a query in the loss
-    temperature: float = setting(0.05, 1e-3, 1e3)
+    temperature: float = setting(0.1, 1e-3, 1e3)
     margin: float = setting(0.1, 0.0, 2.0)
-    learning_rate: float = setting(3e-4, 1e-9, 1e3)
-    steps: int = setting(200, 1, 2**31)  # at most: the held-out queries choose
+    learning_rate: float | None = setting(None, 1e-9, 1e3)  # None: by the form
+    steps: int = setting(100, 1, 2**31)  # at most: the held-out queries choose
     batch_size: int = setting(128, 1, 2**16)  # queries of a step
     refresh: int | None = setting(None, 1, 2**31)  # steps between searches of the corpus; None: 1, more if it is large
     validation: float = setting(0.2, 0.01, 0.5)  # share of the queries that is held out

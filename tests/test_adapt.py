@@ -242,7 +242,7 @@ def test_the_file_alone_is_enough_for_a_vector_database(tmp_path):
     """The function of docs/adapters.md."""
     from safetensors.numpy import load_file
 
-    adapter = Adapter(12, AdapterSettings(), random_tables("softmax", 12, "query"))
+    adapter = Adapter(12, AdapterSettings(form="softmax"), random_tables("softmax", 12, "query"))
     adapter.save(tmp_path / "adapter.safetensors")
     table, queries = load_file(tmp_path / "adapter.safetensors"), task()[0]
     weights = np.exp(queries @ table["query.K"].T + table["query.b"])

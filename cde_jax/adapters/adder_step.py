@@ -18,6 +18,7 @@ BLOCK, CHUNK = 65_536, 64  # documents scored at a time; those of which only the
 DEVICE_BYTES = 2**32  # of float32 documents kept on the device; a larger corpus is read block by block
 QUERIES = 512  # searched at a time
 KEY_SCALE = 1.5  # standard deviation of the logits of the lookup at the start
+LEARNING_RATES = {"linear": 4e-4, "softmax": 1e-3, "low_rank": 1e-4, "mlp": 1e-4}
 NEVER = -1e9  # score of what is no negative
 Tables = dict[str, Table]
 
@@ -85,7 +86,7 @@ def initial_tables(settings: AdapterSettings, width: int) -> Tables:
 
 def optimizer(settings: AdapterSettings) -> optax.GradientTransformation:
     """Adam."""
-    return optax.adam(settings.learning_rate)
+    return optax.adam(settings.learning_rate or LEARNING_RATES[settings.form])
 
 
 @partial(jax.jit, static_argnames="settings")
