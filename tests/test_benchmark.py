@@ -98,6 +98,8 @@ def test_a_finished_task_is_kept_and_a_kind_that_is_new_is_added(home, tmp_path,
     assert asked == [("animals", 0, everything), ("animals", 5, everything - {"none"}),
                      ("ships", 0, {"whitened"}), ("ships", 5, everything - {"none"})]  # fmt: skip
     assert list(content["tasks"]["ships"]) == ["corpus", "whitened", "none"]
+    _, content = run(home, tmp_path, sets=("animals",), kinds=["none"])
+    assert sorted(content["tasks"]) == ["animals", "ships"] and list(content["tasks"]["animals"]) == ["none"]
     with pytest.raises(ValueError, match="another model, data or random corpus, expected fingerprint"):
         run(home, tmp_path, "biencoder", sets=("ships",), kinds=["none"])
 

@@ -38,8 +38,7 @@ def read(folder: str | Path) -> EvaluationSet:
         if not document or not number.isdecimal() or row["chunk_id"] in corpus:
             raise ValueError(f"{folder}: expected each chunk_id once, as DOCUMENT_NUMBER, got {row['chunk_id']!r}")
         corpus[row["chunk_id"]] = row["chunk"]
-    first = {name: i for i, name in reversed(list(enumerate(map(_document, corpus))))}
-    order = sorted(corpus, key=lambda name: (first[_document(name)], int(name.rpartition("_")[2])))
+    order = sorted(corpus, key=lambda name: (_document(name), int(name.rpartition("_")[2])))
     queries, qrels = {}, {}
     for number, row in enumerate(_rows(folder, "queries", ("query", "chunk_id"), ("query", "chunk_ids"))):
         relevant = row["chunk_ids"] if "chunk_ids" in row else [row["chunk_id"]]

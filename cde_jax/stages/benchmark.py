@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from cde_jax.data.files import fingerprint, write_json
+from cde_jax.data.files import fingerprint, read_json, write_json
 from cde_jax.data.sources.beir import EvaluationSet, read, read_sets
 from cde_jax.evaluation import beir, results
 from cde_jax.evaluation.baselines import candidates as first_candidates
@@ -98,8 +98,10 @@ def evaluate(
             log.error("%s: %s", task.name, error, exc_info=not isinstance(error, ValueError | OSError))
             failed[task.name] = error
     if summaries:
-        content = {"model": str(model), "weights": embedder.weights, "tasks": summaries}
-        write_json(out / "results.json", content)
+        content, file = {"model": str(model), "weights": embedder.weights}, out / "results.json"
+        before = read_json(file, dict) if file.is_file() else {}
+        kept = before.get("tasks", {}) if before.get("weights") == embedder.weights else {}
+        write_json(file, content | {"tasks": kept | summaries})
         yield results.table(summaries)
     if failed:
         lines = "".join(f"\n- {name}: {error}" for name, error in failed.items())
