@@ -15,7 +15,9 @@ from test_interop import CONFIGS, SETTINGS, random_model, tokenizer
 import cde_jax
 from cde_jax.adapters import adder_training
 from cde_jax.adapters.adder import Adapter
+from cde_jax.adapters.whitening import Whitening
 from cde_jax.config import AdapterSettings
+from cde_jax.data.store import unit_rows
 from cde_jax.interop.adapter_export import write_onnx, write_sentence_transformers
 from cde_jax.interop.write import save_pretrained
 from cde_jax.retrieval.embedder import Embedder
@@ -251,3 +253,15 @@ def test_the_file_alone_is_enough_for_a_vector_database(tmp_path):
     np.testing.assert_allclose(
         moved, cde_jax.Adapter.load(tmp_path / "adapter.safetensors").transform_queries(queries), atol=1e-5
     )
+
+
+def test_a_whitening_is_exported_as_a_residual(tmp_path):
+    load, encoder = tiny_encoder(tmp_path / "encoder")
+    texts = ["a b", "c", "b b c"]
+    vectors = unit_rows(encoder.encode(texts))
+    random = np.random.default_rng(0)
+    fitted = Whitening.fit(*(unit_rows(random.normal(size=(30, 12)).astype(np.float32)) for _ in range(2)))
+    write_sentence_transformers(fitted.to_tables(), "low_rank", 12, str(tmp_path / "encoder"), tmp_path / "out")
+    loaded = load(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(loaded.encode_query(texts), fitted.transform_queries(vectors), atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_document(texts), fitted.transform_documents(vectors), atol=1e-5)

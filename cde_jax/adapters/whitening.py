@@ -48,6 +48,15 @@ class Whitening(NamedTuple):
         """`whitening` of samples of a corpus' unit vectors."""
         return whitening(queries, documents, strength)
 
+    def to_tables(self) -> dict[str, dict[str, Float[np.ndarray, "..."]]]:
+        """As tables K, b and V by side of a residual V (K x + b), the form "low_rank" of `interop.adapter_export`."""
+        identity = np.eye(len(self.matrix), dtype=np.float32)
+        means = {"query": self.query_mean, "document": self.document_mean}
+        return {
+            side: {"K": self.matrix - identity, "b": -np.float32(MEAN_FRACTION) * mean @ self.matrix, "V": identity}
+            for side, mean in means.items()
+        }
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file atomically."""
         write_file(given_path(path), save(self._asdict(), {"format": FORMAT}))
