@@ -5,7 +5,7 @@ python tests/mutate.py [--packages data batching training models] [--sample 40] 
 Draws `--sample` mutations of each package with a seed (one at each place of the code; all with --sample 0), applies
 each to a copy of the working tree and runs the tests of the mutated module: those files that name it, or else all that
 name its package, at most `--tests` of them (what others would notice counts as survived). Prints a line per survivor
-with its diff, and the share of survivors by package as JSON lines. Mutations of type annotations and of texts are left
+with its diff, and counts by package as JSON lines. Mutations of type annotations and of texts are left
 out: they change no behaviour.
 """
 
@@ -61,19 +61,20 @@ def test_package(package: str, sample: int, seed: int, tests: int) -> dict:
     by_module: dict[str, list[WorkItem]] = defaultdict(list)
     for item in items:
         by_module[str(item.mutations[0].module_path)].append(item)
-    tried = survived = 0
+    tried = survived = timeouts = 0
     for module, mutations in by_module.items():
         command = shlex.join([sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", *tests_of(module)[:tests]])
         subprocess.run(shlex.split(command), check=True, capture_output=True)
         for item in mutations:
             result = mutate_and_test(item.mutations, command, TIMEOUT)
             tried += 1
+            timeouts += result.output == "timeout"  # counts as noticed: an endless loop, or a slow machine
             if not result.is_killed:
                 survived += 1
                 mutation = item.mutations[0]
                 changed = [line for line in result.diff.splitlines() if re.match(r"[-+](?![-+])", line)]
                 print(f"survived {module}:{mutation.start_pos[0]}", *changed, sep="\n    ", flush=True)
-    return {"package": package, "mutations": tried, "survived": survived, "share": round(survived / max(tried, 1), 3)}
+    return {"package": package, "mutations": tried, "survived": survived, "timeouts": timeouts}
 
 
 def draw(modules: list[Path], sample: int, seed: int) -> list[WorkItem]:
