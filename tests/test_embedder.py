@@ -466,7 +466,7 @@ def adapter_of(embedder, **fingerprints):
         side: {k: random.normal(size=x).astype(np.float32) for k, x in shapes.items()} for side in ("query", "document")
     }
     fingerprints = {"weights": embedder.weights} | fingerprints
-    return Adapter(embedder.width, AdapterSettings(sides="both"), tables, fingerprints=fingerprints)
+    return Adapter(embedder.width, AdapterSettings(form="softmax", sides="both"), tables, fingerprints=fingerprints)
 
 
 def test_an_adapter_acts_after_the_whitening_and_before_the_lexical_part(embedder, tokenizer):

@@ -119,6 +119,7 @@ def half_written(workdir: Path) -> list[Path]:
     return [p for p in workdir.glob("checkpoints/*tmp*") if p.is_dir()]
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_a_checkpoint_ends_as_if_it_was_not(prepared, workdir):
     folder, expected = prepared
     for attempt in range(8):

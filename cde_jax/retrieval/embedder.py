@@ -209,6 +209,8 @@ class Embedder:
     def _encode(
         self, texts: list[str] | Tokens, context: Context | None, kind: Literal["queries", "documents"]
     ) -> Float[np.ndarray, "n _"]:
+        if context is not None:
+            self._check_context(context)
         if self.adapter is not None:
             self._check_fitted(self.adapter, "context", "" if context is None else context.documents)
         hybrid = None if context is None else context.hybrid
