@@ -216,7 +216,7 @@ class Train(_Section, prefix="train.", affects="training"):
     share_negatives: bool = False  # contrast across all plan batches of a step instead of within each
     text_lengths: int = setting(12, 1, 256)  # padded lengths that texts run at; each takes time to compile
     # queries and documents, of the longest length, in a chunk that is recomputed in the backward pass; 0: a fitting
-    document_chunk: int = setting(0, AUTO, 2**24)  # … number (8192 tokens on accelerators); -1: as memory allows
+    document_chunk: int = setting(0, AUTO, 2**24)  # … number (8192 positions on accelerators); -1: as memory allows
     context_chunk: int = setting(0, AUTO, 2**24)  # the same for context documents
     memory_gib: float = setting(0.0, 0.0, 1e6)  # GiB of a step, for chunks of -1; 0: 0.9 of what the device has
     peak_tflops: float = setting(0.0, 0.0, 1e9, affects="nothing")  # of a device, for utilisation; 0: the maker's

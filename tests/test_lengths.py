@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cde_jax.batching.loader import _sizes, choose_layout, choose_lengths, split_by_length, to_chunks
+from cde_jax.batching.loader import _sizes, choose_layout, choose_lengths, count_lengths, split_by_length, to_chunks
 from cde_jax.data.store import Ragged
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=30).map(np.array)
@@ -29,9 +29,9 @@ def test_no_other_choice_of_lengths_pads_less(sizes, most):
     assert padded_tokens(sizes, chosen) == min(padded_tokens(sizes, other) for other in others)
 
 
-@given(BATCHES, st.integers(1, 5), st.integers(0, 100))
-def test_every_text_is_in_one_chunk_that_it_fits_and_only_the_last_has_room_left(batches, most, tokens):
-    layout = choose_layout(lambda: batches, most, tokens)
+@given(BATCHES, st.integers(1, 5), st.integers(0, 100), st.integers(0, 30))
+def test_every_text_is_in_one_chunk_that_it_fits_and_only_the_last_has_room_left(batches, most, positions, slots):
+    layout = choose_layout(count_lengths(batches), most, positions, slots)
     most_of_any, fullest = np.zeros((2, len(layout.lengths)), int)
     for sizes in batches:
         chunks = list(split_by_length(sizes, layout.lengths, layout.texts))
@@ -44,8 +44,8 @@ def test_every_text_is_in_one_chunk_that_it_fits_and_only_the_last_has_room_left
         assert all(len(rows) == layout.texts[k] for k, rows in chunks[:-1])
         most_of_any = np.maximum(most_of_any, np.bincount([k for k, _ in chunks], minlength=len(most_of_any)))
     assert layout.chunks == tuple(most_of_any) and layout.texts == tuple(fullest)
-    if tokens:  # a chunk has room for so many, or for the most that any batch puts in one
-        limits = [max(1, tokens // length) for length in layout.lengths]
+    if positions:  # a chunk has room for so many, or for the most that any batch puts in one
+        limits = [max(1, positions // (length + slots)) for length in layout.lengths]
         assert all(texts <= limit for texts, limit in zip(layout.texts, limits, strict=True))
         several = zip(layout.texts, limits, layout.chunks, strict=True)
         assert all(texts == limit for texts, limit, chunks in several if chunks > 1)
@@ -59,7 +59,7 @@ def test_texts_are_found_again_at_their_places(batches, most, tokens, wider):
     random = np.random.default_rng(0)
     mask = np.arange(width) < sizes[..., None]
     ids = np.where(mask, random.integers(1, 99, mask.shape), 0).astype(np.int32)
-    layout = choose_layout(lambda: sizes, most, tokens)
+    layout = choose_layout(count_lengths([sizes]), most, tokens)
     parts = [to_chunks(ids[g], mask[g], layout) for g in range(len(ids))]
     held = {
         "ids": [np.stack(x) for x in zip(*(part["ids"] for part in parts), strict=True)],
@@ -89,7 +89,7 @@ def test_real_looking_lengths_are_padded_by_less_than_fifteen_percent():
             documents = random.lognormal(np.log(random.uniform(60, 120)), 0.5, 256)
             yield np.clip(np.concatenate([queries, documents]), 3, 128).astype(int)
 
-    layout = choose_layout(batches, 8)
+    layout = choose_layout(count_lengths(batches()), 8)
     tokens = sum(int(sizes.sum()) for sizes in batches())
     computed = sum(
         layout.lengths[k] * layout.texts[k]
@@ -106,12 +106,22 @@ def test_real_looking_lengths_are_padded_by_less_than_fifteen_percent():
 @pytest.mark.parametrize(("tokens", "texts"), [(100, (12, 6)), (4, (1, 1))])
 def test_a_chunk_holds_as_many_texts_as_fit_its_tokens(tokens, texts):
     batches = [np.repeat([3, 8, 16], 15)]
-    assert choose_layout(lambda: batches, 2, tokens).texts == texts
+    assert choose_layout(count_lengths(batches), 2, tokens).texts == texts
+
+
+def test_a_chunk_counts_the_slots_that_joint_attention_runs_with_every_text():
+    """The paper's large setting: 64 texts of 512 tokens beside 512 documents and 8 learned tokens."""
+    counted, slots = count_lengths([np.repeat([16, 512], 5000)]), 520
+    layout = choose_layout(counted, 2, 64 * (512 + slots), slots)
+    assert layout.lengths == (16, 512) and layout.texts == (123, 64)
+    positions = np.multiply(layout.texts, np.add(layout.lengths, slots))
+    assert positions.max() <= 64 * (512 + slots)
+    assert choose_layout(counted, 2, 64 * 512).texts == (2048, 64)  # isolated: slots are keys only
 
 
 @pytest.mark.parametrize(("texts", "tokens"), [(20, 80), (1000, 512), (10_000, 5000)])
 def test_left_alone_a_chunk_is_a_share_of_a_plan_batch_neither_tiny_nor_most_of_it(texts, tokens):
-    (length,), (held,), _ = choose_layout(lambda: [np.full(texts, 16)] * 3, 1)
+    (length,), (held,), _ = choose_layout(count_lengths([np.full(texts, 16)] * 3), 1)
     assert (length, held) == (16, tokens // 16)
 
 

@@ -1,5 +1,6 @@
 """The loader: `batch(step)` is a function, and threads only compute it ahead of time."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_pairs import tiny_pairs, tiny_plan, tiny_vectors
 
+from cde_jax.batching import loader as loader_module
 from cde_jax.batching.loader import Loader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +58,7 @@ def texts_of(chunks, g) -> list[list[int]]:
     return [rows[place] for place in chunks["place"][g]]
 
 
-LENGTHS = {"text_lengths": 3, "chunk_tokens": 20, "context_chunk_tokens": 10}
+LENGTHS = {"text_lengths": 3, "chunk_positions": 20, "context_chunk_positions": 10}
 
 
 def test_arrays_have_the_promised_shapes_and_types(made):
@@ -239,3 +241,67 @@ def test_steps_out_of_range_are_named(made):
         loader.batch(-1)
     with pytest.raises(ValueError, match="start ≤ stop, got 3 and 2"):
         next(loader.iterate(3, 2, threads=1, prefetch=1))
+
+
+# --- layouts from one process to the next
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "layouts.json"
+
+
+def test_layouts_are_kept_for_the_next_start(made, file, monkeypatch):
+    first = Loader(*made, **(OPTIONS | LENGTHS), layouts_file=file)
+    wanted = first.layouts
+    monkeypatch.setattr(loader_module, "count_lengths", lambda _: pytest.fail("the plan is gone through again"))
+    again = Loader(*made, **(OPTIONS | LENGTHS), layouts_file=file)
+    assert again.layouts == wanted
+    assert_equal(again.batch(1), first.batch(1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk_positions": 30},
+        {"context_chunk_positions": 20},
+        {"slots": 3},
+        {"text_lengths": 2},
+        {"context_size": 2},
+        {"seed": 2},
+        {"context_source": "domain"},
+    ],
+)
+def test_layouts_of_other_settings_are_not_taken(made, file, change):
+    options = OPTIONS | LENGTHS
+    wanted = Loader(*made, **options, layouts_file=file).layouts
+    assert Loader(*made, **(options | change), layouts_file=file).layouts == Loader(*made, **(options | change)).layouts
+    assert len(json.loads(file.read_text())) == 2
+    assert Loader(*made, **options, layouts_file=file).layouts == wanted
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "altered", '{"x": 3}'])
+def test_damaged_layouts_are_computed_again(made, file, caplog, damage):
+    wanted = Loader(*made, **OPTIONS, layouts_file=file).layouts
+    file.write_text(file.read_text().replace(f"{LONGEST}\n", "64\n") if damage == "altered" else damage)
+    assert Loader(*made, **OPTIONS, layouts_file=file).layouts == wanted
+    assert ("layouts are computed again" in caplog.text) == (damage != '{"x": 3}')
+    assert Loader(*made, **OPTIONS, layouts_file=file).layouts == wanted and len(json.loads(file.read_text())) == 1
+
+
+def test_layouts_of_another_plan_are_dropped(made, file):
+    plan, pairs = made
+    other = replace(plan, manifest=plan.manifest | {"fingerprint": "another"})
+    for each in (other, plan):
+        assert Loader(each, pairs, **OPTIONS, layouts_file=file).layouts
+    (entry,) = json.loads(file.read_text()).values()
+    assert entry["settings"]["plan"] == plan.fingerprint
+
+
+def test_a_folder_that_may_not_be_written_is_no_obstacle(made, file, caplog, monkeypatch):
+    def full(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(loader_module, "write_json", full)
+    assert Loader(*made, **OPTIONS, layouts_file=file).layouts
+    assert "layouts are not kept for the next start: the disk is full" in caplog.text

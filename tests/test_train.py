@@ -220,12 +220,22 @@ def test_batches_per_step_devices_and_lengths_reach_mesh_and_loader(data, prepar
     batch = loader.batch(0)
     assert batch["plan_batch"].tolist() == [0, 1, 2, 3] and len(batch["texts"]["ids"]) == 1
     assert (loader.context_source, loader.context_size, loader.seed) == ("domain", 4, 0)
-    assert loader.chunk_tokens == 8 * 16 and loader.context_chunk_tokens == 0
-    assert stage.make_loader(config, plan, pairs, platform="tpu").context_chunk_tokens == 8192
+    assert loader.chunk_positions == 8 * 16 and loader.context_chunk_positions == 0
+    assert stage.make_loader(config, plan, pairs, platform="tpu").context_chunk_positions == 8192
     training = stage.make_training(config, stage.build_model(config, 150), STEPS)
     assert training.mesh.size == 2 and training.steps == STEPS
     none = from_config_dict(config_of(data, model__kind="biencoder"))
     assert "context" not in stage.make_loader(none, plan, pairs).batch(0)
+
+
+@pytest.mark.parametrize(("kind", "attention", "slots"), [("contextual", "joint", 6), ("contextual", "isolated", 0)])
+def test_chunks_are_counted_in_positions_that_are_run(data, prepared, kind, attention, slots):
+    config = from_config_dict(config_of(data, model__kind=kind, model__context_attention=attention))
+    pairs, plan, _ = load_prepared(config, prepared)
+    loader = stage.make_loader(config, plan, pairs)
+    assert (loader.slots, loader.chunk_positions) == (slots, 8 * (16 + slots))
+    layout = loader.layouts["texts"]
+    assert max(np.multiply(layout.texts, np.add(layout.lengths, slots))) <= 8 * (16 + slots)
 
 
 @pytest.mark.parametrize(

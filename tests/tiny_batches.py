@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_models import VOCABULARY
 
-from cde_jax.batching.loader import Layout, choose_layout, to_chunks
+from cde_jax.batching.loader import Layout, choose_layout, count_lengths, to_chunks
 
 G, B, HARD, J, LONGEST = 8, 4, 1, 3, 24
 STEPS = 4  # all of one layout
@@ -32,10 +32,8 @@ def joined(batch: dict, kind: str) -> np.ndarray:
 def layouts(lengths: int = 2, count: int = G) -> tuple[Layout, Layout]:
     """Of texts and context documents, with room for every step."""
     batches = [plain_batch(step, count) for step in range(STEPS)]
-    texts = choose_layout(lambda: (s for b in batches for s in joined(b, "mask").sum(axis=2)), lengths, 2 * LONGEST)
-    context = choose_layout(
-        lambda: (s for b in batches for s in b["context_mask"].sum(axis=2)), -(-lengths // 2), LONGEST
-    )
+    texts = choose_layout(count_lengths(joined(b, "mask").sum(axis=2) for b in batches), lengths, 2 * LONGEST)
+    context = choose_layout(count_lengths(b["context_mask"].sum(axis=2) for b in batches), -(-lengths // 2), LONGEST)
     return texts, context
 
 

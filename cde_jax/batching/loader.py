@@ -4,16 +4,18 @@ Its only state is memory-mapped arrays, and draws come from a generator seeded b
 plan. So threads may call it ahead of time.
 
 Texts of many lengths become chunks of a few static lengths, chosen before training to pad the least. The texts of a
-plan batch, queries and documents together, are sorted by length and cut into chunks of about equally many tokens; a
-chunk is padded to what its longest text needs. The arrays have room for the most chunks of each length that any batch
-needs, and the training step skips empty ones: every step has the same shapes, and one program is compiled.
+plan batch, queries and documents together, are sorted by length and cut into chunks of about equally many positions (in
+joint attention every text takes those of the context slots beside its tokens); a chunk is padded to what its longest
+text needs. The arrays have room for the most chunks of each length that any batch needs, and the training step skips
+empty ones: every step has the same shapes, and one program is compiled.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ from jaxtyping import Bool, Int, Int32, Int64
 
 from cde_jax.batching.pack import domain_groups
 from cde_jax.batching.plan import BatchPlan
+from cde_jax.data.files import fingerprint, read_json, write_json
 from cde_jax.data.store import Ragged, Store
 
 log = logging.getLogger(__name__)
@@ -28,9 +31,10 @@ log = logging.getLogger(__name__)
 CONTEXT_STREAM = 31  # separates the draws of context from the other random numbers of the same seed
 NO_DOCUMENT = -1  # a missing context document: all padding, mask all False
 MULTIPLE = 8  # padded lengths are multiples of it
-# The default size of a chunk: 1/32 of a plan batch's tokens, for on average half of the last chunk is empty. Fewer than
-# 512 tokens do not keep even a CPU busy, but it is never more than a quarter of a plan batch.
-CHUNKS_PER_BATCH, MIN_TOKENS, MIN_CHUNKS = 32, 512, 4
+# The default size of a chunk: 1/32 of a plan batch's positions, for on average half of the last chunk is empty. Fewer
+# than 512 do not keep even a CPU busy, but it is never more than a quarter of a plan batch.
+CHUNKS_PER_BATCH, MIN_POSITIONS, MIN_CHUNKS = 32, 512, 4
+_BLOCK = 2**20  # texts whose lengths are looked up at a time
 
 
 class Layout(NamedTuple):
@@ -39,6 +43,14 @@ class Layout(NamedTuple):
     lengths: tuple[int, ...]  # tokens, ascending
     texts: tuple[int, ...]  # per chunk
     chunks: tuple[int, ...]
+
+
+class LengthCounts(NamedTuple):
+    """How long the texts of every plan batch are: all that a layout is chosen by."""
+
+    texts: Int[np.ndarray, "S candidates"]  # that fit candidate length j (`_candidates`) and no shorter one
+    longest: int
+    tokens: int  # of all plan batches together
 
 
 @dataclass
@@ -56,8 +68,10 @@ class Loader:
     context_source: str
     seed: int
     text_lengths: int = 1  # number of padded lengths
-    chunk_tokens: int = 0  # of a chunk of queries and documents; 0: chosen
-    context_chunk_tokens: int = 0
+    chunk_positions: int = 0  # of a chunk of queries and documents; 0: chosen
+    context_chunk_positions: int = 0
+    slots: int = 0  # positions that every query and document takes beside its tokens: those of joint attention
+    layouts_file: Path | None = None  # keeps layouts from one process to the next
 
     def __post_init__(self):
         try:
@@ -76,17 +90,43 @@ class Loader:
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
-        """Chunks of "texts" and, unless context_size is 0, of "context"; computed by going through the plan once."""
-
-        def sizes(name: str) -> Iterator[Int64[np.ndarray, " texts"]]:
-            for place in range(len(self.plan)):
-                yield np.concatenate([_sizes(tokens, rows) for tokens, rows in self._rows(name, place)])
-
-        layouts = {"texts": choose_layout(lambda: sizes("texts"), self.text_lengths, self.chunk_tokens)}
+        """Chunks of "texts" and, unless context_size is 0, of "context": those in `layouts_file`, or chosen now."""
+        settings = {
+            "plan": self.plan.fingerprint,
+            "lengths": self.text_lengths,
+            "positions": [self.chunk_positions, self.context_chunk_positions, self.slots],
+            "context": [self.context_size, self.context_source, self.seed] if self.context_size else [],
+        }
+        if kept := _read_layouts(self.layouts_file, settings):
+            return kept
+        layouts = {"texts": choose_layout(self.lengths["texts"], self.text_lengths, self.chunk_positions, self.slots)}
         if self.context_size:  # half as many lengths, for these are documents only
             lengths = -(-self.text_lengths // 2)
-            layouts["context"] = choose_layout(lambda: sizes("context"), lengths, self.context_chunk_tokens)
+            layouts["context"] = choose_layout(self.lengths["context"], lengths, self.context_chunk_positions)
+        _write_layouts(self.layouts_file, settings, layouts)
         return layouts
+
+    @cached_property
+    def lengths(self) -> dict[str, LengthCounts]:
+        """Of the "texts" and the "context" of all plan batches: the plan is gone through once."""
+        hard = self.plan.hard_negatives.reshape(len(self.plan), -1)  # [S, B·K]
+
+        def texts(places: slice) -> Int64[np.ndarray, "s m"]:
+            rows = self.plan.rows[places]
+            parts = [_sizes(self._queries, rows), _sizes(self._documents, rows), _sizes(self._documents, hard[places])]
+            return np.concatenate(parts, axis=1)
+
+        def context(places: slice) -> Int64[np.ndarray, "s J"]:
+            return _sizes(self._documents, np.stack([self.context(p) for p in range(*places.indices(len(self.plan)))]))
+
+        def blocks(texts: int) -> Iterator[slice]:
+            size = max(1, _BLOCK // texts)
+            return (slice(start, start + size) for start in range(0, len(self.plan), size))
+
+        counted = {"texts": count_lengths(map(texts, blocks(2 * self.plan.rows.shape[1] + hard.shape[1])))}
+        if self.context_size:
+            counted["context"] = count_lengths(map(context, blocks(self.context_size)))
+        return counted
 
     def batch(self, step: int) -> dict[str, Any]:
         """The arrays of one step, a pure function of `step` ≥ 0; after the plan's last batch its first comes again.
@@ -118,12 +158,14 @@ class Loader:
     def context(self, place: int) -> Int64[np.ndarray, " J"]:
         """The context documents of plan batch `place`, by the seed and the place alone; −1 where there are too few."""
         if self.context_source == "batch":
-            documents = np.unique(self.plan.documents(place))
+            documents = np.sort(self.plan.documents(place))
+            documents = documents[np.diff(documents, prepend=-1) > 0]  # each once; np.unique takes six times as long
         else:
             documents = self._group_rows[self.plan.groups[place]]
         random = np.random.default_rng([self.seed, CONTEXT_STREAM, place])
-        drawn = random.choice(documents, min(self.context_size, len(documents)), replace=False)
-        return np.pad(drawn, (0, self.context_size - len(drawn)), constant_values=NO_DOCUMENT)
+        drawn, count = np.full(self.context_size, NO_DOCUMENT), min(self.context_size, len(documents))
+        drawn[:count] = random.choice(documents, count, replace=False)
+        return drawn
 
     def iterate(self, start: int, stop: int, *, threads: int, prefetch: int) -> Iterator[dict[str, Any]]:
         """`batch(start)` … `batch(stop − 1)` in order; Grain's threads compute up to `prefetch` of them ahead.
@@ -145,7 +187,7 @@ class Loader:
             yield from batches
 
 
-def _sizes(tokens: Ragged, rows: Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+def _sizes(tokens: Ragged, rows: Int64[np.ndarray, "*rows"]) -> Int64[np.ndarray, "*rows"]:
     """Number of tokens of each row; 0 of a missing one."""
     return np.where(rows < 0, 0, tokens.offsets[rows + 1] - tokens.offsets[rows])
 
@@ -159,30 +201,79 @@ def _stack(parts: list[Any]) -> Any:
     return np.stack(parts)
 
 
-def choose_layout(batches: Callable[[], Iterable[Int[np.ndarray, " m"]]], lengths: int, tokens: int = 0) -> Layout:
+def _read_layouts(file: Path | None, settings: dict[str, Any]) -> dict[str, Layout] | None:
+    """The layouts of these settings in a file; None where there are none, or the file is damaged."""
+    if file is None or not file.exists():
+        return None
+    try:
+        entry = read_json(file, dict).get(fingerprint(settings))
+        if entry is None:
+            return None
+        if entry["sha256"] != fingerprint([settings, entry["layouts"]]):
+            raise ValueError("a layout was altered")
+        return {name: Layout(*map(tuple, layout)) for name, layout in entry["layouts"].items()}
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("%s cannot be used, layouts are computed again: %s", file, error)
+        return None
+
+
+def _write_layouts(file: Path | None, settings: dict[str, Any], layouts: dict[str, Layout]) -> None:
+    """Add layouts to a file, without those of another plan; not at all where it may not be written."""
+    if file is None:
+        return
+    try:
+        kept = read_json(file, dict) if file.exists() else {}
+        kept = {key: entry for key, entry in kept.items() if entry["settings"]["plan"] == settings["plan"]}
+    except (ValueError, TypeError, KeyError):  # damaged
+        kept = {}
+    entry = {"settings": settings, "layouts": layouts, "sha256": fingerprint([settings, layouts])}
+    try:
+        write_json(file, kept | {fingerprint(settings): entry})
+    except OSError as error:
+        log.warning("layouts are not kept for the next start: %s", error)
+
+
+def _candidates(longest: int) -> Int64[np.ndarray, " candidates"]:
+    """Padded lengths to choose from: multiples of 8, and the longest text's own."""
+    return np.array([*range(MULTIPLE, longest, MULTIPLE), max(longest, 1)])
+
+
+def count_lengths(batches: Iterable[Int[np.ndarray, "..."]]) -> LengthCounts:
+    """Of the token counts of all plan batches' texts, given by the plan batch [m] or by blocks of them [s, m]."""
+    blocks, longest, tokens = [], 0, 0
+    for sizes in map(np.atleast_2d, batches):
+        longest, tokens = max(longest, int(sizes.max(initial=0))), tokens + int(sizes.sum())
+        candidates = -(-max(longest, 1) // MULTIPLE)
+        cells = np.maximum(sizes - 1, 0) // MULTIPLE + np.arange(len(sizes))[:, None] * candidates
+        counts = np.bincount(cells.ravel(), minlength=len(sizes) * candidates).reshape(len(sizes), candidates)
+        blocks.append(counts.astype(np.min_scalar_type(sizes.shape[1])))
+    counts = np.concatenate([np.pad(block, ((0, 0), (0, candidates - block.shape[1]))) for block in blocks])
+    return LengthCounts(counts, longest, tokens)
+
+
+def choose_layout(counted: LengthCounts, lengths: int, positions: int = 0, slots: int = 0) -> Layout:
     """The layout of at most `lengths` lengths that holds every plan batch.
 
-    batches: gives the token counts of each plan batch's texts, of which there are some; called twice. tokens: per
-    chunk; 0: chosen by the average plan batch.
+    positions: of a chunk, where a text takes its padded length and `slots` more; 0: chosen by the average plan batch.
     """
-    counts, number, largest = np.zeros(1, np.int64), 0, 1
-    for sizes in batches():
-        of_batch = np.bincount(sizes, minlength=len(counts))
-        of_batch[: len(counts)] += counts
-        counts, number, largest = of_batch, number + 1, max(largest, len(sizes))
-    chosen = choose_lengths(counts, lengths)
-    average = int(counts @ np.arange(len(counts))) // max(number, 1)
-    tokens = tokens or max(average // CHUNKS_PER_BATCH, min(average // MIN_CHUNKS, MIN_TOKENS))
-    texts = tuple(min(max(1, tokens // length), largest) for length in chosen)
-    chunks, fullest = np.zeros((2, len(chosen)), np.int64)  # of any batch; texts of any chunk
-    for sizes in batches():
-        used = np.zeros_like(chunks)
-        for k, rows in split_by_length(sizes, chosen, texts):
-            used[k] += 1
-            fullest[k] = max(fullest[k], len(rows))
-        chunks = np.maximum(chunks, used)
-    needed = np.flatnonzero(chunks)
-    return Layout(*(tuple(np.asarray(values)[needed].tolist()) for values in (chosen, fullest, chunks)))
+    candidates, of_batch = _candidates(counted.longest), counted.texts.sum(axis=1, dtype=np.int64)
+    of_length = np.zeros(candidates[-1] + 1, np.int64)
+    of_length[candidates] = counted.texts.sum(axis=0, dtype=np.int64)
+    chosen = choose_lengths(of_length, lengths)
+    average = (counted.tokens + slots * int(of_batch.sum())) // len(of_batch)
+    positions = positions or max(average // CHUNKS_PER_BATCH, min(average // MIN_CHUNKS, MIN_POSITIONS))
+    texts = [min(max(1, positions // (length + slots)), int(of_batch.max())) for length in chosen]
+    first = np.searchsorted(candidates, [0, *chosen[:-1]], side="right")  # candidate of each length
+    needed = np.add.reduceat(counted.texts, first, axis=1, dtype=np.int64)[:, ::-1].cumsum(axis=1)[:, ::-1]
+    # As `split_by_length` does, of all plan batches at once: needed[s, k] texts are of length k or longer.
+    chunks, fullest, placed = [0] * len(chosen), [0] * len(chosen), np.zeros_like(of_batch)
+    for k in reversed(range(len(chosen))):
+        used = -(-np.maximum(needed[:, k] - placed, 0) // texts[k])
+        chunks[k] = int(used.max())
+        fullest[k] = int(np.minimum(texts[k], of_batch - placed)[used > 0].max(initial=0))
+        placed = np.minimum(placed + used * texts[k], of_batch)
+    kept = [k for k, count in enumerate(chunks) if count]
+    return Layout(*(tuple(values[k] for k in kept) for values in (chosen, fullest, chunks)))
 
 
 def choose_lengths(counts: Int64[np.ndarray, " sizes"], most: int) -> tuple[int, ...]:
@@ -191,7 +282,7 @@ def choose_lengths(counts: Int64[np.ndarray, " sizes"], most: int) -> tuple[int,
     Multiples of 8, or the longest text's own length. Exact, by dynamic programming over the lengths.
     """
     longest = max(1, int(np.flatnonzero(counts).max(initial=0)))
-    candidates = np.array([*range(MULTIPLE, longest, MULTIPLE), longest])
+    candidates = _candidates(longest)
     shorter = np.cumsum(np.pad(counts, (0, 1)))[candidates]  # texts that fit each candidate
     cost = shorter * candidates  # of all texts up to candidate j, at one length
     came_from: list[Int64[np.ndarray, " candidates"]] = []

@@ -75,7 +75,7 @@ def train(config: Config, workdir: Path, prepared: work.Prepared) -> bool:
 def _run(config: Config, workdir: Path, prepared: work.Prepared, training: Training, checkpoints: Checkpoints) -> bool:
     """Run the loop; whether it got to the last step."""
     mesh, graph, state, step, steps = training
-    loader = make_loader(config, prepared.plan, prepared.pairs)
+    loader = make_loader(config, prepared.plan, prepared.pairs, layouts_file=workdir / work.LAYOUTS)
     encoder, device = nnx.merge(graph, state.params).encoder.config, jax.devices()[0]
     chosen = {
         "steps": steps,
@@ -242,21 +242,27 @@ def text_settings(config: Config) -> TextSettings:
     return TextSettings(d.query_prefix, d.document_prefix, d.query_length, d.document_length)
 
 
-def make_loader(config: Config, plan: BatchPlan, pairs: Store, platform: str | None = None) -> Loader:
+def make_loader(
+    config: Config, plan: BatchPlan, pairs: Store, platform: str | None = None, layouts_file: Path | None = None
+) -> Loader:
     """The loader of a run's batches; chunk sizes of −1 must have been replaced (`fit_chunks`)."""
-    t, d = config.train, config.data
+    t, d, m = config.train, config.data, config.model
+    joint = m.kind == "contextual" and m.context_attention == "joint"
+    slots = m.context_size + m.soft_prompt if joint else 0  # run with every text
     # What keeps an accelerator busy; on a CPU the loader chooses.
     default = 0 if (platform or jax.default_backend()) == "cpu" else 8192
     return Loader(
         plan,
         pairs,
         batches_per_step=t.batches_per_step,
-        context_size=config.model.context_size if config.model.kind == "contextual" else 0,
+        context_size=m.context_size if m.kind == "contextual" else 0,
         context_source=config.batching.context_source,
         seed=config.seed,
         text_lengths=t.text_lengths,
-        chunk_tokens=t.document_chunk * d.document_length or default,
-        context_chunk_tokens=t.context_chunk * d.document_length or default,
+        chunk_positions=t.document_chunk * (d.document_length + slots) or default,
+        context_chunk_positions=t.context_chunk * d.document_length or default,
+        slots=slots,
+        layouts_file=layouts_file,
     )
 
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, LOCK, TRAINING, METRICS = "config.json", ".lock", "training.json", "metrics.jsonl"
 RANKINGS, EVALUATION, PER_QUERY = "rankings.json", "evaluation.json", "per_query.json"
-STORE, PLAN, CHECKPOINTS, EXPORT = "store", "plan", "checkpoints", "export"
+STORE, PLAN, LAYOUTS, CHECKPOINTS, EXPORT = "store", "plan", "layouts.json", "checkpoints", "export"
 PAIRS, VECTORS, FILTER_VECTORS, LSA = (f"store/{name}" for name in ("pairs", "vectors", "filter_vectors", "lsa"))
 TOKENIZER, COLLECTIONS, SETS, TOKENS = (
     f"store/{name}" for name in ("tokenizer", "collections", "evaluation", "evaluation_tokens")
