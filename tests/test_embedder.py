@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,60 @@ def test_vectors_do_not_depend_on_batch_or_padded_length(embedder, monkeypatch):
     monkeypatch.setitem(encode.TOKENS_PER_BATCH, "cpu", 1)  # and batches of the smallest size
     monkeypatch.setattr(encode, "BLOCK", 7)
     np.testing.assert_allclose(embedder.encode_documents(CORPUS, context), vectors, atol=1e-5)
+
+
+def test_all_local_devices_give_the_vectors_of_one(embedder, tokenizer):
+    one = Embedder(embedder.model, tokenizer, SETTINGS, progress=False, devices=jax.local_devices()[3:4])
+    context = context_of(one)
+    assert context_of(embedder) is None or np.abs(context.vectors - context_of(embedder).vectors).max() < 1e-6
+    for count in (1, 20, 131):  # no multiple of 8 devices
+        some = texts(count, seed=count)
+        np.testing.assert_allclose(
+            embedder.encode_documents(some, context), one.encode_documents(some, context), atol=1e-6
+        )
+    assert [len(x.sharding.device_set) for x in (one._state, embedder._state) for x in jax.tree.leaves(x)[:1]] == [1, 8]
+
+
+def test_each_device_computes_its_rows_and_communicates_nothing(contextual):
+    cache = contextual._cache(contextual.embed_context(CORPUS))
+    ids = np.zeros((64, 16), np.int32)
+    arguments = contextual._graph, contextual._mesh, contextual._state, cache, ids, ids == 0
+    compiled = embedder_file._embed.lower(*arguments).compile()
+    assert len(compiled.output_shardings.device_set) == 8
+    assert compiled.output_shardings.shard_shape((64, 32)) == (8, 32)
+    assert not re.findall("all-reduce|all-gather|collective|all-to-all", compiled.as_text())
+
+
+@pytest.mark.parametrize("side", ["queries", "documents"])
+def test_a_stream_gives_the_same_vectors_in_order_and_reads_few_blocks_ahead(embedder, side, monkeypatch):
+    monkeypatch.setattr(encode, "BLOCK", 2)  # 16 texts on 8 devices
+    read, some = [], texts(155)
+    stream = embedder.encode_stream((read.append(text) or text for text in some), context_of(embedder), side=side)
+    first = next(stream)
+    assert len(first) == 16 and len(read) <= 5 * 16  # its own, two on the devices, one tokenized, one read
+    whole = embedder.encode_queries if side == "queries" else embedder.encode_documents
+    blocks = [first, *stream]
+    assert [len(block) for block in blocks] == [16] * 9 + [11]
+    np.testing.assert_array_equal(np.concatenate(blocks), whole(some, context_of(embedder)))
+
+
+def test_a_stream_has_the_lexical_part_too(contextual, monkeypatch):
+    context = contextual.embed_context(CORPUS, queries=ASKED, statistics=CorpusStatistics.fit(CORPUS))
+    expected = contextual.encode_documents(CORPUS, context)
+    monkeypatch.setattr(encode, "BLOCK", 1)
+    vectors = np.concatenate(list(contextual.encode_stream(iter(CORPUS), context)))
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    assert [x.shape for x in contextual.encode_stream([], context)] == [(0, 64)]
+
+
+def test_what_is_wrong_in_a_stream_is_an_error_where_it_stands(contextual, monkeypatch):
+    monkeypatch.setattr(encode, "BLOCK", 2)
+    with pytest.raises(ValueError, match="documents: expected a list of texts, got a single one, 'one text'"):
+        contextual.encode_stream("one text")
+    with pytest.raises(ValueError, match="side: expected 'queries' or 'documents', got 'both'"):
+        contextual.encode_stream(CORPUS, side="both")
+    with pytest.raises(ValueError, match="documents from 16 on: expected a list of texts, got int as item 1: 7"):
+        list(contextual.encode_stream([*CORPUS[:17], 7]))
 
 
 def test_batches_are_smaller_where_slots_are_in_every_sequence(embedder, monkeypatch):

@@ -1,7 +1,8 @@
 """`Embedder`: texts → vectors, with a `Context` sampled from their corpus (paper, section 4)."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from cde_jax.adapters.adder import Adapter
@@ -25,11 +27,13 @@ from cde_jax.interop.read import check_vocabulary
 from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
 from cde_jax.retrieval.context import Context, digest
-from cde_jax.retrieval.encode import Tokens, as_texts, encode, padded_lengths
+from cde_jax.retrieval.encode import Tokens, as_texts, checked, encode, in_blocks, joined, padded_lengths
+from cde_jax.training.sharding import local_mesh, map_rows, replicate
 
 __all__ = ["Context", "Embedder"]
 
 WHITENING_STREAM = 52  # random stream id of the documents that a whitening is fitted on
+Side = Literal["queries", "documents"]
 Texts = Iterable[str] | Iterable[Integer[np.ndarray, "_"]]  # strings, or token ids with prefix and special tokens
 
 
@@ -37,8 +41,9 @@ class Embedder:
     """A model, its tokenizer and its text settings: texts → float32 unit vectors.
 
     Texts may be given as token ids too: a list of 1-d integer arrays with prefix and special tokens; `tokenizer` may be
-    None where only those are. `model` is taken as it is now, its arrays shared and not copied: after more training make
-    a new Embedder. Runs on the first device of this process. `progress=False` shows no progress bar.
+    None where only those are. `model` is taken as it is now: after more training make a new Embedder. Runs on all local
+    devices, or the `devices` given: each has the weights, and its part of every batch. `progress=False` shows no
+    progress bar.
 
     With `statistics` of a corpus, `embed_context` makes contexts under which all vectors have a lexical part beside the
     dense one (`HybridVectors`) and the width 2 D. An `adapter` acts on all vectors, after whitening and before the
@@ -55,6 +60,7 @@ class Embedder:
         progress: bool = True,
         statistics: CorpusStatistics | None = None,
         adapter: Adapter | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ):
         self.config = c = model.config
         self.statistics, self.adapter = statistics, adapter
@@ -67,10 +73,12 @@ class Embedder:
         self.width = (not self.contextual and c.head and c.output_width) or c.encoder.width  # D, of the vectors
         self._check_tables()
         self._graph, state = nnx.split(model)
-        self._state = jax.device_put(state, jax.local_devices()[0])
+        self._mesh = local_mesh(devices)
+        self._state = replicate(self._mesh, state)
         self._caches: WeakKeyDictionary[Context, ContextCache] = WeakKeyDictionary()
         self._null_context = Context(np.zeros((0, self.width), np.float32), 0, 0, "", "")
-        self._run = partial(encode, tokenizer=tokenizer, vocab_size=c.encoder.vocab_size, progress=progress)
+        options = {"vocab_size": c.encoder.vocab_size, "devices": self._mesh.size, "progress": progress}
+        self._run = partial(encode, tokenizer=tokenizer, **options)
         if adapter is not None:
             self._check_fitted(adapter, "weights", self.weights)
 
@@ -83,6 +91,7 @@ class Embedder:
         progress: bool = True,
         statistics: CorpusStatistics | None = None,
         adapter: Adapter | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ) -> "Embedder":
         """Load an export of this package, a directory laid out like cde-small-v1, or a hub name.
 
@@ -94,7 +103,7 @@ class Embedder:
         if not isinstance(name_or_path, str | Path) or not str(name_or_path).strip():
             raise ValueError(f"expected a model directory or a hub name, got {name_or_path!r}")
         model, directory, settings = load_pretrained(name_or_path, numerics)
-        options = {"progress": progress, "statistics": statistics, "adapter": adapter}
+        options = {"progress": progress, "statistics": statistics, "adapter": adapter, "devices": devices}
         return cls(model, Tokenizer.load(directory), settings, directory, **options)
 
     def save_pretrained(self, directory: str | Path, card: str | None = None) -> None:
@@ -185,7 +194,7 @@ class Embedder:
                 parts["whitening"] = whitening(q, d)
             if statistics is not None:
                 q, d = (
-                    self._adapted(x, parts.get("whitening"), kind) for x, kind in ((q, "queries"), (d, "documents"))
+                    self._adapted(x, parts.get("whitening"), side) for x, side in ((q, "queries"), (d, "documents"))
                 )
                 options = {"corpus": corpus, "term_vectors": self.term_vectors, "seed": seed}
                 parts["hybrid"] = HybridVectors.fit(statistics, d, fitted, q, **options)
@@ -206,38 +215,63 @@ class Embedder:
         """Document vectors, as `encode_queries` with the document prefix and length."""
         return self._encode(as_texts(texts, "documents"), context, "documents")
 
-    def _encode(
-        self, texts: list[str] | Tokens, context: Context | None, kind: Literal["queries", "documents"]
-    ) -> Float[np.ndarray, "n _"]:
+    def encode_stream(
+        self, texts: Texts, context: Context | None = None, *, side: str = "documents"
+    ) -> Iterator[Float[np.ndarray, "_ D"]]:
+        """As `encode_queries` or `encode_documents`, for texts that do not fit into memory: yields vectors in order.
+
+        Each array has the vectors of the next 16,384 texts a device, the last one of those left; without any text there
+        is one of no rows. `texts` are read in another thread, a few blocks of as many ahead, so that memory is bounded.
+        """
+        if side not in ("queries", "documents"):
+            raise ValueError(f"side: expected 'queries' or 'documents', got {side!r}")
+        if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
+            as_texts(texts, side)  # raises ValueError
+        return self._stream(checked(in_blocks(texts, self._mesh.size), side), context, side)
+
+    def _encode(self, texts: list[str] | Tokens, context: Context | None, side: Side) -> Float[np.ndarray, "n _"]:
+        blocks = in_blocks(texts, self._mesh.size)
+        return joined(self._stream(blocks, context, side, len(texts)), len(texts))
+
+    def _stream(
+        self, blocks: Iterable[list[str] | Tokens], context: Context | None, side: Side, total: int | None = None
+    ) -> Iterator[Float[np.ndarray, "_ W"]]:
+        """Vectors of each block of texts, whitened, adapted, with the lexical part; checks come before the first."""
         if context is not None:
             self._check_context(context)
         if self.adapter is not None:
             self._check_fitted(self.adapter, "context", "" if context is None else context.documents)
-        hybrid = None if context is None else context.hybrid
-        texts = texts if hybrid is None else as_list(texts, kind)  # not token ids
-        vectors = self._model_vectors(texts, context, kind)
-        vectors = self._adapted(vectors, None if context is None else context.whitening, kind)
+        hybrid, whitened = (None, None) if context is None else (context.hybrid, context.whitening)
         if hybrid is None:
-            return vectors
-        transform = hybrid.transform_queries if kind == "queries" else hybrid.transform_documents
-        return transform(vectors, texts)
+            return (self._adapted(x, whitened, side) for x in self._model_stream(blocks, context, side, total))
+        transform = hybrid.transform_queries if side == "queries" else hybrid.transform_documents
+        waiting: deque[list[str]] = deque()  # texts whose vectors are not there yet
+        kept = (waiting.append(as_list(block, side)) or block for block in blocks)  # not token ids
+        stream = self._model_stream(kept, context, side, total)
+        return (transform(self._adapted(x, whitened, side), waiting.popleft() if len(x) else []) for x in stream)
 
     def _model_vectors(
-        self, texts: list[str] | Tokens, context: Context | None, kind: Literal["queries", "documents"]
+        self, texts: list[str] | Tokens, context: Context | None, side: Side
     ) -> Float[np.ndarray, "n D"]:
-        s, cache, of_queries = self.settings, self._cache(context), kind == "queries"
+        return joined(self._model_stream([texts], context, side, len(texts)), len(texts))
+
+    def _model_stream(
+        self, blocks: Iterable[list[str] | Tokens], context: Context | None, side: Side, total: int | None
+    ) -> Iterator[Float[np.ndarray, "_ D"]]:
+        s, cache, of_queries = self.settings, self._cache(context), side == "queries"
         prefix, length = (s.query_prefix, s.query_length) if of_queries else (s.document_prefix, s.document_length)
-        embed = partial(_embed, self._graph, self._state, cache=cache)
+        embed = partial(_embed, self._graph, self._mesh, self._state, cache)
         # Only joint attention has the slots in the sequence of every text.
         slots = cache.slots.shape[0] if cache is not None and cache.prefix is None else 0
-        return self._run(texts, prefix, padded_lengths(length), embed, slots=slots, width=self.width, name=kind)
+        options = {"slots": slots, "width": self.width, "name": side, "total": total}
+        return self._run(blocks, prefix, padded_lengths(length), embed, **options)
 
     def _adapted(
-        self, vectors: Float[np.ndarray, "n D"], whitened: Whitening | None, kind: Literal["queries", "documents"]
+        self, vectors: Float[np.ndarray, "n D"], whitened: Whitening | None, side: Side
     ) -> Float[np.ndarray, "n D"]:
         """Vectors of the model, whitened and adapted."""
         for step in filter(None, (whitened, self.adapter)):
-            vectors = step.transform_queries(vectors) if kind == "queries" else step.transform_documents(vectors)
+            vectors = step.transform_queries(vectors) if side == "queries" else step.transform_documents(vectors)
         return vectors
 
     def _context_vectors(self, documents: list[str] | Tokens) -> Float[np.ndarray, "m D"]:
@@ -247,9 +281,10 @@ class Embedder:
         s, pieces = self.settings, self.config.first_stage.vectors_per_text
         # Several vectors a document, as the reference has them, are of the text padded to its full length.
         lengths = padded_lengths(s.document_length) if pieces == 1 else (s.document_length,)
-        embed = partial(_first_stage, self._graph, self._state)
-        vectors = self._run(documents, s.document_prefix, lengths, embed, width=pieces * self.width, name="context")
-        return vectors.reshape(-1, self.width)
+        embed = partial(_first_stage, self._graph, self._mesh, self._state)
+        options = {"width": pieces * self.width, "name": "context", "total": len(documents)}
+        vectors = self._run([documents], s.document_prefix, lengths, embed, **options)
+        return joined(vectors, len(documents)).reshape(-1, self.width)
 
     def _cache(self, context: Context | None) -> ContextCache | None:
         """The second stage's input of a context, computed at its first use; None for a biencoder."""
@@ -268,7 +303,7 @@ class Embedder:
             else:  # saved by an embedder of perhaps another compute dtype
                 dtype = jnp.dtype(self.config.second_stage.dtype)
                 cache = cache._replace(prefix=Prefix(*(x.astype(dtype) for x in cache.prefix)))
-            self._caches[context] = jax.device_put(cache, jax.local_devices()[0])
+            self._caches[context] = replicate(self._mesh, cache)
         return self._caches[context]
 
     def _check_context(self, context: Context) -> None:
@@ -314,10 +349,16 @@ def _sample(corpus: list[str] | Tokens, size: int, seed: list[int]) -> list[str]
     return [corpus[i] for i in sample_rows(len(corpus), size, seed)]
 
 
-@partial(jax.jit, static_argnames="graph")
-def _first_stage(graph: Any, state: Any, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]) -> Float[Array, "B W"]:
+@partial(jax.jit, static_argnames=("graph", "mesh"))
+def _first_stage(
+    graph: Any, mesh: Mesh, state: Any, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
+) -> Float[Array, "B W"]:
     """Context vectors, not normalised: the T vectors of a document side by side, W = T·D."""
-    return nnx.merge(graph, state).embed_context(ids, mask).reshape(ids.shape[0], -1)
+
+    def first_stage(state: Any, ids: Int[Array, "b L"], mask: Bool[Array, "b L"]) -> Float[Array, "b W"]:
+        return nnx.merge(graph, state).embed_context(ids, mask).reshape(ids.shape[0], -1)
+
+    return map_rows(mesh, first_stage, copied=1, split=2)(state, ids, mask)
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -326,10 +367,16 @@ def _prepare(graph: Any, state: Any, vectors: Float[Array, "P D"], present: Bool
     return nnx.merge(graph, state).prepare_context(vectors, present)
 
 
-@partial(jax.jit, static_argnames="graph")
+@partial(jax.jit, static_argnames=("graph", "mesh"))
 def _embed(
-    graph: Any, state: Any, ids: Int[Array, "B L"], mask: Bool[Array, "B L"], cache: ContextCache | None
+    graph: Any, mesh: Mesh, state: Any, cache: ContextCache | None, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
 ) -> Float[Array, "B D"]:
     """Unit vectors in float32."""
-    vectors = nnx.merge(graph, state).embed(ids, mask, cache)
-    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+    def embed(
+        state: Any, cache: ContextCache | None, ids: Int[Array, "b L"], mask: Bool[Array, "b L"]
+    ) -> Float[Array, "b D"]:
+        vectors = nnx.merge(graph, state).embed(ids, mask, cache)
+        return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+    return map_rows(mesh, embed, copied=2, split=2)(state, cache, ids, mask)

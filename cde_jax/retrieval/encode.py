@@ -4,8 +4,10 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -17,8 +19,8 @@ from cde_jax.data.tokens import Tokenizer, as_list, has_text
 
 log = logging.getLogger(__name__)
 
-BLOCK = 16_384  # texts tokenized at a time
-IN_FLIGHT = 2  # batches on the device while the next is padded
+BLOCK = 16_384  # texts tokenized at a time, for each device
+IN_FLIGHT = 2  # batches on the devices while the next is padded
 PROGRESS_DELAY = 3.0  # seconds of work before a progress bar appears
 SHORTEST = 16  # padded lengths are 16, 32, 64, … and the longest allowed
 # Tokens in a batch at full speed. The rest of a length goes in small batches, so that one query is padded to 8 rows.
@@ -52,8 +54,23 @@ def as_texts(texts: Any, name: str, required: bool = False) -> list[str] | Token
     return texts
 
 
+def in_blocks(texts: Iterable[Any], devices: int) -> Iterator[list[Any]]:
+    """The texts in lists of `BLOCK` for each device, and a shorter last one."""
+    texts = iter(texts)
+    while block := list(islice(texts, BLOCK * devices)):
+        yield block
+
+
+def checked(blocks: Iterable[list[Any]], name: str) -> Iterator[list[str] | Tokens]:
+    """Each block as `as_texts` takes it; its errors say in which block."""
+    start = 0
+    for block in blocks:
+        yield as_texts(block, f"{name} from {start} on" if start else name)
+        start += len(block)
+
+
 def encode(
-    texts: list[str] | Tokens,
+    blocks: Iterable[list[str] | Tokens],
     prefix: str,
     lengths: Sequence[int],
     embed: Callable[[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]], Float[Array, "B W"]],
@@ -61,44 +78,94 @@ def encode(
     tokenizer: Tokenizer | None,
     vocab_size: int,
     slots: int = 0,
+    devices: int = 1,
     width: int,
     name: str,
+    total: int | None = None,
     progress: bool,
-) -> Float[np.ndarray, "n W"]:
-    """Tokenize, embed in batches of similar padded length, and return the vectors in the order of the texts.
+) -> Iterator[Float[np.ndarray, "n W"]]:
+    """Tokenize, embed in batches of similar padded length; yields each block's vectors in the order of its texts.
 
-    `slots` stand beside each text, so that batches are smaller; `name` says what the texts are. Raises ValueError for a
-    text without a token, token ids that do not fit, and vectors with NaN or infinity.
+    The next block is read and tokenized in a thread meanwhile. `slots` stand beside each text, so that batches are
+    smaller; batches are for `devices` at once; `name` says what the texts are, `total` how many, if that is known.
+    Without any text there is one array of no rows. Raises ValueError for a text without a token, token ids that do not
+    fit, and vectors with NaN or infinity.
     """
-    vectors = np.empty((len(texts), width), np.float32)
     pad_id = tokenizer.pad_id if tokenizer else 0  # masked: any token will do
-    running: deque[tuple[Int[np.ndarray, "_"], Float[Array, "B W"]]] = deque()
-    with _progress_bar(len(texts), name, progress) as bar:
+    # A batch: its block's vectors, its rows of these, what the device computes, whether it is the block's last.
+    running: deque[tuple[Float[np.ndarray, "n W"], Int[np.ndarray, "_"], Float[Array, "B W"], bool]] = deque()
+    count = 0
 
-        def collect() -> None:
-            rows, result = running.popleft()
-            vectors[rows] = np.asarray(result)[: len(rows)]
-            if bar is not None:
-                bar.update(len(rows))
+    def collect() -> Iterator[Float[np.ndarray, "n W"]]:
+        vectors, rows, result, last = running.popleft()
+        vectors[rows] = np.asarray(result)[: len(rows)]
+        if bar is not None:
+            bar.update(len(rows))
+        if last:
+            check_finite(name, vectors, advice="the model's weights are not finite, load an earlier checkpoint")
+            yield vectors
 
-        for start in range(0, len(texts), BLOCK):
-            tokens = texts[start : start + BLOCK]
-            if isinstance(tokens[0], str):
-                if tokenizer is None:
-                    raise ValueError(f"{name}: expected token ids, got texts: this embedder has no tokenizer")
-                tokens = tokenizer.encode([prefix + text for text in tokens], lengths[-1])
-            sizes = _check_tokens(tokens, lengths[-1], vocab_size, name, start)
-            for rows, size, length in batches(sizes, lengths, partial(full_batch, slots=slots)):
-                running.append((start + rows, embed(*padded([tokens[i] for i in rows], size, length, pad_id))))
+    tokenized = _tokenized(blocks, prefix, lengths[-1], tokenizer, vocab_size, name)
+    if total is None or total > BLOCK * devices:
+        tokenized = _ahead(tokenized)
+    with _progress_bar(total, name, progress) as bar, closing(tokenized):
+        for tokens, sizes in tokenized:
+            vectors, done = np.empty((len(tokens), width), np.float32), 0
+            for rows, size, length in batches(sizes, lengths, partial(full_batch, slots=slots), devices):
+                done += len(rows)
+                result = embed(*padded([tokens[i] for i in rows], size, length, pad_id))
+                running.append((vectors, rows, result, done == len(tokens)))
                 if len(running) > IN_FLIGHT:
-                    collect()
+                    yield from collect()
+            count += len(tokens)
         while running:
-            collect()
-    check_finite(name, vectors, advice="the model's weights are not finite, load an earlier checkpoint")
+            yield from collect()
+    if not count:
+        yield np.empty((0, width), np.float32)
+
+
+def joined(blocks: Iterable[Float[np.ndarray, "_ W"]], count: int) -> Float[np.ndarray, "n W"]:
+    """The `count` rows of one or more blocks; a single block is not copied."""
+    vectors, start = None, 0
+    for block in blocks:
+        if len(block) == count:
+            return block
+        vectors = np.empty((count, block.shape[1]), block.dtype) if vectors is None else vectors
+        vectors[start : start + len(block)] = block
+        start += len(block)
     return vectors
 
 
-def _progress_bar(total: int, name: str, shown: bool) -> Any:
+def _tokenized(
+    blocks: Iterable[list[str] | Tokens],
+    prefix: str,
+    longest: int,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    name: str,
+) -> Iterator[tuple[Tokens, Int[np.ndarray, " n"]]]:
+    """The token ids of each block, and how many each text has."""
+    start = 0
+    for tokens in blocks:
+        if tokens and isinstance(tokens[0], str):
+            if tokenizer is None:
+                raise ValueError(f"{name}: expected token ids, got texts: this embedder has no tokenizer")
+            tokens = tokenizer.encode([prefix + text for text in tokens], longest)
+        if tokens:
+            yield tokens, _check_tokens(tokens, longest, vocab_size, name, start)
+        start += len(tokens)
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, each made in a thread while the caller works with the one before it."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def _progress_bar(total: int | None, name: str, shown: bool) -> Any:
     try:
         from tqdm import tqdm
     except ImportError:  # a bare accelerator image
@@ -135,18 +202,19 @@ def full_batch(length: int, *, slots: int) -> int:
 
 
 def batches(
-    sizes: Int[np.ndarray, " n"], lengths: Sequence[int], full_batch: Callable[[int], int]
+    sizes: Int[np.ndarray, " n"], lengths: Sequence[int], full_batch: Callable[[int], int], devices: int = 1
 ) -> Iterator[tuple[Int[np.ndarray, " b"], int, int]]:
     """(rows, batch size, padded length) of each batch: full batches, then small ones for the rest of a length.
 
-    A rest of more than half a full batch is one full batch: its empty rows cost less than many small batches.
+    `full_batch` gives the rows of one device, and each of the `devices` gets as many. A rest of more than half a full
+    batch is one full batch: its empty rows cost less than many small batches.
     """
     bucket = np.searchsorted(lengths, sizes)  # index of the shortest length that is enough
     for b in np.unique(bucket):
         rows = np.flatnonzero(bucket == b)
-        full = full_batch(lengths[b])
+        full = full_batch(lengths[b]) * devices
         while len(rows):
-            size = full if 2 * len(rows) > full else SMALL_BATCH
+            size = full if 2 * len(rows) > full else SMALL_BATCH * devices
             yield rows[:size], size, int(lengths[b])
             rows = rows[size:]
 

@@ -1,6 +1,6 @@
 """The mesh and every PartitionSpec: the G plan batches of a step are split over the devices, parameters are copied."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -26,6 +26,11 @@ def make_mesh(count: int = 0, batches_per_step: int = 0) -> Mesh:
     return Mesh(np.asarray(devices[:size]), (_DATA,))
 
 
+def local_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """These devices, or all of this process, along the one data axis."""
+    return Mesh(np.asarray(devices or jax.local_devices()), (_DATA,))
+
+
 def shard_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
     """Put `[G, …]` arrays on the devices, G split."""
     return jax.device_put(batch, NamedSharding(mesh, P(_DATA)))
@@ -49,6 +54,15 @@ def on_each_device(mesh: Mesh, function: Callable, copied: int, split: int) -> C
     """
     specs = (P(),) * copied + (P(_DATA),) * split
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+
+
+def map_rows(mesh: Mesh, function: Callable, copied: int, split: int) -> Callable:
+    """A function of rows, run by each device on all of its first `copied` arguments and its rows of the `split` others.
+
+    It communicates nothing. The result has the rows of all devices, in order.
+    """
+    specs = (P(),) * copied + (P(_DATA),) * split
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(_DATA), check_vma=False)
 
 
 def mean_over_devices(tree: Any) -> Any:
