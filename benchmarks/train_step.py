@@ -85,7 +85,7 @@ def torch_steps(args: Any, shape: Shape) -> dict[str, Callable[[], float]]:
 
 def make_step(kind: str, shape: Shape, dtype: str, **encoder: Any) -> tuple[Any, Any, Callable]:
     """A mesh of one device, the state of a model on it, and its training step."""
-    train, mesh = Train(learning_rate=1e-4, warmup_steps=10, sequence_dropout=0.0), sharding.make_mesh(1)
+    train, mesh = Train(learning_rate=1e-4, warmup_steps=10, sequence_dropout=0.0), sharding.make_mesh((1, 1))
     optimizer, schedule = make_optimizer(train, steps=1000)
     graph, state = init_state(build(config_of(kind, shape, dtype, **encoder)), optimizer)
     return mesh, sharding.replicate(mesh, state), make_train_step(graph, optimizer, schedule, train, mesh)

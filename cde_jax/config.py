@@ -204,7 +204,8 @@ class Train(_Section, prefix="train.", affects="training"):
     """Optimisation, memory, and how often things happen."""
 
     steps: int = setting(0, 0, 2**31 - 1)  # 0: once through the plan
-    devices: int = setting(0, 0, 2**20)  # how many share a step; 0: all there are
+    # (data, fsdp), -1: the rest. Batches are split over all devices, parameters and optimiser state over fsdp only
+    mesh: tuple[int, ...] = setting((-1, 1), affects="nothing")
     batches_per_step: int = setting(1, 1, 2**20)  # G plan batches per step, shared by the devices
     learning_rate: float = setting(2e-5, 0.0, 1.0)  # peak, of AdamW
     first_stage_rate: float = setting(1.0, 0.0, 1000.0)  # the first stage's, as a factor; 0: the first stage is frozen
@@ -226,6 +227,8 @@ class Train(_Section, prefix="train.", affects="training"):
     evaluate_every: int = setting(0, 0, 2**31 - 1, affects="nothing")  # steps, on the development set; 0: at the end
 
     def _conflicts(self) -> Iterator[str]:
+        if len(self.mesh) != 2 or self.mesh == (-1, -1) or any(size < -1 or not size for size in self.mesh):
+            yield f"`train.mesh` must be (data, fsdp), numbers of devices, one of them -1 for the rest; got {self.mesh}"
         if self.steps and self.warmup_steps >= self.steps:
             yield f"`train.warmup_steps` {self.warmup_steps} must be fewer than `train.steps` {self.steps}"
 
@@ -414,8 +417,9 @@ def _problem(prefix: str, field: dataclasses.Field, value: Any) -> str:
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     kind = str if choices else kind
     if get_origin(kind) is tuple:
-        fits = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-        expected = "a tuple of texts, e.g. ('a',)"
+        (item,) = set(get_args(kind)) - {...}
+        fits = isinstance(value, tuple) and all(type(part) is item for part in value)
+        expected = "a tuple of texts, e.g. ('a',)" if item is str else "a tuple of whole numbers, e.g. (-1, 1)"
     elif dataclasses.is_dataclass(kind):
         fits, expected = isinstance(value, kind), "a section of keys"
     else:

@@ -55,14 +55,18 @@ def unrolled(monkeypatch):
 def test_a_training_step_needs_the_flops_that_xla_counts(kind, unrolled, monkeypatch):
     shape = config(kind)
     graph, params = abstract(shape)
-    monkeypatch.setattr(step, "encode_chunks", lambda encode, ids, mask: (encode(ids, mask), mask.any(axis=1)))
+    monkeypatch.setattr(step, "encode_chunks", lambda encode, ids, mask: (encode(ids[0][0], mask[0][0])[None],))
     texts = {"texts": tokens(B + N), "context": tokens(J)}
-    batch = {name: dict(zip(("ids", "mask"), pair, strict=True)) for name, pair in texts.items()}
-    batch["keep"] = jax.ShapeDtypeStruct((B, N), jnp.bool_)
+    as_chunk = lambda x: (jax.ShapeDtypeStruct((1, 1, *x.shape), x.dtype),)  # noqa: E731
+    batch = {name: {"ids": as_chunk(ids), "mask": as_chunk(mask)} for name, (ids, mask) in texts.items()}
+    batch["keep"] = jax.ShapeDtypeStruct((1, B, N), jnp.bool_)
 
     def loss(params, batch):
-        queries, documents = step.embed_plan_batch(nnx.merge(graph, params), batch, jax.random.key(0), Train())
-        return info_nce(queries, documents, None, 0.1)[0]
+        places = {name: {"place": jnp.arange(count)[None]} for name, count in (("texts", B + N), ("context", J))}
+        batch = {name: part | places.get(name, {}) if name in places else part for name, part in batch.items()}
+        keys = jax.random.key(0)[None]
+        queries, documents = step.embed_plan_batches(nnx.merge(graph, params), batch, keys, Train())
+        return info_nce(queries[0], documents[0], None, 0.1)[0]
 
     expected = counted(jax.value_and_grad(loss), params, batch)
     flops = step_flops(shape, sizes(1, B + N), sizes(1, J), scores=B * N)

@@ -86,6 +86,8 @@ def test_a_section_that_is_no_section_is_named():
         ("data__source", 3, "str"),
         ("data__paths", "pairs.jsonl", "a tuple of texts"),
         ("data__paths", (3,), "a tuple of texts"),
+        ("train__mesh", (2.0, 1), "a tuple of whole numbers"),
+        ("train__mesh", 8, "a tuple of whole numbers"),
         ("batching__filter_margin", "none", "float | None"),
         ("seed", None, "int"),
     ],
@@ -94,6 +96,12 @@ def test_a_value_of_another_type_is_named(key, value, expected):
     message = refused(changed(**{key: value}))
     assert f"`{key.replace('__', '.')}` must be {expected}" in message
     assert f"got {value!r}" in message
+
+
+@pytest.mark.parametrize("mesh", [(8,), (-1, -1), (0, 1), (2, -2), (2, 2, 2)])
+def test_a_mesh_is_two_numbers_of_devices_or_one_and_the_rest(mesh):
+    assert "`train.mesh` must be (data, fsdp)" in refused(changed(train__mesh=mesh))
+    assert from_config_dict(changed(train__mesh=[-1, 4])).train.mesh == (-1, 4)
 
 
 def test_whole_numbers_lists_and_none_are_taken_where_they_fit():

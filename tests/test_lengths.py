@@ -51,8 +51,8 @@ def test_every_text_is_in_one_chunk_that_it_fits_and_only_the_last_has_room_left
         assert all(texts == limit for texts, limit, chunks in several if chunks > 1)
 
 
-@given(BATCHES, st.integers(2, 5), st.integers(1, 100), st.integers(0, 9))
-def test_texts_are_found_again_at_their_places(batches, most, tokens, wider):
+@given(BATCHES, st.integers(2, 5), st.integers(1, 100), st.integers(0, 9), st.sampled_from([1, 2, 3, 8]))
+def test_texts_are_found_again_at_their_places(batches, most, tokens, wider, devices):
     texts = max(map(len, batches))
     sizes = np.stack([np.pad(one, (0, texts - len(one))) for one in batches])  # [G, m]
     width = max(1, sizes.max()) + wider
@@ -60,7 +60,7 @@ def test_texts_are_found_again_at_their_places(batches, most, tokens, wider):
     mask = np.arange(width) < sizes[..., None]
     ids = np.where(mask, random.integers(1, 99, mask.shape), 0).astype(np.int32)
     layout = choose_layout(count_lengths([sizes]), most, tokens)
-    parts = [to_chunks(ids[g], mask[g], layout) for g in range(len(ids))]
+    parts = [to_chunks(ids[g], mask[g], layout, devices) for g in range(len(ids))]
     held = {
         "ids": [np.stack(x) for x in zip(*(part["ids"] for part in parts), strict=True)],
         "mask": [np.stack(x) for x in zip(*(part["mask"] for part in parts), strict=True)],
@@ -68,6 +68,7 @@ def test_texts_are_found_again_at_their_places(batches, most, tokens, wider):
     }
     lengths_of_rows = []
     for k, (length, rows, chunks) in enumerate(zip(*layout, strict=True)):
+        chunks = -(-chunks // devices) * devices
         assert held["ids"][k].shape == held["mask"][k].shape == (len(batches), chunks, rows, length)
         assert (held["ids"][k].dtype, held["mask"][k].dtype) == (np.int32, bool)
         lengths_of_rows += [(k, c, r) for c in range(chunks) for r in range(rows)]
@@ -78,6 +79,8 @@ def test_texts_are_found_again_at_their_places(batches, most, tokens, wider):
             assert found.tolist() == ids[g, m][mask[g, m]].tolist()
         assert len(set(held["place"][g].tolist())) == texts
     assert sum(int(m.sum()) for m in held["mask"]) == int(mask.sum())
+    for used in (m.any(axis=(2, 3)).reshape(len(batches), devices, -1).sum(axis=2) for m in held["mask"]):
+        assert (used.max(axis=1) - used.min(axis=1) <= 1).all()  # devices have about as many chunks of every length
 
 
 def test_real_looking_lengths_are_padded_by_less_than_fifteen_percent():

@@ -154,6 +154,13 @@ def test_the_loader_is_imported_without_the_libraries_that_make_plans():
     assert not loaded & {"faiss", "sklearn", "threadpoolctl", "scipy", "grain", "jax", "tokenizers", "safetensors"}
 
 
+def test_a_share_is_those_plan_batches_of_the_whole_step(made):
+    whole, shared = (Loader(*made, **OPTIONS, share=share).batch(1) for share in (None, [1]))
+    np.testing.assert_array_equal(shared.pop("plan_batch"), whole.pop("plan_batch"))
+    for a, b in zip(leaves(shared), leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b[1:2])
+
+
 def test_context_depends_on_seed_and_place_alone(made):
     loader = Loader(*made, **OPTIONS)
     grouped = Loader(*made, **(OPTIONS | {"batches_per_step": 3}))

@@ -33,7 +33,7 @@ def trainer():
     """A real step of a tiny biencoder, compiled once, and its first state."""
     optimizer = optax.adam(1e-3)
     graph, state = init_state(biencoder(layers=1), optimizer)
-    return make_train_step(graph, optimizer, lambda step: 1e-3, Train(), sharding.make_mesh(1)), state
+    return make_train_step(graph, optimizer, lambda step: 1e-3, Train(), sharding.make_mesh((1, 1))), state
 
 
 def copy(state):
@@ -228,7 +228,7 @@ def test_a_signal_ends_the_run_after_the_current_step_with_a_checkpoint(trainer,
 
 
 def test_batches_are_put_on_the_devices_before_they_are_asked_for():
-    mesh, read = sharding.make_mesh(2), []
+    mesh, read = sharding.make_mesh((2, 1)), []
 
     def source():
         for step in range(5):
@@ -260,7 +260,7 @@ def test_evaluation_and_checkpoints_are_not_counted_as_training(trainer, tmp_pat
 
 
 def test_utilisation_is_of_all_devices(trainer, tmp_path):
-    mesh = sharding.make_mesh(2)
+    mesh = sharding.make_mesh((2, 1))
     optimizer = optax.sgd(1e-3)
     graph, state = init_state(biencoder(layers=1), optimizer)
     step = make_train_step(graph, optimizer, lambda step: 1e-3, Train(), mesh)

@@ -86,7 +86,7 @@ def step_bytes(chunk: int) -> int:
         "context": chunk_shapes(8, (1, 8, length)),
         "keep": jax.ShapeDtypeStruct((1, texts, texts), jnp.bool_),
     }
-    step = make_train_step(graph, optimizer, lambda step: 1.0, Train(), sharding.make_mesh(1))
+    step = make_train_step(graph, optimizer, lambda step: 1.0, Train(), sharding.make_mesh((1, 1)))
     return program_bytes(step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile())
 
 

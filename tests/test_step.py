@@ -15,7 +15,7 @@ from cde_jax.config import Train
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.training import sharding
 from cde_jax.training.losses import info_nce
-from cde_jax.training.step import embed_plan_batch, init_state, make_optimizer, make_train_step, stream
+from cde_jax.training.step import embed_plan_batches, init_state, make_optimizer, make_train_step, stream
 
 TRAIN = Train(temperature=0.1, sequence_dropout=0.3)
 KEY = stream(0, "dropout")
@@ -25,11 +25,11 @@ def model(pattern: str = "isolated", **encoder):
     return biencoder(layers=1) if pattern == "biencoder" else contextual(pattern, encoder={"layers": 1} | encoder)
 
 
-def build(devices: int, optimizer, schedule, train: Train = TRAIN, made=None, batch=None):
+def build(mesh: tuple[int, int], optimizer, schedule, train: Train = TRAIN, made=None, batch=None):
     """State, and the step as the compiled program that it is."""
-    mesh = sharding.make_mesh(devices)
+    mesh = sharding.make_mesh(mesh)
     graph, state = init_state(made or model(), optimizer)
-    state, key = sharding.replicate(mesh, state), sharding.replicate(mesh, KEY)
+    state, key = sharding.shard_state(mesh, state), sharding.replicate(mesh, KEY)
     step = make_train_step(graph, optimizer, schedule, train, mesh)
     compiled = step.lower(state, sharding.shard_batch(mesh, batch or step_batch(0)), key).compile()
     return state, compiled, lambda state, batch: compiled(state, sharding.shard_batch(mesh, batch), key)
@@ -41,7 +41,7 @@ def copy(state):
 
 @pytest.fixture(scope="module")
 def on_eight():
-    return build(8, *adam())
+    return build((8, 1), *adam())
 
 
 def adam(**changes):
@@ -66,10 +66,16 @@ def largest_difference(a, b) -> float:
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_eight_devices_compute_what_fewer_compute(on_eight, devices):
+@pytest.fixture(scope="module")
+def on_two_by_four():
+    return build((2, 4), *adam())
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((2, 1), marks=pytest.mark.slow), (2, 4)])
+def test_eight_devices_compute_what_other_meshes_compute(on_eight, mesh, request):
     expected, losses = three_steps(on_eight)
-    params, other_losses = three_steps(build(devices, *adam()))
+    other = request.getfixturevalue("on_two_by_four") if mesh == (2, 4) else build(mesh, *adam())
+    params, other_losses = three_steps(other)
     np.testing.assert_allclose(other_losses, losses, atol=1e-5, rtol=1e-5)
     assert largest_difference(params, expected) <= 1e-5
     assert largest_difference(jax.device_get(on_eight[0].params), expected) > 1e-2  # the steps did something
@@ -82,7 +88,8 @@ def test_eight_devices_compute_what_fewer_compute(on_eight, devices):
 def unchunked(made, train: Train, plain: dict):
     """Losses [G] and the gradient of their mean, each plan batch encoded as a whole, text by padded text."""
     graph, params = nnx.split(made, nnx.Param)
-    keys, plain = jax.random.split(jax.random.fold_in(KEY, 0), G), jax.tree.map(jnp.asarray, plain)
+    count = len(plain["keep"])
+    keys, plain = jax.random.split(jax.random.fold_in(KEY, 0), count), jax.tree.map(jnp.asarray, plain)
 
     def vectors(model, batch, key):
         context = None
@@ -95,10 +102,10 @@ def unchunked(made, train: Train, plain: dict):
     def loss(params):
         merged, losses = nnx.merge(graph, params), []
         queries, documents = jax.lax.map(lambda xs: vectors(merged, *xs), (plain, keys))
-        for g in range(G):
+        for g in range(count):
             columns, keep = documents[g], plain["keep"][g]
             if train.share_negatives:  # its own documents, then those of all the others
-                columns = jnp.concatenate([columns, *(documents[i] for i in range(G) if i != g)])
+                columns = jnp.concatenate([columns, *(documents[i] for i in range(count) if i != g)])
                 keep = jnp.ones((B, len(columns)), bool).at[:, : keep.shape[1]].set(keep)
             losses.append(info_nce(queries[g], columns, keep, train.temperature)[0])
         return jnp.stack(losses).mean(), jnp.stack(losses)
@@ -108,23 +115,32 @@ def unchunked(made, train: Train, plain: dict):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "lengths", "devices", "shared", "encoder"),
+    ("pattern", "lengths", "mesh", "count", "changes", "encoder"),
     [
-        ("isolated", 2, 8, False, {"remat": "dots"}),
-        ("joint", 1, 2, False, {"remat": "full"}),
-        ("biencoder", 3, 1, False, {}),
-        ("isolated", 2, 8, True, {}),
+        ("isolated", 2, (8, 1), 8, {}, {"remat": "dots"}),
+        ("joint", 1, (2, 1), 8, {}, {"remat": "full"}),
+        ("biencoder", 3, (1, 1), 8, {}, {}),
+        ("isolated", 2, (4, 2), 8, {"share_negatives": True}, {}),
+        # devices share a plan batch: 8 of them, 4, or 4 with 3 plan batches in each of 2 groups
+        ("isolated", 3, (2, 4), 1, {}, {"remat": "full"}),
+        ("biencoder", 2, (1, 8), 6, {}, {}),
+        pytest.param("joint", 1, (4, 2), 2, {}, {}, marks=pytest.mark.slow),
+        pytest.param("isolated", 2, (8, 1), 6, {"share_negatives": True}, {"remat": "dots"}, marks=pytest.mark.slow),
     ],
 )
-def test_losses_and_gradients_are_those_of_a_computation_without_chunks(pattern, lengths, devices, shared, encoder):
-    train = Train(temperature=0.1, sequence_dropout=0.3, share_negatives=shared)
-    plain = plain_batch(0)
-    batch = in_layout(plain, lengths)
+def test_losses_and_gradients_are_those_of_a_computation_without_chunks(
+    pattern, lengths, mesh, count, changes, encoder
+):
+    train = Train(temperature=0.1, sequence_dropout=0.3, **changes)
+    plain = plain_batch(0, count)
+    members = sharding.devices_per_plan_batch(sharding.make_mesh(mesh), count)
+    assert members == np.prod(mesh) // np.gcd(np.prod(mesh), count)
+    batch = in_layout(plain, lengths, members)
     assert len(batch["texts"]["ids"]) == lengths
     if pattern == "biencoder":
         del batch["context"]
     losses, gradient = unchunked(model(pattern), train, plain)
-    state, compiled, run = build(devices, *sgd(), train, model(pattern, **encoder), batch)
+    state, compiled, run = build(mesh, *sgd(), train, model(pattern, **encoder), batch)
     before = jax.device_get(state.params)
     after, metrics = run(state, batch)
     np.testing.assert_allclose(metrics["losses"], losses, rtol=1e-5, atol=1e-6)
@@ -180,12 +196,13 @@ def reduced_shapes(line: str) -> list[tuple[int, ...]]:
 
 
 def test_a_collective_inside_a_loop_is_found():
-    mesh = sharding.make_mesh(8)
+    everywhere = jax.sharding.PartitionSpec("data")
 
     def looped(x):
-        return jax.lax.map(lambda row: sharding.mean_over_devices(jnp.sin(row)), x)
+        return jax.lax.map(lambda row: jax.lax.psum(jnp.sin(row), "data"), x)
 
-    function = jax.jit(sharding.on_each_device(mesh, looped, copied=0, split=1))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    function = jax.jit(jax.shard_map(looped, mesh=mesh, in_specs=everywhere, out_specs=everywhere))
     inside, outside = collectives(function.lower(jnp.ones((24, 4))).compile().as_text())
     assert len(inside) == 1 and not outside
 
@@ -200,13 +217,42 @@ def test_devices_talk_once_a_step_outside_of_every_loop(on_eight):
     assert inside == []
     reduced = [shape for line in outside if "all-reduce" in line for shape in reduced_shapes(line)]
     assert reduced, "nothing is reduced across devices: this program cannot be the one of eight devices"
-    # Every gradient is an operand of an all-reduce exactly once, beside scalars: the four metrics, and the FLOPs of
-    # texts and of context documents.
-    parameters = sorted(leaf.shape for leaf in jax.tree.leaves(state.params))
-    assert sorted(shape for shape in reduced if shape) == parameters
-    assert len(reduced) - len(parameters) == 6
+    # Every gradient is an operand of an all-reduce exactly once, beside the losses and scalars: the four metrics, and
+    # the FLOPs of texts and of context documents.
+    parameters = [leaf.shape for leaf in jax.tree.leaves(state.params)]
+    assert sorted(shape for shape in reduced if shape) == sorted([*parameters, (G,)])
+    assert len(reduced) - len(parameters) == 7
     gathered = [shape for line in outside if "all-gather" in line for shape in reduced_shapes(line)]
     assert gathered in ([(G,)], [])  # the losses, which XLA may also write as an all-reduce of [G]
+
+
+def test_split_parameters_are_gathered_once_and_their_gradients_scattered_once(on_two_by_four):
+    state, compiled, _ = on_two_by_four
+    inside, outside = collectives(compiled.as_text())
+    assert inside == []
+    shapes = {
+        kind: sorted(shape for line in outside if f" {kind}" in line for shape in reduced_shapes(line) if shape)
+        for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+    }
+    leaves = jax.tree.leaves(state.params)
+    split = [leaf for leaf in leaves if not leaf.is_fully_replicated]
+    parts = {id(leaf): leaf.addressable_shards[0].data for leaf in leaves}
+    assert all(4 * parts[id(leaf)].size == leaf.size for leaf in split) and len(split) > len(leaves) / 2
+    assert shapes["all-gather"] == sorted([leaf.shape for leaf in split] + [(G,)])
+    assert shapes["reduce-scatter"] == sorted(parts[id(leaf)].shape for leaf in split)
+    assert shapes["all-reduce"] == sorted([parts[id(leaf)].shape for leaf in leaves] + [(G,)])
+    assert not shapes["all-to-all"] and not shapes["collective-permute"]
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert {leaf.sharding.spec for leaf in moments} == {leaf.sharding.spec for leaf in leaves}
+
+
+def test_the_state_stays_split_and_takes_less_memory(on_two_by_four, on_eight):
+    state, _, run = on_two_by_four
+    after, _ = run(copy(state), step_batch(0))
+    for before, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
+    split, whole = (built[1].memory_analysis().argument_size_in_bytes for built in (on_two_by_four, on_eight))
+    assert split < 0.6 * whole  # what is left are the batch, and small parameters that are not split
 
 
 # --- memory
@@ -218,7 +264,7 @@ def temporary(batch: dict) -> int:
     optimizer, schedule = sgd()
     graph, state = nnx.split(nnx.eval_shape(lambda: ContextualEncoder(config, rngs=nnx.Rngs(0))), nnx.Param)
     state = jax.eval_shape(lambda: init_state(nnx.merge(graph, jax.tree.map(jnp.zeros_like, state)), optimizer)[1])
-    step = make_train_step(graph, optimizer, schedule, Train(), sharding.make_mesh(1))
+    step = make_train_step(graph, optimizer, schedule, Train(), sharding.make_mesh((1, 1)))
     return step.lower(state, batch, jax.eval_shape(lambda: KEY)).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -296,9 +342,9 @@ def test_dropout_is_decided_by_the_key_and_the_step(on_eight):
     losses = lambda s: np.asarray(run(s, step_batch(0))[1]["losses"])  # noqa: E731
     first = losses(copy(state))
     np.testing.assert_array_equal(first, losses(copy(state)))
-    later = copy(state)._replace(step=sharding.replicate(sharding.make_mesh(8), jnp.array(7, jnp.int32)))
+    later = copy(state)._replace(step=sharding.replicate(sharding.make_mesh(), jnp.array(7, jnp.int32)))
     assert (first != losses(later)).any()
-    mesh = sharding.make_mesh(8)
+    mesh = sharding.make_mesh()
     batch, other = sharding.shard_batch(mesh, step_batch(0)), sharding.replicate(mesh, stream(1, "dropout"))
     assert (first != np.asarray(compiled(copy(state), batch, other)[1]["losses"])).any()
 
@@ -313,11 +359,11 @@ NAMES = ("params", "context", "dropout", "data")
 
 def test_dropping_the_whole_context_equals_no_context():
     plain = plain_batch(0)
-    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), in_layout(plain, lengths=1))
+    batch = jax.tree.map(lambda x: jnp.asarray(x[:1]), in_layout(plain, lengths=1))
 
     @nnx.jit(static_argnums=2)
     def queries(model, batch, p):
-        return embed_plan_batch(model, batch, KEY, Train(sequence_dropout=p))[0]
+        return embed_plan_batches(model, batch, KEY[None], Train(sequence_dropout=p))[0][0]
 
     dropped, read = queries(model(), batch, 1.0), queries(model(), batch, 0.0)
     nulls = jnp.broadcast_to(model().null[...], (J, WIDTH))
@@ -341,7 +387,7 @@ def one_step(rate: float):
         sequence_dropout=0.0,
     )
     batch = step_batch(0, 2, lengths=1)
-    state, _, run = build(1, *make_optimizer(train, 10), train, batch=batch)
+    state, _, run = build((1, 1), *make_optimizer(train, 10), train, batch=batch)
     before = jax.device_get(state.params)
     state, metrics = run(state, batch)
     assert np.isfinite(metrics["loss"])
@@ -376,11 +422,15 @@ def test_a_first_stage_at_a_tenth_moves_a_tenth_and_the_rest_as_before(whole_rat
 # --- devices
 
 
-def test_more_devices_than_there_are_or_an_uneven_share_is_refused():
-    with pytest.raises(ValueError, match=r"train\.devices asks for 9, there are 8"):
-        sharding.make_mesh(9)
-    assert [sharding.make_mesh(count).size for count in (0, 1, 8)] == [8, 1, 8]
-    for count in (0, 8):
-        with pytest.raises(ValueError, match=r"batches_per_step is 12.*8 devices.*multiple of 8"):
-            sharding.make_mesh(count, 12)
-        assert sharding.make_mesh(count, 16).size == 8
+@pytest.mark.parametrize("shape", [(9, 1), (-1, 16), (-1, 3), (3, -1)])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
+    with pytest.raises(ValueError, match=r"train\.mesh is .* and there are 8 in 1 process.*-1 for the rest"):
+        sharding.make_mesh(shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((-1, 1), (8, 1)), ((-1, 4), (2, 4)), ((2, -1), (2, 4)), ((1, 1), (1, 1)), ((1, 3), (1, 3))],
+)
+def test_a_mesh_takes_the_rest_or_as_many_devices_as_it_says(shape, expected):
+    assert sharding.make_mesh(shape).devices.shape == expected

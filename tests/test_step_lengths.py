@@ -14,7 +14,7 @@ from cde_jax.training.accounting import encoding_flops, step_counts, step_flops,
 @pytest.fixture(scope="module")
 def metrics():
     """Of a step on each of three batches, by one compiled program."""
-    state, _, run = build(8, *sgd(), TRAIN)
+    state, _, run = build((8, 1), *sgd(), TRAIN)
     return [jax.device_get(run(copy(state), step_batch(step))[1]) for step in range(3)]
 
 

@@ -105,7 +105,7 @@ def test_auto_on_a_device_that_does_not_say_its_memory_names_the_key(data, tmp_p
 
 TINY = {"layers": 1, "width": 8, "heads": 2, "mlp_width": 8, "context_size": 3, "soft_prompt": 2, "max_positions": 512}
 BASE = {"learning_rate": 0.1, "warmup_steps": 0, "temperature": 0.5, "sequence_dropout": 0.0, "weight_decay": 0.0}
-BASE |= {"clip_norm": 1e9, "devices": 1, "batches_per_step": 2}
+BASE |= {"clip_norm": 1e9, "mesh": (1, 1), "batches_per_step": 2}
 STEPS = 10
 BATCH = step_batch(0, 2, lengths=1)
 
@@ -212,7 +212,11 @@ def test_the_first_stage_s_rate_reaches_the_update(contextual_base):
 def test_batches_per_step_devices_and_lengths_reach_mesh_and_loader(data, prepared):
     config = from_config_dict(
         config_of(
-            data, train__devices=2, train__batches_per_step=4, train__text_lengths=1, batching__context_source="domain"
+            data,
+            train__mesh=(2, 1),
+            train__batches_per_step=4,
+            train__text_lengths=1,
+            batching__context_source="domain",
         )
     )
     pairs, plan, _ = load_prepared(config, prepared)
@@ -257,8 +261,7 @@ def test_compute_is_bfloat16_off_the_cpu(dtype, platform, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"devices": 9, "batches_per_step": 9}, r"train\.devices asks for 9, there are 8"),
-        ({"devices": 8, "batches_per_step": 12}, r"batches_per_step is 12.*8 devices.*multiple of 8"),
+        ({"mesh": (9, 1)}, r"train\.mesh is \(9, 1\), 9 devices, and there are 8"),
         ({"model": {"attention": "cudnn"}}, "'cudnn' needs an NVIDIA GPU"),
         ({"model": {"width": 2**15, "mlp_width": 2**18, "layers": 100}}, r"[\d,]{13,} parameters.* GiB, and there are"),
     ],
@@ -281,7 +284,7 @@ def test_scores_without_a_development_set_are_warned_of(caplog):
 
 @pytest.mark.parametrize("kind", ["contextual", "biencoder"])
 def test_a_model_is_restored_without_optimiser_or_mesh(kind, tmp_path, monkeypatch):
-    config = config_with(kind, devices=8, batches_per_step=8)
+    config = config_with(kind, mesh=(2, 4))
     training = stage.make_training(config, stage.build_model(config, 50), STEPS)
     checkpoints = Checkpoints(tmp_path, {"plan": "p"})
     checkpoints.save(1, training.state)

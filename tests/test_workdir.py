@@ -225,8 +225,7 @@ def test_inputs_are_checked_before_anything_is_written(data, tmp_path):
         ({"batching__filter_surrogate": "sentence-transformers:./nowhere"}, "nowhere"),
         ({"batching__surrogate_prompts": ("a", "b")}, "takes no prompts"),
         ({"data__tokenizer": "./nowhere"}, "nowhere"),
-        ({"train__devices": 4096}, "4096"),
-        ({"train__devices": 2, "train__batches_per_step": 3}, "cannot be shared evenly"),
+        ({"train__mesh": (4096, 1)}, "4096"),
         ({"model__attention": "cudnn"}, "cudnn"),
     ]
     for changes, message in cases:

@@ -37,14 +37,14 @@ def layouts(lengths: int = 2, count: int = G) -> tuple[Layout, Layout]:
     return texts, context
 
 
-def in_layout(batch: dict, lengths: int = 2) -> dict:
-    """`plain_batch` as the loader holds it."""
+def in_layout(batch: dict, lengths: int = 2, devices: int = 1) -> dict:
+    """`plain_batch` as the loader holds it, each plan batch shared by `devices`."""
     count = len(batch["keep"])
     texts, context = layouts(lengths, count)
     parts = [
         {
-            "texts": to_chunks(joined(batch, "ids")[g], joined(batch, "mask")[g], texts),
-            "context": to_chunks(batch["context_ids"][g], batch["context_mask"][g], context),
+            "texts": to_chunks(joined(batch, "ids")[g], joined(batch, "mask")[g], texts, devices),
+            "context": to_chunks(batch["context_ids"][g], batch["context_mask"][g], context, devices),
             "keep": batch["keep"][g],
         }
         for g in range(count)

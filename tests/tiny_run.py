@@ -61,6 +61,6 @@ def get_config(folder: str):
     c.model.width, c.model.layers, c.model.heads, c.model.mlp_width = 16, 1, 2, 32
     c.model.max_positions = 32
     c.train.steps, c.train.warmup_steps, c.train.learning_rate = 6, 1, 1e-2
-    c.train.devices, c.train.document_chunk = 1, 8
+    c.train.mesh, c.train.document_chunk = (1, 1), 8
     c.train.log_every, c.train.checkpoint_every = 1, 2
     return c

@@ -11,7 +11,7 @@ empty ones: every step has the same shapes, and one program is compiled.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +72,8 @@ class Loader:
     context_chunk_positions: int = 0
     slots: int = 0  # positions that every query and document takes beside its tokens: those of joint attention
     layouts_file: Path | None = None  # keeps layouts from one process to the next
+    devices_per_plan_batch: int = 1  # how many share its chunks
+    share: Sequence[int] | None = None  # which of the G plan batches of a step are read; None: all
 
     def __post_init__(self):
         try:
@@ -134,19 +136,22 @@ class Loader:
         "texts": the B queries and then the N documents of each plan batch in chunks (`to_chunks`): "ids" int32 and
         "mask" bool [G, chunks, texts, ℓ] for each padded length ℓ, and "place" int32 [G, B + N]. "context", unless
         context_size is 0: the same of J context documents, a missing one being all False. "keep" bool [G, B, N].
-        "plan_batch" int32 [G]: the batches' places in the plan. The shapes are the same at every step.
+        "plan_batch" int32 [G]: the batches' places in the plan. The shapes are the same at every step. With a `share`,
+        all but "plan_batch" is of these plan batches only, in its order.
         """
         if step < 0:
             raise ValueError(f"expected a step ≥ 0, got {step}")
-        first = int(step) * self.batches_per_step
-        return _stack([self._plan_batch((first + g) % len(self.plan)) for g in range(self.batches_per_step)])
+        places = (int(step) * self.batches_per_step + np.arange(self.batches_per_step)) % len(self.plan)
+        read = places if self.share is None else places[list(self.share)]
+        return _stack([self._plan_batch(int(place)) for place in read]) | {"plan_batch": places.astype(np.int32)}
 
     def _plan_batch(self, place: int) -> dict[str, Any]:
         """`batch`, of one plan batch and without the axis G."""
-        batch: dict[str, Any] = {"keep": self.plan.keep(place), "plan_batch": np.int32(place)}
+        batch: dict[str, Any] = {"keep": self.plan.keep(place)}
         for name, layout in self.layouts.items():
             padded = [tokens.padded(rows, layout.lengths[-1]) for tokens, rows in self._rows(name, place)]
-            batch[name] = to_chunks(*map(np.concatenate, zip(*padded, strict=True)), layout)
+            texts = map(np.concatenate, zip(*padded, strict=True))
+            batch[name] = to_chunks(*texts, layout, self.devices_per_plan_batch)
         return batch
 
     def _rows(self, name: str, place: int) -> list[tuple[Ragged, Int64[np.ndarray, "_"]]]:
@@ -314,20 +319,28 @@ def split_by_length(
         yield k, rows
 
 
-def to_chunks(ids: Int32[np.ndarray, "m L"], mask: Bool[np.ndarray, "m L"], layout: Layout) -> dict[str, Any]:
+def to_chunks(
+    ids: Int32[np.ndarray, "m L"], mask: Bool[np.ndarray, "m L"], layout: Layout, devices: int = 1
+) -> dict[str, Any]:
     """A plan batch's m texts, padded on the right to the longest of the layout's lengths or more, as chunks.
 
     Returns "ids" (int32) and "mask" (bool), for each of the layout's lengths ℓ an array [chunks, texts, ℓ], and "place"
     int32 [m]: the row of each text when the chunks of all lengths are concatenated. Rows without a text are all False.
+
+    devices: how many share the plan batch. The chunks are dealt out to them in turn, so that each gets about as many of
+    every length: of an array [chunks, …], `chunks` then being a multiple of `devices`, each takes its part in order.
     """
-    shapes = list(zip(layout.chunks, layout.texts, layout.lengths, strict=True))
+    each = [-(-chunks // devices) for chunks in layout.chunks]  # of a device
+    shapes = [(devices * n, *shape) for n, *shape in zip(each, layout.texts, layout.lengths, strict=True)]
     chunk_ids = tuple(np.zeros(shape, np.int32) for shape in shapes)
     chunk_masks = tuple(np.zeros(shape, bool) for shape in shapes)
-    first = np.cumsum([0, *np.multiply(layout.chunks, layout.texts)])
-    place, used = np.empty(len(ids), np.int32), [0] * len(shapes)
-    for k, rows in split_by_length(mask.sum(axis=1), layout.lengths, layout.texts):
-        chunk_ids[k][used[k], : len(rows)] = ids[rows, : layout.lengths[k]]
-        chunk_masks[k][used[k], : len(rows)] = mask[rows, : layout.lengths[k]]
-        place[rows] = first[k] + used[k] * layout.texts[k] + np.arange(len(rows))
-        used[k] += 1
+    first = np.cumsum([0, *(chunks * texts for chunks, texts, _ in shapes)])
+    place, used = np.empty(len(ids), np.int32), np.zeros((len(shapes), devices), int)
+    for number, (k, rows) in enumerate(split_by_length(mask.sum(axis=1), layout.lengths, layout.texts)):
+        device = number % devices
+        at = device * each[k] + used[k, device]
+        chunk_ids[k][at, : len(rows)] = ids[rows, : layout.lengths[k]]
+        chunk_masks[k][at, : len(rows)] = mask[rows, : layout.lengths[k]]
+        place[rows] = first[k] + at * layout.texts[k] + np.arange(len(rows))
+        used[k, device] += 1
     return {"ids": chunk_ids, "mask": chunk_masks, "place": place}

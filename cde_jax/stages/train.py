@@ -92,7 +92,7 @@ def _run(config: Config, workdir: Path, prepared: work.Prepared, training: Train
     def batches(start: int, stop: int) -> Iterator[dict[str, Any]]:
         loaded = loader.iterate(start, stop, threads=config.batching.threads, prefetch=config.batching.prefetch)
         with closing(loaded):
-            yield from sharding.prefetch_to_device(mesh, loaded)
+            yield from sharding.prefetch_to_device(mesh, loaded, config.train.batches_per_step)
 
     name = config.evaluate.development
     if name and importlib.util.find_spec("pytrec_eval") is None:
@@ -112,7 +112,7 @@ def _run(config: Config, workdir: Path, prepared: work.Prepared, training: Train
 def check_runtime(config: Config) -> None:
     """Raise ValueError for what this machine cannot train, before anything is written: devices, kernel, model size."""
     t = config.train
-    sharding.make_mesh(t.devices, t.batches_per_step)
+    sharding.make_mesh(t.mesh)
     model = _abstract(config, config.data.vocab_size)
     encoder = model.encoder.config
     select_kernel(encoder.attention, encoder.dtype, encoder.head_dim)
@@ -251,6 +251,7 @@ def make_loader(
     slots = m.context_size + m.soft_prompt if joint else 0  # run with every text
     # What keeps an accelerator busy; on a CPU the loader chooses.
     default = 0 if (platform or jax.default_backend()) == "cpu" else 8192
+    mesh = sharding.make_mesh(t.mesh)
     return Loader(
         plan,
         pairs,
@@ -263,17 +264,19 @@ def make_loader(
         context_chunk_positions=t.context_chunk * d.document_length or default,
         slots=slots,
         layouts_file=layouts_file,
+        devices_per_plan_batch=sharding.devices_per_plan_batch(mesh, t.batches_per_step),
+        share=sharding.plan_batches(mesh, t.batches_per_step),
     )
 
 
 def make_training(config: Config, model: Encoder, steps: int) -> Training:
     """The step of a run of `steps` steps and its state at step 0. Raises ValueError where devices are too few."""
     t = config.train
-    mesh = sharding.make_mesh(t.devices, t.batches_per_step)
+    mesh = sharding.make_mesh(t.mesh)
     optimizer, schedule = make_optimizer(t, steps)
     graph, state = init_state(model, optimizer)
     step = make_train_step(graph, optimizer, schedule, t, mesh)
-    return Training(mesh, graph, sharding.replicate(mesh, state), step, steps)
+    return Training(mesh, graph, sharding.shard_state(mesh, state), step, steps)
 
 
 def fit_chunks(config: Config, workdir: Path, model: Encoder, prepared: work.Prepared) -> Config:
@@ -300,7 +303,7 @@ def fit_chunks(config: Config, workdir: Path, model: Encoder, prepared: work.Pre
         training = make_training(candidate, model, steps=1)
         batch = make_loader(candidate, prepared.plan, prepared.pairs).batch(0)
         del batch["plan_batch"]
-        batch = sharding.shard_batch(training.mesh, batch)
+        batch = sharding.shard_batch(training.mesh, batch, candidate.train.batches_per_step)
         key = sharding.replicate(training.mesh, stream(0, "dropout"))
         return program_bytes(training.step.lower(training.state, batch, key).compile())
 

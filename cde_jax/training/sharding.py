@@ -1,59 +1,209 @@
-"""The mesh and every PartitionSpec: the G plan batches of a step are split over the devices, parameters are copied."""
+"""The mesh and every PartitionSpec.
 
+Parameters and optimiser state are split over the mesh's axis "fsdp" and copied along "data". The G plan batches of a
+step are split over all D devices. Where D does not divide G, a plan batch is shared by s = D / gcd(D, G) neighbouring
+devices: each encodes its part of the chunks. For that the same devices, in the same order, are seen as a second mesh,
+"group" × "member": gcd(D, G) groups of s devices.
+"""
+
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Shaped
 
-_DATA = "data"
+_DATA, _FSDP, _GROUP, _MEMBER = "data", "fsdp", "group", "member"
 
 
-def make_mesh(count: int = 0, batches_per_step: int = 0) -> Mesh:
-    """The first `count` devices (0: all) along the one data axis; ValueError if they cannot share G evenly."""
-    devices = jax.devices()
-    if count > len(devices):
-        raise ValueError(f"train.devices asks for {count}, there are {len(devices)} devices; lower it, or 0 for all")
-    if batches_per_step % (size := count or len(devices)):
+def make_mesh(shape: Sequence[int] = (-1, 1)) -> Mesh:
+    """The devices of all processes as (data, fsdp), −1: the rest; ValueError where they are too few or left over.
+
+    A single process may leave devices unused: (1, 1) is its first device.
+    """
+    there, known = len(jax.devices()), math.prod(size for size in shape if size != -1)
+    data, fsdp = (max(there // known, 1) if size == -1 else size for size in shape)
+    used = data * fsdp
+    if used > there or (used < there and (-1 in shape or jax.process_count() > 1)):
         raise ValueError(
-            f"train.batches_per_step is {batches_per_step}, which cannot be shared evenly by {size} devices: a plan "
-            f"batch stays on one device; choose a multiple of {size}"
+            f"train.mesh is {tuple(shape)}, {used} devices, and there are {there} in {jax.process_count()} "
+            "process(es): choose (data, fsdp) whose product is the number of devices, -1 for the rest"
         )
-    return Mesh(np.asarray(devices[:size]), (_DATA,))
+    devices = None if used == there else jax.devices()[:used]
+    return jax.make_mesh((data, fsdp), (_DATA, _FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+# --- state
+
+
+def state_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of each array of parameters or optimiser state: its largest axis that "fsdp" divides is split."""
+
+    def sharding(leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, P() if (axis := _split_axis(mesh, leaf)) is None else P(*[None] * axis, _FSDP))
+
+    return jax.tree.map(sharding, tree)
+
+
+def _split_axis(mesh: Mesh, leaf: Any) -> int | None:
+    size = mesh.shape[_FSDP]
+    axes = [axis for axis, length in enumerate(leaf.shape) if size > 1 and length and length % size == 0]
+    return max(axes, key=lambda axis: leaf.shape[axis], default=None)
+
+
+def shard_state(mesh: Mesh, tree: Any) -> Any:
+    """Put arrays, the same in all processes, on the devices as `state_shardings` says."""
+    return jax.tree.map(_put, tree, state_shardings(mesh, tree))
+
+
+def keep_sharding(mesh: Mesh, tree: Any) -> Any:
+    """`tree`, sharded as `state_shardings` says; for use in the jitted step."""
+    return jax.lax.with_sharding_constraint(tree, state_shardings(mesh, tree))
+
+
+def copied(mesh: Mesh, tree: Any) -> Any:
+    """`tree`, copied to every device; for use in the jitted step."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Copy a tree of arrays, the same in all processes, to every device."""
+    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P())), tree)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+# --- batches
+
+
+def devices_per_plan_batch(mesh: Mesh, batches: int) -> int:
+    """s, how many devices share a plan batch when a step takes `batches` (G)."""
+    return mesh.size // math.gcd(mesh.size, batches)
+
+
+def plan_batches(mesh: Mesh, batches: int) -> list[int]:
+    """Which of a step's G plan batches this process has a part of, ascending."""
+    held = _batch_sharding(mesh, batches, P(_GROUP)).addressable_devices_indices_map((batches,)).values()
+    return sorted({number for (index,) in held for number in range(batches)[index]})
+
+
+def shard_batch(mesh: Mesh, batch: dict[str, Any], batches: int | None = None) -> dict[str, Any]:
+    """Put a step's arrays on the devices: chunks split over groups and their members, the rest over groups.
+
+    batches: G, where `batch` holds the `plan_batches` of this process only; None: it holds all. "plan_batch" is whole.
+    """
+    count = len(jax.tree.leaves(batch)[0]) if batches is None else batches
+    row = {number: row for row, number in enumerate(plan_batches(mesh, count))}
+
+    def put(spec: P, array: Any) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> Any:
+            held = range(count)[index[0]]
+            return array[(slice(row[held[0]], row[held[-1]] + 1), *index[1:])]
+
+        whole = part if spec else lambda index: array[index]
+        shape, sharding = (count, *array.shape[1:]), _batch_sharding(mesh, count, spec)
+        return jax.make_array_from_callback(shape, sharding, whole)
+
+    return jax.tree.map(put, _batch_specs(batch), batch, is_leaf=lambda node: isinstance(node, P))
+
+
+def _batch_sharding(mesh: Mesh, batches: int, spec: P) -> NamedSharding:
+    return NamedSharding(_groups(mesh, batches), spec)
+
+
+def _groups(mesh: Mesh, batches: int) -> Mesh:
+    return Mesh(mesh.devices.reshape(-1, devices_per_plan_batch(mesh, batches)), (_GROUP, _MEMBER))
+
+
+def _batch_specs(batch: dict[str, Any]) -> dict[str, Any]:
+    def spec(path: tuple[Any, ...], _: Any) -> P:
+        names = {getattr(key, "key", None) for key in path}
+        return P(_GROUP, _MEMBER) if names & {"ids", "mask"} else P() if "plan_batch" in names else P(_GROUP)
+
+    return jax.tree_util.tree_map_with_path(spec, batch)
+
+
+def prefetch_to_device(
+    mesh: Mesh, batches: Iterable[dict[str, Any]], count: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """`shard_batch` of each batch in order, started one batch early: copied while the step before still runs."""
+    sharded = (shard_batch(mesh, batch, count) for batch in batches)
+    return (batch for batch, _ in pairwise(chain(sharded, [None])))
+
+
+# --- the gradient
+
+
+def mean_gradient(mesh: Mesh, function: Callable, params: Any, keys: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+    """Gradients and metrics of `function(params, keys, batch) → (gradients, metrics)`, averaged over all devices.
+
+    Each device runs it on copied parameters and its part of the batch and keys [G]; what it communicates itself is
+    what the functions below do. Every gradient is then reduced once: scattered over "fsdp" where its parameter is
+    split, and what is left averaged over "data". Gradients come back as `state_shardings` says, metrics copied.
+    """
+    everywhere, specs = P((_GROUP, _MEMBER)), (P(), P(_GROUP), _batch_specs(batch))
+    groups = _groups(mesh, len(keys))
+
+    def of_device(*arguments: Any) -> Any:
+        return jax.tree.map(lambda x: x[None], function(*arguments))
+
+    run = jax.shard_map(of_device, mesh=groups, in_specs=specs, out_specs=everywhere, check_vma=False)
+    gradients, metrics = run(params, keys, batch)  # each [D, …], one row per device
+    axes = [_split_axis(mesh, leaf) for leaf in jax.tree.leaves(params)]
+
+    def reduce(gradients: Any, metrics: Any) -> Any:
+        leaves, tree = jax.tree.flatten(jax.tree.map(lambda x: x[0], gradients))
+        scattered = [
+            leaf if axis is None else jax.lax.psum_scatter(leaf, _FSDP, scatter_dimension=axis, tiled=True)
+            for leaf, axis in zip(leaves, axes, strict=True)
+        ]
+        summed = [
+            jax.lax.psum(leaf, (_DATA, _FSDP) if axis is None else _DATA)
+            for leaf, axis in zip(scattered, axes, strict=True)
+        ]
+        mean = jax.tree.unflatten(tree, [leaf / mesh.size for leaf in summed])
+        return mean, jax.lax.pmean(jax.tree.map(lambda x: x[0], metrics), (_DATA, _FSDP))
+
+    out_specs = (jax.tree.map(lambda sharding: sharding.spec, state_shardings(mesh, params)), P())
+    every = P((_DATA, _FSDP))
+    return jax.shard_map(reduce, mesh=mesh, in_specs=every, out_specs=out_specs, check_vma=False)(gradients, metrics)
+
+
+def gather_members(tree: Any) -> Any:
+    """Concatenate the arrays of a group's members along axis 1; for use inside `mean_gradient`."""
+    if jax.lax.axis_size(_MEMBER) == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, _MEMBER, axis=1, tiled=True), tree)
+
+
+def gather_groups(x: Shaped[Array, "g *rest"]) -> Shaped[Array, "G *rest"]:
+    """Concatenate the arrays of all groups along axis 0, in order; for use inside `mean_gradient`."""
+    return jax.lax.all_gather(x, _GROUP, tiled=True)
+
+
+def first_row(rows: int) -> Int[Array, ""]:
+    """Index of this group's first row among the rows of all groups, each holding `rows`."""
+    return jax.lax.axis_index(_GROUP) * rows
+
+
+# --- encoding
 
 
 def local_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """These devices, or all of this process, along the one data axis."""
     return Mesh(np.asarray(devices or jax.local_devices()), (_DATA,))
-
-
-def shard_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, Any]:
-    """Put `[G, …]` arrays on the devices, G split."""
-    return jax.device_put(batch, NamedSharding(mesh, P(_DATA)))
-
-
-def prefetch_to_device(mesh: Mesh, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """`shard_batch` of each batch in order, started one batch early: copied while the step before still runs."""
-    sharded = (shard_batch(mesh, batch) for batch in batches)
-    return (batch for batch, _ in pairwise(chain(sharded, [None])))
-
-
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Copy a tree of arrays to every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
-
-
-def on_each_device(mesh: Mesh, function: Callable, copied: int, split: int) -> Callable:
-    """`function` run by each device on all of its first `copied` arguments and its part of the other `split` ones.
-
-    It must return what is equal on all devices, by the two functions below; nothing else is communicated.
-    """
-    specs = (P(),) * copied + (P(_DATA),) * split
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
 
 
 def map_rows(mesh: Mesh, function: Callable, copied: int, split: int) -> Callable:
@@ -63,18 +213,3 @@ def map_rows(mesh: Mesh, function: Callable, copied: int, split: int) -> Callabl
     """
     specs = (P(),) * copied + (P(_DATA),) * split
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P(_DATA), check_vma=False)
-
-
-def mean_over_devices(tree: Any) -> Any:
-    """Mean of each array over the devices; for use inside `on_each_device`."""
-    return jax.lax.pmean(tree, _DATA)
-
-
-def gather_over_devices(x: Shaped[Array, "g *rest"]) -> Shaped[Array, "G *rest"]:
-    """Concatenate every device's array along axis 0, in device order; for use inside `on_each_device`."""
-    return jax.lax.all_gather(x, _DATA, tiled=True)
-
-
-def first_row(rows: int) -> Int[Array, ""]:
-    """Index of this device's first row among the rows of all, each holding `rows`."""
-    return jax.lax.axis_index(_DATA) * rows

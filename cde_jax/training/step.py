@@ -2,7 +2,8 @@
 
 A batch is a dict of arrays with the axis G (plan batches of the step) first, as `batching.loader` makes it:
   "texts": the B queries and then the N documents of each plan batch, in chunks of c texts at a few padded lengths ℓ:
-    "ids" int32 and "mask" bool, one array [G, chunks, c, ℓ] per ℓ, and "place" int32 [G, B + N], the row of each text;
+    "ids" int32 and "mask" bool, one array [G, chunks, c, ℓ] per ℓ, and "place" int32 [G, B + N], the row of each text.
+    `chunks` is a multiple of the number of devices that share a plan batch;
   "context": the same of the J context documents, "place" [G, J]; a biencoder does without;
   "keep": bool [G, B, N], False where a document is no negative of a query.
 """
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from cde_jax.config import Train
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
@@ -68,39 +69,57 @@ def make_optimizer(train: Train, steps: int) -> tuple[optax.GradientTransformati
     return optax.chain(*parts), schedule
 
 
-def embed_plan_batch(
-    model: Biencoder | ContextualEncoder, batch: Batch, key: Key[Array, ""], train: Train
-) -> tuple[Float[Array, "B D"], Float[Array, "N D"]]:
-    """Vectors of one plan batch's queries and documents, which share one context; `batch` without the axis G.
+def embed_plan_batches(
+    model: Biencoder | ContextualEncoder,
+    batch: Batch,
+    keys: Key[Array, " g"],
+    train: Train,
+    gather: Callable[[Any], Any] = lambda rows: rows,
+) -> tuple[Float[Array, "g B D"], Float[Array, "g N D"]]:
+    """Vectors of the queries and documents of g plan batches, each with its own context.
+
+    Where several devices share a plan batch, `batch` holds a device's part of the chunks, and `gather` concatenates
+    what all of them encoded along the chunks' axis: outside of the loops over chunks and plan batches.
 
     A missing context document is null, and so is one dropped by sequence dropout. One draw serves the whole plan batch,
     so that the slots' keys and values are computed once; the reference draws per text, at the same rate (0.005).
     """
-    context = None
+    texts, contexts = batch["texts"], None
     if isinstance(model, ContextualEncoder):
         embed = model.embed_context
         if not train.first_stage_rate:  # frozen: no gradient is computed
             graph, params = nnx.split(model.first_stage)
             embed = nnx.merge(graph, jax.lax.stop_gradient(params)).embed
-        vectors, present = encode_chunks(embed, **batch["context"])
-        present &= ~jax.random.bernoulli(key, train.sequence_dropout, present.shape)
-        context = model.prepare_context(vectors, present if model.config.null_embedding else None)
-    vectors, _ = encode_chunks(partial(model.embed, context=context), **batch["texts"])
-    queries = batch["keep"].shape[0]
-    return vectors[:queries], vectors[queries:]
+        held = batch["context"]
+        vectors = jax.lax.map(lambda chunks: encode_chunks(embed, *chunks), (held["ids"], held["mask"]))
+        present = tuple(mask.any(axis=-1) for mask in held["mask"])
+        contexts = tuple(_at(gather(rows), held["place"]) for rows in (vectors, present))
+
+    def encode_texts(plan_batch):
+        ids, mask, key, contexts = plan_batch
+        context = None
+        if contexts is not None:
+            vectors, present = contexts
+            present &= ~jax.random.bernoulli(key, train.sequence_dropout, present.shape)
+            context = model.prepare_context(vectors, present if model.config.null_embedding else None)
+        return encode_chunks(partial(model.embed, context=context), ids, mask)
+
+    rows = jax.lax.map(encode_texts, (texts["ids"], texts["mask"], keys, contexts))
+    vectors = _at(gather(rows), texts["place"])
+    queries = batch["keep"].shape[1]
+    return vectors[:, :queries], vectors[:, queries:]
 
 
 def encode_chunks(
     encode: Callable[[Int[Array, "c L"], Bool[Array, "c L"]], Float[Array, "c D"]],
     ids: Sequence[Int[Array, "_ _ _"]],
     mask: Sequence[Bool[Array, "_ _ _"]],
-    place: Int[Array, " m"],
-) -> tuple[Float[Array, "m D"], Bool[Array, " m"]]:
-    """Vectors of the m texts, and whether each has any token. ids, mask: one array [chunks, c, ℓ] per length ℓ.
+) -> tuple[Float[Array, "chunks _ D"], ...]:
+    """Vectors of the texts in chunks: of one array [chunks, c, ℓ] of ids and mask per length ℓ, one [chunks, c, D].
 
     Each chunk is computed again in the backward pass, so only its inputs and vectors are kept and activation memory
-    does not grow with m: what GradCache (Gao et al., arXiv 2101.06983) does, as a JAX transformation. Chunks without a
-    token are skipped.
+    does not grow with their number: what GradCache (Gao et al., arXiv 2101.06983) does, as a JAX transformation. Chunks
+    without a token are skipped.
     """
 
     @jax.checkpoint
@@ -108,10 +127,13 @@ def encode_chunks(
         vectors = jax.eval_shape(encode, *chunk)
         return jax.lax.cond(chunk[1].any(), encode, lambda *_: jnp.zeros(vectors.shape, vectors.dtype), *chunk)
 
-    rows = [jax.lax.map(chunk_vectors, chunks) for chunks in zip(ids, mask, strict=True)]  # [chunks, c, D] per length
-    rows = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in rows])  # [Σ chunks·c, D]
-    filled = jnp.concatenate([x.any(axis=2).reshape(-1) for x in mask])
-    return rows[place], filled[place]
+    return tuple(jax.lax.map(chunk_vectors, chunks) for chunks in zip(ids, mask, strict=True))
+
+
+def _at(rows: Sequence[Shaped[Array, "g _ _ *rest"]], place: Int[Array, "g m"]) -> Shaped[Array, "g m *rest"]:
+    """What the chunks of all lengths hold of each text: [g, chunks, c, *rest] per length, and the rows' numbers."""
+    rows = jnp.concatenate([x.reshape(len(x), -1, *x.shape[3:]) for x in rows], axis=1)  # [g, Σ chunks·c, *rest]
+    return jax.vmap(lambda rows, place: rows[place])(rows, place)
 
 
 def make_train_step(
@@ -123,39 +145,36 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """Build the step on a mesh; `key` is the run's dropout stream.
 
-    The state is donated. Metrics are float32 scalars, `losses`, one per plan batch [G], and what `step_counts` counts.
+    The state is donated, and stays sharded as `sharding.state_shardings` says. Metrics are float32 scalars, `losses`,
+    one per plan batch [G], and what `step_counts` counts.
     """
 
-    def device_loss(params: nnx.State, keys: Key[Array, " g"], batch: Batch):
-        """Mean loss of the g plan batches on this device, with metrics."""
+    def loss(params: nnx.State, keys: Key[Array, " g"], batch: Batch):
+        """Mean loss of the g plan batches of a device, with metrics."""
         model, keep = nnx.merge(graph, params), batch["keep"]
-        # [g, B, D], [g, N, D]
-        queries, documents = jax.lax.map(lambda xs: embed_plan_batch(model, *xs, train), (batch, keys))
+        queries, documents = embed_plan_batches(model, batch, keys, train, sharding.gather_members)
         if train.share_negatives:
             documents, keep = _all_documents(documents, keep)
         losses, metrics = jax.vmap(partial(info_nce, temperature=train.temperature))(queries, documents, keep)
-        return losses.mean(), (losses, jax.tree.map(jnp.mean, metrics))
+        return losses.mean(), {"losses": losses} | jax.tree.map(jnp.mean, metrics)
 
-    def device_gradients(params: nnx.State, keys: Key[Array, " g"], batch: Batch):
-        (_, (losses, metrics)), gradients = jax.value_and_grad(device_loss, has_aux=True)(params, keys, batch)
-        losses = sharding.gather_over_devices(losses)
-        return *sharding.mean_over_devices((gradients, metrics)), losses
-
-    gradients_of = sharding.on_each_device(mesh, device_gradients, copied=1, split=2)
+    def gradients_of(params: nnx.State, keys: Key[Array, " g"], batch: Batch):
+        gradients, metrics = jax.grad(loss, has_aux=True)(params, keys, batch)
+        return gradients, metrics | {"losses": sharding.gather_groups(metrics["losses"])}
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
         keys = jax.random.split(jax.random.fold_in(key, state.step), batch["keep"].shape[0])
-        gradients, metrics, losses = gradients_of(state.params, keys, batch)
+        gradients, metrics = sharding.mean_gradient(mesh, gradients_of, state.params, keys, batch)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= step_counts(nnx.merge(graph, params).config, batch, train) | {
-            "loss": losses.mean(),
-            "losses": losses,
+            "loss": metrics["losses"].mean(),
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        state = TrainState(state.step + 1, params, optimizer_state)
+        return sharding.keep_sharding(mesh, state), sharding.copied(mesh, metrics)
 
     return train_step
 
@@ -168,7 +187,7 @@ def _all_documents(
     The plan has no false negatives across plan batches: all those columns count.
     """
     batches, count, width = documents.shape
-    gathered = sharding.gather_over_devices(documents).reshape(-1, width)  # [G·N, D]
+    gathered = sharding.gather_groups(documents).reshape(-1, width)  # [G·N, D]
     starts = (sharding.first_row(batches) + jnp.arange(batches)) * count
     columns = jax.vmap(lambda start: jnp.roll(gathered, -start, axis=0))(starts)
     others = jnp.ones((*keep.shape[:2], gathered.shape[0] - count), bool)
