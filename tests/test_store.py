@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cde_jax.data import files
+from cde_jax.data import files, store
 from cde_jax.data.files import fingerprint, read_json, temporary_database, write_json
 from cde_jax.data.store import Ragged, Store, StoreWriter
 
@@ -81,6 +81,42 @@ def test_every_flipped_byte_of_every_file_is_found(tmp_path):
     manifest.write_text(manifest.read_text().replace('"shape": [\n        4,', '"shape": [\n        3,'))
     with pytest.raises(ValueError, match=r"manifest\.json: expected digest"):
         Store.open(tmp_path / "s", verify=False)
+
+
+def listed(folder) -> list[str]:
+    """What is in a folder, without the records of what was verified."""
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".verified.json"))
+
+
+def test_a_file_is_hashed_once_by_all_processes_until_it_changes(tmp_path, monkeypatch):
+    write(tmp_path / "s")
+    for path in (tmp_path / "s").iterdir():  # as if written long ago
+        os.utime(path, ns=(0, 10**18))
+    hashed, digest = [], files.file_digest
+
+    def opened() -> list[str]:
+        """What another process that opens the store hashes."""
+        monkeypatch.setattr(store, "_verified", {})
+        monkeypatch.setattr(files, "file_digest", lambda path: hashed.append(path.name) or digest(path))
+        hashed.clear()
+        Store.open(tmp_path / "s")
+        return list(hashed)
+
+    assert len(opened()) == 6 and opened() == []
+    os.utime(tmp_path / "s/a.bin", ns=(0, 10**18 + 1))
+    assert opened() == ["a.bin"] and opened() == []
+    content = (tmp_path / "s/a.bin").read_bytes()  # another file of the same size and time
+    (tmp_path / "s/new").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(tmp_path / "s/new", ns=(0, 10**18 + 1))
+    (tmp_path / "s/new").replace(tmp_path / "s/a.bin")
+    with pytest.raises(ValueError, match=r"a\.bin: expected sha256"):
+        opened()
+    (tmp_path / "s/a.bin").write_bytes(content)
+    (tmp_path / ".s.verified.json").write_text("[]")  # damaged, or deleted to have all hashed again
+    assert len(opened()) == 6
+    monkeypatch.setattr(files, "write_json", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    (tmp_path / ".s.verified.json").unlink()
+    assert len(opened()) == len(opened()) == 6
 
 
 def test_a_file_is_hashed_once_in_a_process_until_it_changes(tmp_path, monkeypatch):
@@ -166,7 +202,7 @@ def test_a_store_is_replaced_whole_and_other_folders_are_not_touched(tmp_path):
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="found something else"):
         write(tmp_path / "mine")
-    assert sorted(os.listdir(tmp_path)) == ["mine", "s"]
+    assert listed(tmp_path) == ["mine", "s"]
 
 
 def test_a_killed_writer_leaves_no_store_and_the_next_one_sweeps(tmp_path):
@@ -187,7 +223,7 @@ def test_a_killed_writer_leaves_no_store_and_the_next_one_sweeps(tmp_path):
         with pytest.raises(ValueError, match="s: another process is writing it; wait"):
             write(tmp_path / "s")
         living.finish()
-    assert os.listdir(tmp_path) == ["s"]
+    assert listed(tmp_path) == ["s"]
     assert list(Store.open(tmp_path / "s").manifest["arrays"]) == ["a"]
 
 
@@ -220,7 +256,7 @@ def test_a_kill_while_a_store_is_replaced_leaves_a_whole_one_or_none(tmp_path, r
         assert ("new" in Store.open(tmp_path / "s").manifest["arrays"]) == (renames == 3)
     write(tmp_path / "s")
     Store.open(tmp_path / "s")
-    assert os.listdir(tmp_path) == ["s"]
+    assert listed(tmp_path) == ["s"]
 
 
 def test_a_store_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
@@ -236,7 +272,7 @@ def test_a_store_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkey
     with pytest.raises(OSError, match="Input/output"), StoreWriter(tmp_path / "s", "numbers") as writer:
         writer.append("b", np.zeros(1))
         writer.finish()
-    assert "a" in Store.open(tmp_path / "s").manifest["arrays"] and os.listdir(tmp_path) == ["s"]
+    assert "a" in Store.open(tmp_path / "s").manifest["arrays"] and listed(tmp_path) == ["s"]
 
 
 def test_a_folder_that_another_writer_finishes_meanwhile_is_not_taken_over(tmp_path, monkeypatch):

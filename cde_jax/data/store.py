@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,8 +192,9 @@ class Store:
     def open(cls, directory: str | Path, *, kind: str | None = None, verify: bool = True) -> "Store":
         """Open the store in `directory`; sizes are always compared, the bytes' digests when `verify` is True.
 
-        A file is hashed once in a process as long as its size and time of change stay the same. Raises ValueError
-        naming the file, what was expected and found, and what to do.
+        A file is hashed once: `.NAME.verified.json` beside the store keeps its size, time of change and inode. It is
+        hashed again when one of them is another, or when that record is deleted. Raises ValueError naming the file,
+        what was expected and found, and what to do.
         """
         path = Path(directory) / "manifest.json"
         if not path.exists():
@@ -207,8 +209,16 @@ class Store:
             raise ValueError(
                 f"{path}: expected digest {manifest['manifest_sha256']}, got {digest}: it was altered; {_REBUILD}"
             )
-        for name, entry in manifest["arrays"].items():
-            _check_file(path.with_name(f"{name}.bin"), entry, verify)
+        record = Path(directory).absolute()
+        record = record.with_name(f".{record.name}.verified.json")
+        verified = _read_verified(record)
+        checked = {
+            name: _check_file(path.with_name(f"{name}.bin"), entry, verify, verified.get(name))
+            for name, entry in manifest["arrays"].items()
+        }
+        if verify and checked != verified and any(checked.values()):
+            with suppress(OSError):  # where nothing may be written, the next process hashes again
+                files.write_json(record, checked)
         return cls(Path(directory), manifest)
 
     @property
@@ -232,21 +242,32 @@ class Store:
         return Ragged(self.array(f"{name}.values"), self.array(f"{name}.offsets"))
 
 
-_verified: dict[str, tuple[int, int, str]] = {}  # file → time of change (ns), size, digest it was found to have
+_verified: dict[str, list[Any]] = {}  # file → its state, as in `_check_file`
 
 
-def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
+def _read_verified(record: Path) -> dict[str, Any]:
+    """{array: state of its file when it was hashed}; {} where there is no such record."""
+    with suppress(ValueError):
+        return read_json(record, dict)
+    return {}
+
+
+def _check_file(path: Path, entry: dict[str, Any], verify: bool, verified: Any) -> Any:
+    """Raises ValueError for a file that is not what the manifest says. Returns the state that may be recorded for it:
+    time of change (ns), size, inode and the digest it was found to have; None where it may still change unnoticed."""
     if not path.exists():
         raise ValueError(f"{path}: the manifest names this file, it is missing; {_REBUILD}")
     status = path.stat()
-    state = (status.st_mtime_ns, status.st_size, entry["sha256"])
+    state = [status.st_mtime_ns, status.st_size, status.st_ino, entry["sha256"]]
     if status.st_size != entry["bytes"]:
         raise ValueError(
             f"{path}: expected {entry['bytes']} bytes, got {status.st_size}: truncated or altered; {_REBUILD}"
         )
-    if not verify or _verified.get(str(path.absolute())) == state:
-        return
+    if not verify or state in (verified, _verified.get(str(path.absolute()))):
+        return state
     if (digest := files.file_digest(path)) != entry["sha256"]:
         raise ValueError(f"{path}: expected sha256 {entry['sha256']}, got {digest}: altered; {_REBUILD}")
-    if time.time_ns() - status.st_mtime_ns > _CLOCK_STEP:
-        _verified[str(path.absolute())] = state
+    if time.time_ns() - status.st_mtime_ns <= _CLOCK_STEP:
+        return None
+    _verified[str(path.absolute())] = state
+    return state
