@@ -3,8 +3,10 @@
     python benchmarks/memory.py [--shapes small] [--queries 128 512 2048] [--chunk 32] [--torch eager] [--reference DIR]
     python benchmarks/memory.py --shapes large --queries 1024 4096 16384 --chunk 128 --dtype bfloat16   # on a GPU
 
-`program_gib` is what the compiler says that the step needs; nothing is run for it. With --run one step is run too, as
-it always is for PyTorch: `peak_gib` is the allocator's peak on a GPU, and the growth of the process' peak resident
+`program_gib` is what the compiler says that the step needs; nothing is run or allocated for it. With --lengths texts
+are of many lengths, padded to so many as in a run. --attention and --remat may be those of another platform than the
+one that compiles ("xla", "none": what an accelerator runs), which is then an estimate. With --run one step is run too,
+as it always is for PyTorch: `peak_gib` is the allocator's peak on a GPU, and the growth of the process' peak resident
 memory on a CPU. `ratio_to_smallest` compares with the fewest queries: with chunks it should stay near 1.
 """
 
@@ -26,6 +28,7 @@ def main() -> None:
     parser = arguments(__doc__, ["small"])
     parser.add_argument("--queries", nargs="+", type=int, default=[128, 512, 2048], help="sizes of a plan batch, B")
     parser.add_argument("--chunk", type=int, default=32, help="texts encoded at once; 0: all")
+    parser.add_argument("--lengths", type=int, default=0, help="padded lengths of texts; 0: all texts are the longest")
     parser.add_argument("--remat", default="auto", help="of layers, in JAX, as model.remat in the config")
     parser.add_argument("--run", action="store_true", help="run a step in JAX too, and measure it")
     parser.add_argument("--case", nargs=3, metavar=("SHAPE", "MODEL", "B"), help="only this one, in this process")
@@ -47,7 +50,7 @@ def main() -> None:
                 for key in ("program_gib", "peak_gib"):
                     if key in line:
                         line[f"{key}_ratio_to_smallest"] = round(line[key] / smallest.setdefault(key, line[key]), 3)
-                settings = {key: getattr(args, key) for key in ("chunk", "dtype", "remat", "attention")}
+                settings = {key: getattr(args, key) for key in ("chunk", "lengths", "dtype", "remat", "attention")}
                 emit(line | settings, *PACKAGES)
 
 
@@ -77,7 +80,7 @@ def measure(args: Any, shape: Shape, model: str) -> dict[str, float]:
     from cde_jax.training.accounting import program_bytes
 
     options = {"attention": args.attention, "remat": args.remat}
-    compiled = lower_step(kind, shape, args.dtype, args.chunk, **options).compile()
+    compiled = lower_step(kind, shape, args.dtype, args.chunk, args.lengths, **options).compile()
     found = {"program_gib": round(program_bytes(compiled) / GIB, 3)}
     if args.run:
         found["peak_gib"] = growth(lambda: jax_step(kind, shape, args.dtype, args.chunk, **options)(), jax_peak)

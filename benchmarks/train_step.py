@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from harness import emit, speed_ratio, take_turns
 from shapes import KINDS, PACKAGES, SHAPES, Shape, Texts, arguments, build, config_of, random_batch
 
+from cde_jax.batching.loader import choose_layout, count_lengths, to_chunks
 from cde_jax.config import Train
 from cde_jax.training import sharding
 from cde_jax.training.accounting import step_flops, utilisation
@@ -105,10 +107,41 @@ def jax_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) ->
     return run
 
 
-def lower_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) -> jax.stages.Lowered:
-    """The same step, traced but not run."""
-    _, state, train_step = make_step(kind, shape, dtype, **encoder)
-    return train_step.lower(state, step_batch(shape, chunk), stream(0, "dropout"))
+def lower_step(kind: str, shape: Shape, dtype: str, chunk: int, lengths: int = 0, **encoder: Any) -> jax.stages.Lowered:
+    """The same step, traced from shapes alone; lengths: how many padded ones, as the loader chooses them."""
+    train, config = Train(), config_of(kind, shape, dtype, **encoder)
+    optimizer, schedule = make_optimizer(train, steps=10_000)
+    graph, params = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)
+    state = jax.eval_shape(lambda params: init_state(nnx.merge(graph, params), optimizer)[1], params)
+    slots = shape.context + config.soft_prompt if kind == "joint" else 0
+    batch = loader_batch(shape, chunk, lengths, slots) if lengths else step_batch(shape, chunk)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    step = make_train_step(graph, optimizer, schedule, train, sharding.make_mesh((1, 1)))
+    return step.lower(state, batch, jax.eval_shape(lambda: stream(0, "dropout")))
+
+
+def loader_batch(shape: Shape, chunk: int, lengths: int, slots: int) -> dict[str, Any]:
+    """One plan batch of texts of many lengths, log-normal around 14 and 150 tokens, without tokens: for its shapes.
+
+    A chunk has as many positions as `chunk` texts of the longest length; `slots` are run with every text.
+    """
+    random, longest = np.random.default_rng(0), shape.document_length
+    sizes = np.concatenate(
+        [random.lognormal(np.log(14), 0.5, shape.queries), random.lognormal(np.log(150), 0.8, shape.queries)]
+    )
+    sizes = np.clip(sizes, 3, longest).astype(int)
+    sizes[-1] = longest
+
+    def in_layout(sizes: np.ndarray, lengths: int, slots: int) -> dict[str, Any]:
+        layout = choose_layout(count_lengths([sizes]), lengths, chunk * (longest + slots), slots)
+        mask = np.arange(longest) < sizes[:, None]
+        return jax.tree.map(lambda x: x[None], to_chunks(np.zeros(mask.shape, np.int32), mask, layout))
+
+    return {
+        "texts": in_layout(sizes, lengths, slots),
+        "context": in_layout(sizes[-shape.context :], -(-lengths // 2), 0),
+        "keep": np.ones((1, shape.queries, shape.queries), bool),
+    }
 
 
 def step_batch(shape: Shape, chunk: int) -> dict[str, Any]:

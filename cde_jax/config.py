@@ -17,8 +17,12 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 SURROGATES = '"lsa", "sentence-transformers:NAME" or "checkpoint:DIR"'
 AUTO = -1  # a chunk size that is chosen by the device's memory
 
-# What a setting changes. A work directory refuses to go on with another value, except for "nothing" and "evaluation".
-Affects = Literal["pairs", "vectors", "plan", "training", "evaluation", "nothing"]
+# What a setting changes. These decide the numbers of a run, which goes on with the same values only.
+Identity = Literal["pairs", "vectors", "plan", "training"]
+# Others may change on the way. "start": what a run without a checkpoint starts from; the content is compared.
+# "schedule": a change holds from the next step on, and training.json keeps the history. "placement": where a step runs
+# and in what pieces, which changes the rounding of its numbers only.
+Affects = Identity | Literal["start", "schedule", "placement", "evaluation", "nothing"]
 
 
 def setting(default: Any, low: Any = None, high: Any = None, *, affects: Affects | None = None) -> Any:
@@ -160,8 +164,9 @@ class Batching(_Section, prefix="batching.", affects="plan"):
 class Init(_Section, prefix="model.init.", affects="training"):
     """Pretrained encoders to start from."""
 
-    first_stage: str = ""  # pretrained encoder (name or path) the first stage starts from; "": random
-    second_stage: str = ""  # … the second stage, or the biencoder
+    # pretrained encoder (name or path) the first stage starts from; "": random
+    first_stage: str = setting("", affects="start")
+    second_stage: str = setting("", affects="start")  # … the second stage, or the biencoder
     layers: int = setting(0, 0, 4096)  # only its first layers; 0: all
 
 
@@ -185,9 +190,9 @@ class Model(_Section, prefix="model.", affects="training"):
     slot_bias: float | None = -5.0  # first value of a learned bias per layer and head from text to slots; None: no bias
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # "auto": bfloat16 on accelerators and float32 on CPU
     # "blocks": a few texts at a time (CPU); "cudnn": fused (NVIDIA GPUs in bfloat16); "auto": "blocks" on CPU, or "xla"
-    attention: Literal["auto", "xla", "blocks", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "blocks", "cudnn"] = setting("auto", affects="placement")
     # computed again in the backward pass: "full": everything; "dots": all but products with weights and attention
-    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    remat: Literal["auto", "none", "dots", "full"] = setting("auto", affects="placement")
     init: Init = dataclasses.field(default_factory=Init)
 
     def _conflicts(self) -> Iterator[str]:
@@ -203,23 +208,28 @@ class Model(_Section, prefix="model.", affects="training"):
 class Train(_Section, prefix="train.", affects="training"):
     """Optimisation, memory, and how often things happen."""
 
-    steps: int = setting(0, 0, 2**31 - 1)  # 0: once through the plan
+    steps: int = setting(0, 0, 2**31 - 1, affects="schedule")  # 0: once through the plan
     # (data, fsdp), -1: the rest. Batches are split over all devices, parameters and optimiser state over fsdp only
-    mesh: tuple[int, ...] = setting((-1, 1), affects="nothing")
+    mesh: tuple[int, ...] = setting((-1, 1), affects="placement")
     batches_per_step: int = setting(1, 1, 2**20)  # G plan batches per step, shared by the devices
-    learning_rate: float = setting(2e-5, 0.0, 1.0)  # peak, of AdamW
+    # plan batches that are left out; the one at the same place in a later step comes instead, once more
+    skip_batches: tuple[int, ...] = setting((), affects="schedule")
+    learning_rate: float = setting(2e-5, 0.0, 1.0, affects="schedule")  # peak, of AdamW
     first_stage_rate: float = setting(1.0, 0.0, 1000.0)  # the first stage's, as a factor; 0: the first stage is frozen
-    warmup_steps: int = setting(1000, 0, 2**31 - 1)  # linear, then linear decay to zero
+    warmup_steps: int = setting(1000, 0, 2**31 - 1, affects="schedule")  # linear, then linear decay to zero
     weight_decay: float = setting(0.01, 0.0, 1.0)  # of matrices
     clip_norm: float = setting(1.0, 1e-9, 1e9)  # largest global norm of the gradient
     temperature: float = setting(0.02, 1e-4, 10.0)  # τ
     sequence_dropout: float = setting(0.005, 0.0, 1.0)  # p that the null embedding replaces a context document
     share_negatives: bool = False  # contrast across all plan batches of a step instead of within each
-    text_lengths: int = setting(12, 1, 256)  # padded lengths that texts run at; each takes time to compile
+    # padded lengths that texts run at; each takes time to compile
+    text_lengths: int = setting(12, 1, 256, affects="placement")
     # queries and documents, of the longest length, in a chunk that is recomputed in the backward pass; 0: a fitting
-    document_chunk: int = setting(0, AUTO, 2**24)  # … number (8192 positions on accelerators); -1: as memory allows
-    context_chunk: int = setting(0, AUTO, 2**24)  # the same for context documents
-    memory_gib: float = setting(0.0, 0.0, 1e6)  # GiB of a step, for chunks of -1; 0: 0.9 of what the device has
+    # number (8192 positions on accelerators); -1: as memory allows
+    document_chunk: int = setting(0, AUTO, 2**24, affects="placement")
+    context_chunk: int = setting(0, AUTO, 2**24, affects="placement")  # the same for context documents
+    # GiB of a step, for chunks of -1; 0: 0.9 of what the device has
+    memory_gib: float = setting(0.0, 0.0, 1e6, affects="placement")
     peak_tflops: float = setting(0.0, 0.0, 1e9, affects="nothing")  # of a device, for utilisation; 0: the maker's
     profile_steps: int = setting(0, 0, 10**6, affects="nothing")  # traced into profile/, from the 4th of a run on
     log_every: int = setting(10, 1, 2**31 - 1, affects="nothing")  # steps between lines of metrics.jsonl
@@ -229,6 +239,8 @@ class Train(_Section, prefix="train.", affects="training"):
     def _conflicts(self) -> Iterator[str]:
         if len(self.mesh) != 2 or self.mesh == (-1, -1) or any(size < -1 or not size for size in self.mesh):
             yield f"`train.mesh` must be (data, fsdp), numbers of devices, one of them -1 for the rest; got {self.mesh}"
+        if any(batch < 0 for batch in self.skip_batches):
+            yield f"`train.skip_batches` must be numbers of plan batches, from 0, got {self.skip_batches}"
         if self.steps and self.warmup_steps >= self.steps:
             yield f"`train.warmup_steps` {self.warmup_steps} must be fewer than `train.steps` {self.steps}"
 

@@ -5,6 +5,7 @@ Hardware: one 80 GB accelerator or more; `train.batches_per_step` is a multiple 
 Time and score: not measured yet. The surrogates, and the variant `:lsa`, are those of configs/small.py.
 """
 
+from cde_jax.config import AUTO
 from configs import base, small
 
 
@@ -12,5 +13,5 @@ def get_config(variant: str = ""):
     """281 M parameters; `variant` as in `base.apply_variant`."""
     c = base.get_config()
     small.paper(c)
-    c.train.document_chunk = c.train.context_chunk = 64
+    c.train.document_chunk = c.train.context_chunk = AUTO  # recomputation and chunks by the memory of the accelerator
     return base.apply_variant(c, variant)

@@ -267,7 +267,7 @@ def test_another_configuration_is_listed_key_by_key_and_free_keys_may_differ():
     ).as_dict()
     check_same_run(now, before, "runs/x")
     now = from_config_dict(
-        changed(seed=4, train__learning_rate=0.5, data__held_out=("a",), train__log_every=3)
+        changed(seed=4, train__temperature=0.5, data__held_out=("a",), train__log_every=3, train__learning_rate=0.5)
     ).as_dict()
     with pytest.raises(ValueError, match="runs/x holds a run with another configuration") as error:
         check_same_run(now, before, "runs/x")
@@ -275,7 +275,7 @@ def test_another_configuration_is_listed_key_by_key_and_free_keys_may_differ():
     assert listed == [
         "- data.held_out: () there, ['a'] now",
         "- seed: 0 there, 4 now",
-        "- train.learning_rate: 2e-05 there, 0.5 now",
+        "- train.temperature: 0.02 there, 0.5 now",
     ]
     assert "another --workdir" in str(error.value) and "--rebuild" in str(error.value)
 

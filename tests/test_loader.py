@@ -312,3 +312,22 @@ def test_a_folder_that_may_not_be_written_is_no_obstacle(made, file, caplog, mon
     monkeypatch.setattr(loader_module, "write_json", full)
     assert Loader(*made, **OPTIONS, layouts_file=file).layouts
     assert "layouts are not kept for the next start: the disk is full" in caplog.text
+
+
+# --- plan batches that are left out
+
+
+def test_a_skipped_plan_batch_is_replaced_by_a_later_one_and_no_other_moves(made):
+    plan, _ = made
+    plain, skipping = Loader(*made, **OPTIONS), Loader(*made, **OPTIONS, skip=(1, 3, 4))
+    places = lambda loader: [loader.batch(step)["plan_batch"].tolist() for step in range(3)]  # noqa: E731
+    assert len(plan) == 6
+    assert places(plain) == [[0, 1], [2, 3], [4, 5]]
+    assert places(skipping) == [[0, 5], [2, 5], [0, 5]]
+    assert skipping.layouts == plain.layouts
+
+
+@pytest.mark.parametrize(("skip", "message"), [((2, 99), r"names \[99\].*0 to 5"), ((0, 2, 4), "could stand for")])
+def test_plan_batches_that_cannot_be_skipped_are_named(made, skip, message):
+    with pytest.raises(ValueError, match=rf"train\.skip_batches .*{message}"):
+        Loader(*made, **OPTIONS, skip=skip)

@@ -375,7 +375,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(trainer, tmp_
         FloatingPointError, match=rf"step {at}: the loss of plan batch \[{99 + at}\] is not finite"
     ) as error:
         go(trainer, tmp_path, 6, wrap=poison(at))
-    assert "last good checkpoint is left" in str(error.value) and "lower train.learning_rate" in str(error.value)
+    assert "last good checkpoint is left" in str(error.value)
+    assert "a lower --config.train.learning_rate" in str(error.value)
+    assert f'--config.train.skip_batches="({99 + at},)"' in str(error.value)
     checkpoints = opened(tmp_path)
     last = (at - 1) // 2 * 2
     assert checkpoints.newest() == last

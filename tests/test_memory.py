@@ -16,34 +16,43 @@ from tiny_models import contextual_config
 from cde_jax.config import Train
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.training import sharding
-from cde_jax.training.accounting import device_limit, largest_chunk, program_bytes
+from cde_jax.training.accounting import choose_chunk, device_limit, program_bytes
 from cde_jax.training.step import init_state, make_train_step
 
 GIB = 2**30
 
 
-@given(limit=st.integers(10, 5000), texts=st.integers(1, 600))
-def test_the_chunk_is_the_first_half_that_fits(limit, texts):
-    needs = lambda chunk: 7 * chunk + 3  # noqa: E731
-    chunk = largest_chunk(needs, limit, texts)
-    assert needs(chunk) <= limit
-    halves = [texts >> i for i in range(texts.bit_length())]
-    assert chunk == next(half for half in halves if needs(half) <= limit)
+REMATS = {"none": 90, "dots": 30, "full": 7}  # bytes of a text
 
 
-def test_what_was_chosen_is_said(caplog):
+def needs(remat: str, chunk: int) -> int:
+    return REMATS[remat] * chunk + 3
+
+
+@given(limit=st.integers(10, 20_000), texts=st.integers(1, 600), useful=st.integers(1, 600))
+def test_the_least_recomputation_with_a_useful_chunk_is_taken_then_the_largest_chunk(limit, texts, useful):
+    useful = min(useful, texts)
+    remat, chunk = choose_chunk(needs, limit, list(REMATS), useful, texts)
+    assert needs(remat, chunk) <= limit and chunk <= texts
+    enough = [name for name in REMATS if needs(name, useful) <= limit]
+    assert remat == (enough[0] if enough else "full") and (chunk >= useful) == bool(enough)
+    assert chunk == texts or needs(remat, min(2 * chunk, texts) if enough else 2 * chunk + 1) > limit
+
+
+def test_what_was_tried_is_said(caplog):
     with caplog.at_level(logging.INFO):
-        assert largest_chunk(lambda chunk: chunk * GIB, 3 * GIB, 8) == 2
-    assert "chunks of 2 texts: the step needs 2.00 of 3.00 GiB; chunks of 4 would need 4.00" in caplog.text
+        assert choose_chunk(lambda _, chunk: chunk * GIB, 3 * GIB, ["none"], 1, 8) == ("none", 2)
+    assert "remat none, chunks of 2 texts: 2.00 of 3.00 GiB" in caplog.text
+    assert "remat none, chunks of 4 texts: 4.00 of 3.00 GiB" in caplog.text
 
 
 def test_a_step_that_never_fits_is_an_error_that_says_what_to_do():
     tried = []
     with pytest.raises(ValueError, match=r"even one text at a time .* 5\.00 GiB, and there are 4\.00.*model\.remat"):
-        largest_chunk(lambda chunk: tried.append(chunk) or 5 * GIB, 4 * GIB, 9)
-    assert tried == [9, 4, 2, 1]
+        choose_chunk(lambda *size: tried.append(size) or 5 * GIB, 4 * GIB, ["none", "full"], 9, 20)
+    assert tried == [("none", 9), ("full", 9), ("full", 4), ("full", 2), ("full", 1)]
     with pytest.raises(ValueError, match="at least one text"):
-        largest_chunk(lambda chunk: 0, 1, 0)
+        choose_chunk(lambda *_: 0, 1, ["none"], 1, 0)
 
 
 def test_a_device_that_does_not_say_its_memory_needs_a_number():
@@ -93,5 +102,5 @@ def step_bytes(chunk: int) -> int:
 def test_the_chunk_of_a_real_step_is_the_largest_that_fits():
     whole, half = step_bytes(64), step_bytes(32)
     assert half < 0.7 * whole
-    assert largest_chunk(step_bytes, half, 64) == 32
-    assert largest_chunk(step_bytes, whole, 64) == 64
+    for limit, chunk in ((half, 32), (whole, 64)):
+        assert choose_chunk(lambda _, chunk: step_bytes(chunk), limit, ["none"], 32, 64) == ("none", chunk)

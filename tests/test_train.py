@@ -18,7 +18,7 @@ from cde_jax.data.files import read_json, write_json
 from cde_jax.stages import train as stage
 from cde_jax.stages.workdir import load_prepared
 from cde_jax.training import sharding
-from cde_jax.training.accounting import largest_chunk
+from cde_jax.training.accounting import choose_chunk, program_bytes
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import stream
 
@@ -38,8 +38,8 @@ def prepared(data, tmp_path_factory) -> Path:
     return workdir
 
 
-def fitted(config, workdir):
-    return stage.fit_chunks(config, workdir, stage.build_model(config, 150), load_prepared(config, workdir))
+def chosen(config, workdir):
+    return stage.choose_placement(config, workdir, load_prepared(config, workdir))
 
 
 def chunks(config):
@@ -47,50 +47,69 @@ def chunks(config):
 
 
 @pytest.mark.parametrize("lengths", [1, 3])
-def test_a_chunk_of_auto_is_the_largest_that_fits(data, prepared, lengths, monkeypatch):
+def test_chunks_and_what_is_computed_again_are_chosen_by_the_compiled_step(data, prepared, lengths, monkeypatch):
     asked = []
 
-    def largest(needs, limit, texts):
-        asked.append((limit, texts))
+    def choose(needs, limit, remats, useful, texts):
+        asked.append((limit, remats, useful, texts))
         needs = functools.cache(needs)  # each size compiles the step
-        assert needs(texts // 2) < needs(texts)
-        assert largest_chunk(needs, limit, texts) == texts
-        return largest_chunk(needs, needs(texts) - 1, texts)
+        assert needs("dots", 8) < needs("dots", 16) < needs("dots", 32)
+        return choose_chunk(needs, needs("dots", 32) - 1, remats, 8, texts)
 
-    monkeypatch.setattr(stage, "largest_chunk", largest)
+    monkeypatch.setattr(stage, "choose_chunk", choose)
     config = from_config_dict(config_of(data, train__text_lengths=lengths, train__memory_gib=1.0, **AUTO))
-    assert chunks(fitted(config, prepared)) == [16, 16]
-    assert asked == [(GIB, 32)]  # 32: all texts of a plan batch
+    config = chosen(config, prepared)
+    assert chunks(config) == [16, 16] and config.model.remat == "dots"
+    assert asked == [(GIB, ("dots", "full"), 32, 32)]  # 512 positions of 16, and all texts of a plan batch
 
 
-def test_only_what_is_auto_is_found(data, prepared):
-    changes = {"train__memory_gib": 1.0, "train__text_lengths": 1}
+def test_only_what_is_auto_is_chosen(data, prepared):
+    changes = {"train__memory_gib": 1.0, "train__text_lengths": 1, "model__remat": "full"}
     config = from_config_dict(config_of(data, **changes, train__document_chunk=-1, train__context_chunk=3))
-    assert chunks(fitted(config, prepared)) == [32, 3]
-    assert fitted(from_config_dict(config_of(data)), prepared) == from_config_dict(config_of(data))
+    config = chosen(config, prepared)
+    assert chunks(config) == [32, 3] and config.model.remat == "full"
+    assert chosen(from_config_dict(config_of(data)), prepared) == from_config_dict(config_of(data))
 
 
-def test_a_run_says_what_it_chose_and_keeps_it(data, tmp_path, caplog, monkeypatch):
+def test_a_run_says_what_it_chose_and_keeps_it_where_it_is(data, tmp_path, caplog, monkeypatch):
     changes = {"train__steps": 2, "train__memory_gib": 1.0, "train__text_lengths": 2} | AUTO
     with caplog.at_level(logging.INFO, logger="cde_jax"):
         for name in ("prepare", "train"):
             go(data, tmp_path, name, **changes)
-    chosen = read_json(tmp_path / "training.json")
-    assert chosen["chunks"] == dict.fromkeys(stage.CHUNKS, 32)
-    assert (chosen["attention"], chosen["remat"], chosen["dtype"]) == ("blocks", "dots", "float32")
-    assert chosen["devices"].startswith("1 x cpu") and chosen["layouts"]["texts"]["lengths"][-1] == 16
-    assert "chunks of 32 texts: the step needs" in caplog.text and "remat dots" in caplog.text
-    # What was chosen before is used again by the same run, whatever would be chosen now.
+    record = read_json(tmp_path / "training.json")
+    assert record["chunks"] == dict.fromkeys(stage.CHUNKS, 32)
+    assert (record["attention"], record["remat"], record["dtype"]) == ("blocks", "dots", "float32")
+    assert record["devices"].startswith("1 x cpu") and record["layouts"]["texts"]["lengths"][-1] == 16
+    assert "remat dots, chunks of 32 texts: " in caplog.text and " of 1.00 GiB" in caplog.text
+    # What was chosen before is used again by the same run in the same place, whatever would be chosen now.
     config = from_config_dict(config_of(data, **changes))
-    four = dict.fromkeys(stage.CHUNKS, 4)
-    monkeypatch.setattr(stage, "largest_chunk", lambda *_: 7)
-    for recorded, expected in ((chosen["identity"], 4), ({}, 7)):
-        write_json(tmp_path / "training.json", chosen | {"identity": recorded, "chunks": four})
-        assert chunks(fitted(config, tmp_path)) == [expected, expected]
+    monkeypatch.setattr(stage, "choose_chunk", lambda *_: ("full", 7))
+    changed = {"chunks": dict.fromkeys(stage.CHUNKS, 4)}
+    other_place = changed | {"placement": record["placement"] | {"devices": "4 x gpu H100"}}
+    for update, remat, chunk in (
+        (changed, "dots", 4),
+        (changed | {"identity": {}}, "full", 7),
+        (other_place, "full", 7),
+    ):
+        write_json(tmp_path / "training.json", record | update)
+        config_now = chosen(config, tmp_path)
+        assert (chunks(config_now), config_now.model.remat) == ([chunk, chunk], remat)
+
+
+def test_the_step_is_measured_from_shapes_as_it_will_run(data, prepared):
+    config = from_config_dict(config_of(data, train__mesh=(2, 2), train__batches_per_step=2, train__text_lengths=1))
+    pairs, plan, _ = load_prepared(config, prepared)
+    batch = stage.make_loader(config, plan, pairs).batch(0)
+    del batch["plan_batch"]
+    training = stage.make_training(config, stage.build_model(config, 150), STEPS)
+    arrays = (training.state, sharding.shard_batch(training.mesh, batch, 2), stream(0, "dropout"))
+    measured = stage.lower_step(config, 150, batch)
+    assert measured.in_avals == training.step.lower(*arrays).in_avals
+    assert program_bytes(measured.compile()) == program_bytes(training.step.lower(*arrays).compile())
 
 
 def test_a_step_that_cannot_fit_is_an_error_before_training(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "largest_chunk", lambda needs, limit, _: largest_chunk(needs, limit, 1))  # compile once
+    monkeypatch.setattr(stage, "choose_chunk", lambda needs, limit, *_: choose_chunk(needs, limit, ["full"], 1, 1))
     with pytest.raises(ValueError, match=r"even one text at a time the step needs 0\.0. GiB, and there are 0\.00"):
         go(data, tmp_path, "all", train__memory_gib=1e-6, train__text_lengths=1, **AUTO)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -98,7 +117,8 @@ def test_a_step_that_cannot_fit_is_an_error_before_training(data, tmp_path, monk
 
 def test_auto_on_a_device_that_does_not_say_its_memory_names_the_key(data, tmp_path):
     with pytest.raises(ValueError, match=r"train\.memory_gib"):
-        go(data, tmp_path, "all", **AUTO)
+        go(data, tmp_path / "work", "all", **AUTO)
+    assert not (tmp_path / "work").exists()
 
 
 # --- settings reach the step

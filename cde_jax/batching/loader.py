@@ -11,7 +11,7 @@ empty ones: every step has the same shapes, and one program is compiled.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +74,7 @@ class Loader:
     layouts_file: Path | None = None  # keeps layouts from one process to the next
     devices_per_plan_batch: int = 1  # how many share its chunks
     share: Sequence[int] | None = None  # which of the G plan batches of a step are read; None: all
+    skip: Collection[int] = ()  # plan batches that are left out: the next one that stands for the same g comes instead
 
     def __post_init__(self):
         try:
@@ -81,6 +82,9 @@ class Loader:
         except ValueError as error:
             advice = "texts, prefixes, lengths and the tokenizer all count"
             raise ValueError(f"{error} ({self.pairs.directory}: {advice})") from None
+        if out := sorted(place for place in self.skip if not 0 <= place < len(self.plan)):
+            raise ValueError(f"train.skip_batches names {out}, and the plan has the batches 0 to {len(self.plan) - 1}")
+        self._instead = {place: self._replacement(place) for place in self.skip}
         self._queries, self._documents = self.pairs.ragged("query_tokens"), self.pairs.ragged("document_tokens")
 
     @cached_property
@@ -142,8 +146,16 @@ class Loader:
         if step < 0:
             raise ValueError(f"expected a step ≥ 0, got {step}")
         places = (int(step) * self.batches_per_step + np.arange(self.batches_per_step)) % len(self.plan)
+        places = np.array([self._instead.get(place, place) for place in places.tolist()])
         read = places if self.share is None else places[list(self.share)]
         return _stack([self._plan_batch(int(place)) for place in read]) | {"plan_batch": places.astype(np.int32)}
+
+    def _replacement(self, skipped: int) -> int:
+        """The plan batch that is read for a skipped one: that of the first step after it whose own is not skipped."""
+        for later in range(1, len(self.plan) + 1):  # another place of the same step never becomes the same batch
+            if (place := (skipped + later * self.batches_per_step) % len(self.plan)) not in self.skip:
+                return place
+        raise ValueError(f"train.skip_batches leaves no plan batch that could stand for {skipped}: name fewer")
 
     def _plan_batch(self, place: int) -> dict[str, Any]:
         """`batch`, of one plan batch and without the axis G."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from cde_jax.data.files import read_json
+from cde_jax.data.files import digests, fingerprint, read_json
 from cde_jax.data.tokens import read_backend
 from cde_jax.interop import modules
 from cde_jax.interop.architectures import NUMERICS, encoder_config, from_dict, is_reference, reference_config
@@ -79,6 +79,12 @@ def open_encoder(name_or_path: str | Path, layers: int | None) -> tuple[EncoderC
         others = "pre-norm layers, geglu and glu, and partial or interleaved rotary embeddings"
         raise ValueError(f"{name_or_path}: training starts from NomicBERT or BERT; {others} are for encoding only")
     return config, {path.removeprefix("encoder."): names for path, names in mapping.items()}, weights
+
+
+def weights_digest(name_or_path: str | Path) -> str:
+    """Digest of the safetensors of a directory or hub name, wherever it is."""
+    folder = resolve(name_or_path)
+    return fingerprint(digests(sorted(folder.rglob("*.safetensors")), folder))
 
 
 def resolve(name_or_path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from cde_jax.data.sources.jsonl import json_lines, text_field, text_lines
 from cde_jax.evaluation import metrics
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.stages.evaluate import read_scores
-from cde_jax.stages.workdir import EXPORT, Prepared
+from cde_jax.stages.workdir import EXPORT, TRAINING, Prepared, read_record
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,16 @@ def read_corpus(path: Path) -> list[str]:
     return texts
 
 
+def training_table(workdir: Path) -> str:
+    """The schedules that a run was trained by, a row for each change, as a Markdown table."""
+    history = (read_record(workdir / TRAINING) or {}).get("history")
+    if not history:
+        return "Not recorded."
+    rows = [[str(value) for value in entry.values()] for entry in history]
+    names = [name.replace("_", " ") for name in history[0]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [names, ["---"] * len(names), *rows])
+
+
 def model_card(config: Config, workdir: Path, prepared: Prepared) -> str:
     """README.md of an export."""
     pairs, plan = prepared.pairs, prepared.plan
@@ -93,6 +103,9 @@ scores = embedder.encode_queries(queries, context) @ vectors.T
 ## Data
 {pairs.manifest["pairs"]} pairs in {len(pairs.manifest["domains"])} domains, source `{config.data.source}`, fingerprint
 `{pairs.fingerprint}`; {len(plan)} plan batches of {config.batching.batch_size}.
+
+## Training
+{training_table(workdir)}
 
 ## Results
 {results}

@@ -47,12 +47,16 @@ class _Vectors(NamedTuple):
 
 
 def open_source(config: Config, workdir: Path) -> Source:
-    """The source that the config names. Raises ValueError for inputs and models that are not there; writes nothing."""
+    """The source that the config names. Raises ValueError for inputs and models that are not there; writes nothing.
+
+    Models whose work is done (vectors, tokenizer of the work directory) need not be there any more.
+    """
     d, b, prefixes, counts = config.data, config.batching, {}, Counter()
-    surrogate.check_surrogate(b.surrogate, b.surrogate_prompts)
-    if not b.filter_is_surrogate:
+    if not (workdir / work.VECTORS).exists():
+        surrogate.check_surrogate(b.surrogate, b.surrogate_prompts)
+    if not (b.filter_is_surrogate or (workdir / work.FILTER_VECTORS).exists()):
         surrogate.check_surrogate(b.filter_surrogate or b.surrogate, b.filter_prompts)
-    if d.tokenizer != "wordpiece":
+    if d.tokenizer != "wordpiece" and not (workdir / work.TOKENIZER).exists():
         _check_vocabulary(config, Tokenizer.load(d.tokenizer).vocab_size)
     if d.source == "jsonl":
         read, inputs = partial(jsonl.read_pairs, d.paths), jsonl.identity(d.paths)
@@ -80,7 +84,8 @@ def prepare(
     training: settings of the training that follows are checked as soon as pairs are counted.
     """
     d, b, keep = config.data, config.batching, partial(_keep, rebuild, workdir)
-    identity = {"settings": d.affecting("pairs"), "inputs": source.inputs}
+    recorded = work.read_manifest(workdir / work.PAIRS)
+    identity = {"settings": work.pairs_settings(config, recorded), "inputs": source.inputs}
     beside = [work.TOKENIZER, *(f"{work.SETS}/{name}" for name in d.held_out if d.source == "docstrings")]
     pairs = keep("pairs are there and fit", work.PAIRS, _load_store, "pairs", {"source": identity}, beside)
     pairs = pairs or _make_pairs(config, workdir, source, identity)
@@ -89,9 +94,10 @@ def prepare(
     batches = check_sizes(b, {domain["name"]: domain["pairs"] for domain in pairs.manifest["domains"]})
     if training:
         train.check_steps(config.train, batches)
-        train.check_initial_encoders(config, vocab_size)
+        if not work.has_checkpoint(workdir) or rebuild:
+            train.check_initial_encoders(config, vocab_size)
 
-    wanted, stores = _surrogates(config, pairs), []
+    wanted, stores = _surrogates(config, workdir, pairs), []
     for v in wanted:
         beside = [work.LSA] if v.surrogate == "lsa" else []
         stores.append(keep("vectors are there and fit", v.folder, _load_store, "vectors", v.identity, beside))
@@ -180,7 +186,7 @@ class _Texts:
         return (text for pair in self.read() for text in (pair.query, pair.document))
 
 
-def _surrogates(config: Config, pairs: Store) -> list[_Vectors]:
+def _surrogates(config: Config, workdir: Path, pairs: Store) -> list[_Vectors]:
     b, vectors = config.batching, []
     roles = [(work.VECTORS, b.surrogate, b.surrogate_prompts)]
     if not b.filter_is_surrogate:
@@ -188,6 +194,9 @@ def _surrogates(config: Config, pairs: Store) -> list[_Vectors]:
     for folder, name, prompts in roles:
         prompts = prompts if name.startswith("sentence-transformers:") else ()
         settings = {"files": surrogate.identity(name), "prompts": prompts}
+        recorded = work.read_manifest(workdir / folder)
+        if not settings["files"] and recorded.get("surrogate") == name:  # its folder may be gone: the vectors are there
+            settings["files"] = recorded["settings"].get("files", {})
         if name == "lsa":
             settings = {"width": b.surrogate_width, "seed": config.seed}
         identity = {"texts": surrogate.texts_fingerprint(pairs), "settings": settings}

@@ -4,7 +4,9 @@ Only `prepare` and scoring need more than JAX; their libraries are imported when
 """
 
 import importlib.metadata
+import importlib.util
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -12,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from cde_jax.config import Config, from_config_dict
-from cde_jax.data.files import write_json
+from cde_jax.data.files import fingerprint, write_json
 from cde_jax.data.sources import beir
 from cde_jax.evaluation import metrics
 from cde_jax.stages import evaluate, export, report, train
@@ -23,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # "rank" is the part of "evaluate" that needs an accelerator: for a work directory that is carried to one and back.
 STAGES = ("prepare", "train", "rank", "evaluate", "export")
+CACHED_PROGRAMS = 10 * 2**30  # bytes of compiled programs that are kept; the oldest go first
 _LIBRARIES = "jax flax optax orbax-checkpoint numpy scikit-learn tokenizers faiss-cpu faiss-gpu"
 
 
@@ -36,6 +41,7 @@ def run(config: Any, workdir: Path, stage: str = "all", *, rebuild: bool = False
         raise ValueError(f"unknown stage {stage!r}: choose all, {', '.join(STAGES)}")
     stages = STAGES if stage == "all" else (stage,)
     config = from_config_dict(config)
+    cache_programs()
     make = _check_inputs(config, workdir, stages, rebuild)
     with work.locked(workdir):
         prepared = _prepared(config, workdir, make, stages, rebuild)
@@ -57,6 +63,34 @@ def run(config: Any, workdir: Path, stage: str = "all", *, rebuild: bool = False
             yield f"exported to {export.export(config, embedder, workdir, prepared)}"
 
 
+def cache_programs() -> None:
+    """Keep what JAX compiles in the user's cache folder for the next start, unless JAX was told where, or not to.
+
+    Set JAX_COMPILATION_CACHE_DIR to another folder, or to nothing to keep none.
+    """
+    told = jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache
+    if told or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    # A folder for each kind of CPU: JAX's key does not tell them apart, and programs for another one may not run.
+    cpu = platform.machine() + platform.processor()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cde_jax" / fingerprint(cpu)[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if importlib.util.find_spec("filelock"):  # else without a limit
+            jax.config.update("jax_compilation_cache_max_size", CACHED_PROGRAMS)
+            # JAX writes the time after the program: what has none was cut short by a kill, and would stay so for ever.
+            for program in folder.glob("*-cache"):
+                if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                    program.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("compiled programs are not kept for the next start: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def _check_inputs(config: Config, workdir: Path, stages: Sequence[str], rebuild: bool) -> Callable[[], work.Prepared]:
     """Raises ValueError for what these stages could not use, before anything is written; makes what they read."""
     make = partial(work.load_prepared, config, workdir)
@@ -71,7 +105,8 @@ def _check_inputs(config: Config, workdir: Path, stages: Sequence[str], rebuild:
         beir.read_sets(config.data.evaluation)
     if "train" in stages:
         train.check_runtime(config)
-        train.check_initial_encoders(config)
+        if rebuild or not work.has_checkpoint(workdir):
+            train.check_initial_encoders(config)
     if list(stages) in (["rank"], ["evaluate"]) and not evaluate.reported_sets(config):
         raise ValueError(evaluate.NOTHING)
     return make
@@ -82,7 +117,7 @@ def _prepared(
 ) -> work.Prepared:
     """What `make` makes or loads. A work directory that holds another run keeps its config.json and checkpoints."""
     checkpoints, file = workdir / work.CHECKPOINTS, workdir / work.CONFIG
-    trained_before = checkpoints.is_dir() and any(checkpoints.iterdir())
+    trained_before = work.has_checkpoint(workdir)
     if trained_before and not rebuild and (recorded := work.read_record(file, config=dict)):
         work.check_same_run(config.as_dict(), recorded["config"], workdir)
     if not file.exists():

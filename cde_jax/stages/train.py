@@ -16,28 +16,31 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from cde_jax.batching.loader import Loader
+from cde_jax.batching.loader import MIN_POSITIONS, Loader
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.config import AUTO, Config, Model, Train
+from cde_jax.config import AUTO, Config, Model, Train, affected, flatten
 from cde_jax.data.files import fingerprint, write_json
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.evaluation import beir
 from cde_jax.interop.modules import TextSettings
-from cde_jax.interop.read import load_encoder, open_encoder
+from cde_jax.interop.read import load_encoder, open_encoder, weights_digest
 from cde_jax.models.attention import select_kernel
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig, select_remat
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.stages import workdir as work
 from cde_jax.training import loop, sharding
-from cde_jax.training.accounting import GIB, device_limit, largest_chunk, program_bytes
+from cde_jax.training.accounting import GIB, choose_chunk, device_limit, program_bytes
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import TrainState, init_state, make_optimizer, make_train_step, stream
 
 log = logging.getLogger(__name__)
 
 CHUNKS = ("document_chunk", "context_chunk")
+USEFUL_POSITIONS = 8192  # of a chunk that keeps an accelerator busy
+# What the layers may compute again, least first. On a CPU keeping everything is slower than "dots" (models/encoder.py).
+REMATS = {"cpu": ("dots", "full"), "other": ("none", "dots", "full")}
 TRAINING_BYTES = 16  # of a parameter: its value, its gradient and Adam's two moments, in float32
 Encoder = Biencoder | ContextualEncoder
 
@@ -60,23 +63,71 @@ def train(config: Config, workdir: Path, prepared: work.Prepared) -> bool:
         if newest is not None and newest >= steps:
             log.info("all %d steps are done: training is skipped", steps)
             return True
+        record = _record(config, workdir, checkpoints.identity, steps, newest or 0) | {"placement": placement(config)}
+        config = choose_placement(config, workdir, prepared)
         # Parameters that a checkpoint is about to replace need no pretrained weights.
         model = (initial_model if newest is None else build_model)(config, prepared.vocab_size)
-        config = fit_chunks(config, workdir, model, prepared)
         training = make_training(config, model, steps)
         if newest is not None:
             training = training._replace(state=checkpoints.restore(newest, training.state))
             log.info("going on from checkpoint %d of %d", newest, steps)
-        return _run(config, workdir, prepared, training, checkpoints)
+        return _run(config, workdir, prepared, training, checkpoints, record)
     finally:
         checkpoints.wait()
 
 
-def _run(config: Config, workdir: Path, prepared: work.Prepared, training: Training, checkpoints: Checkpoints) -> bool:
+def _record(config: Config, workdir: Path, identity: dict[str, str], steps: int, done: int) -> dict[str, Any]:
+    """What training.json says of a run that has done so many steps: identity, what it started from, its schedules."""
+    recorded = work.read_record(workdir / work.TRAINING, identity=dict) or {"identity": None}
+    recorded = recorded if done and recorded["identity"] == identity else {}
+    return {
+        "identity": identity,
+        "start": _started_from(config.model, done, recorded.get("start", {})),
+        "history": schedule_history(config.train, steps, done, recorded.get("history", [])),
+    }
+
+
+def _started_from(model: Model, done: int, recorded: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """{stage: name and weights' digest of the pretrained encoder that a run started from}; one that is named as before
+    is not read again. Raises ValueError for another one."""
+    start = {}
+    for stage in ("first_stage", "second_stage"):
+        name = getattr(model.init, stage) if stage in _initial_encoders(model) else ""
+        before = recorded.get(stage, {"name": name})
+        start[stage] = before
+        if not done or name != before["name"]:
+            start[stage] = {"name": name, "weights": weights_digest(name) if name else ""}
+        if done and start[stage].get("weights") != before.get("weights"):
+            raise ValueError(
+                f"model.init.{stage} is {name!r}, and the run started from other weights, {before['name']!r}: give it "
+                "that name, or the folder that these weights are in now; another --workdir starts a new run"
+            )
+    return start
+
+
+def schedule_history(train: Train, steps: int, done: int, recorded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings that may change while a run goes on, each time with the step (from 1) from which they hold."""
+    now, kept = train.affecting("schedule") | {"steps": steps}, [x for x in recorded if x["from_step"] <= done]
+    before = {name: value for name, value in kept[-1].items() if name != "from_step"} if kept else {}
+    if different := work.differences(now, before):
+        if kept:
+            log.warning("from step %d on: %s", done + 1, ", ".join(different.values()))
+        kept.append({"from_step": done + 1} | now)
+    return kept
+
+
+def _run(
+    config: Config,
+    workdir: Path,
+    prepared: work.Prepared,
+    training: Training,
+    checkpoints: Checkpoints,
+    record: dict[str, Any],
+) -> bool:
     """Run the loop; whether it got to the last step."""
     mesh, graph, state, step, steps = training
+    encoder, device = nnx.merge(graph, state.params).encoder.config, jax.local_devices()[0]
     loader = make_loader(config, prepared.plan, prepared.pairs, layouts_file=workdir / work.LAYOUTS)
-    encoder, device = nnx.merge(graph, state.params).encoder.config, jax.devices()[0]
     chosen = {
         "steps": steps,
         "devices": f"{mesh.size} x {device.platform} {device.device_kind}",
@@ -86,7 +137,7 @@ def _run(config: Config, workdir: Path, prepared: work.Prepared, training: Train
         "chunks": {name: getattr(config.train, name) for name in CHUNKS},
         "layouts": {name: layout._asdict() for name, layout in loader.layouts.items()},
     }
-    write_json(workdir / work.TRAINING, {"identity": checkpoints.identity} | chosen)
+    write_json(workdir / work.TRAINING, record | chosen)
     log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items()))
 
     def batches(start: int, stop: int) -> Iterator[dict[str, Any]]:
@@ -113,6 +164,8 @@ def check_runtime(config: Config) -> None:
     """Raise ValueError for what this machine cannot train, before anything is written: devices, kernel, model size."""
     t = config.train
     sharding.make_mesh(t.mesh)
+    if AUTO in (t.document_chunk, t.context_chunk):
+        device_limit(jax.local_devices()[0], t.memory_gib)
     model = _abstract(config, config.data.vocab_size)
     encoder = model.encoder.config
     select_kernel(encoder.attention, encoder.dtype, encoder.head_dim)
@@ -173,9 +226,10 @@ def _initial_encoders(model: Model) -> dict[str, str]:
 
 
 def run_identity(config: Config, plan: BatchPlan) -> dict[str, str]:
-    """What a checkpoint is tied to: the plan and the settings that shape parameters or optimiser."""
-    settings = {"seed": config.seed, "model": dataclasses.asdict(config.model)}
-    return {"plan": plan.fingerprint, "config": fingerprint(settings | {"train": config.train.affecting("training")})}
+    """What a checkpoint is tied to: the plan, and the settings that decide the numbers and may not change."""
+    effect = affected()
+    settings = {name: value for name, value in flatten(config.as_dict()).items() if effect[name] == "training"}
+    return {"plan": plan.fingerprint, "settings": fingerprint(settings)}
 
 
 def encoder_config(model: Model, vocab_size: int, layers: int, dtype: str) -> EncoderConfig:
@@ -242,15 +296,20 @@ def text_settings(config: Config) -> TextSettings:
     return TextSettings(d.query_prefix, d.document_prefix, d.query_length, d.document_length)
 
 
+def run_slots(model: Model) -> int:
+    """Slots and soft prompt that run through the layers with every text: all of them in joint attention, else none."""
+    joint = model.kind == "contextual" and model.context_attention == "joint"
+    return model.context_size + model.soft_prompt if joint else 0
+
+
 def make_loader(
     config: Config, plan: BatchPlan, pairs: Store, platform: str | None = None, layouts_file: Path | None = None
 ) -> Loader:
-    """The loader of a run's batches; chunk sizes of −1 must have been replaced (`fit_chunks`)."""
+    """The loader of a run's batches; chunk sizes of −1 must have been replaced (`choose_placement`)."""
     t, d, m = config.train, config.data, config.model
-    joint = m.kind == "contextual" and m.context_attention == "joint"
-    slots = m.context_size + m.soft_prompt if joint else 0  # run with every text
-    # What keeps an accelerator busy; on a CPU the loader chooses.
-    default = 0 if (platform or jax.default_backend()) == "cpu" else 8192
+    slots = run_slots(m)
+    # On a CPU the loader chooses.
+    default = 0 if (platform or jax.default_backend()) == "cpu" else USEFUL_POSITIONS
     mesh = sharding.make_mesh(t.mesh)
     return Loader(
         plan,
@@ -258,6 +317,7 @@ def make_loader(
         batches_per_step=t.batches_per_step,
         context_size=m.context_size if m.kind == "contextual" else 0,
         context_source=config.batching.context_source,
+        skip=t.skip_batches,
         seed=config.seed,
         text_lengths=t.text_lengths,
         chunk_positions=t.document_chunk * (d.document_length + slots) or default,
@@ -279,34 +339,62 @@ def make_training(config: Config, model: Encoder, steps: int) -> Training:
     return Training(mesh, graph, sharding.shard_state(mesh, state), step, steps)
 
 
-def fit_chunks(config: Config, workdir: Path, model: Encoder, prepared: work.Prepared) -> Config:
-    """`config` with a number for each chunk size of −1: the largest whose step fits the device's memory.
+def placement(config: Config) -> dict[str, Any]:
+    """The settings of where a step runs and in what pieces, and the devices that they are for."""
+    effect, device = affected(), jax.local_devices()[0]
+    settings = {name: value for name, value in flatten(config.as_dict()).items() if effect[name] == "placement"}
+    return settings | {"devices": f"{jax.device_count()} x {device.platform} {device.device_kind}"}
 
-    All of them become one number of texts. Compiles the step for ever smaller chunks until one fits; a resumed run
-    takes those of training.json, to compute the same. Raises ValueError where not even single texts fit, and where
-    nobody says how much memory there is.
+
+def choose_placement(config: Config, workdir: Path, prepared: work.Prepared) -> Config:
+    """`config` with a number for each chunk size of −1 and, where model.remat is "auto", what is computed again.
+
+    By the memory that the compiler says the step needs (`choose_chunk`): the least recomputation with which chunks of
+    `USEFUL_POSITIONS` fit, then the largest chunk. It is tried with texts of one length, which compile faster, and
+    halved if the step of all lengths should need more. A run that goes on in the same place takes what it took before,
+    to compute the same. Raises ValueError where nothing fits, and where nobody says how much memory there is.
     """
-
-    def with_chunks(chunks: dict[str, int]) -> Config:
-        return dataclasses.replace(config, train=dataclasses.replace(config.train, **chunks))
-
-    recorded = work.read_record(workdir / work.TRAINING, identity=dict, chunks=dict) or {"identity": None}
-    if recorded["identity"] == run_identity(config, prepared.plan) and recorded["chunks"].keys() == set(CHUNKS):
-        return with_chunks(recorded["chunks"])
     auto = [name for name in CHUNKS if getattr(config.train, name) == AUTO]
     if not auto:
         return config
-    limit = device_limit(jax.devices()[0], config.train.memory_gib)
 
-    def needs(texts: int) -> int:
-        candidate = with_chunks(dict.fromkeys(auto, texts))
-        training = make_training(candidate, model, steps=1)
-        batch = make_loader(candidate, prepared.plan, prepared.pairs).batch(0)
+    def chosen(remat: str, chunks: dict[str, int], **train: Any) -> Config:
+        model, train = dataclasses.replace(config.model, remat=remat), chunks | train
+        return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, **train))
+
+    recorded = work.read_record(workdir / work.TRAINING, identity=dict) or {"identity": None}
+    same_place = fingerprint(recorded.get("placement")) == fingerprint(placement(config))
+    if recorded["identity"] == run_identity(config, prepared.plan) and same_place:
+        return chosen(recorded["remat"], recorded["chunks"])
+    limit = device_limit(jax.local_devices()[0], config.train.memory_gib)
+    lengths_of_texts = make_loader(chosen("auto", dict.fromkeys(auto, 1)), prepared.plan, prepared.pairs).lengths
+
+    def needs(remat: str, chunk: int, lengths: int = 1) -> int:
+        candidate = chosen(remat, dict.fromkeys(auto, chunk), text_lengths=lengths)
+        loader = make_loader(candidate, prepared.plan, prepared.pairs, layouts_file=workdir / work.LAYOUTS)
+        loader.lengths = lengths_of_texts  # the plan is gone through once
+        batch = loader.batch(0)
         del batch["plan_batch"]
-        batch = sharding.shard_batch(training.mesh, batch, candidate.train.batches_per_step)
-        key = sharding.replicate(training.mesh, stream(0, "dropout"))
-        return program_bytes(training.step.lower(training.state, batch, key).compile())
+        return program_bytes(lower_step(candidate, prepared.vocab_size, batch).compile())
 
+    cpu = jax.default_backend() == "cpu"
     _, queries, hard = prepared.plan.hard_negatives.shape
-    texts = largest_chunk(needs, limit, queries * (2 + hard))  # all queries and documents of a plan batch
-    return with_chunks(dict.fromkeys(auto, texts))
+    texts = queries * (2 + hard)  # all queries and documents of a plan batch
+    positions = MIN_POSITIONS if cpu else USEFUL_POSITIONS
+    useful = min(texts, -(-positions // (config.data.document_length + run_slots(config.model))))
+    remats = REMATS["cpu" if cpu else "other"] if config.model.remat == "auto" else (config.model.remat,)
+    remat, chunk = choose_chunk(needs, limit, remats, useful, texts)
+    while chunk > 1 and needs(remat, chunk, config.train.text_lengths) > limit:
+        chunk //= 2
+    return chosen(remat, dict.fromkeys(auto, chunk))
+
+
+def lower_step(config: Config, vocab_size: int, batch: dict[str, Any]) -> jax.stages.Lowered:
+    """The training step, traced with the shapes of `batch` as the loader gives it; nothing is put on a device."""
+    t, mesh = config.train, sharding.make_mesh(config.train.mesh)
+    optimizer, schedule = make_optimizer(t, steps=t.warmup_steps + 1)
+    graph, params = nnx.split(_abstract(config, vocab_size), nnx.Param)
+    state = jax.eval_shape(lambda params: init_state(nnx.merge(graph, params), optimizer)[1], params)
+    step = make_train_step(graph, optimizer, schedule, t, mesh)
+    batch = sharding.batch_shapes(mesh, batch, t.batches_per_step)
+    return step.lower(sharding.state_shapes(mesh, state), batch, jax.eval_shape(lambda: stream(0, "dropout")))

@@ -5,12 +5,12 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.config import Config, affected, flatten
+from cde_jax.config import Config, Identity, affected, flatten
 from cde_jax.data.files import fingerprint, read_json
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
@@ -24,6 +24,9 @@ PAIRS, VECTORS, FILTER_VECTORS, LSA = (f"store/{name}" for name in ("pairs", "ve
 TOKENIZER, COLLECTIONS, SETS, TOKENS = (
     f"store/{name}" for name in ("tokenizer", "collections", "evaluation", "evaluation_tokens")
 )
+
+# Settings that name a model which may move: what is in its folder counts.
+BY_CONTENT = ("data.tokenizer", "batching.surrogate", "batching.filter_surrogate")
 
 
 class Prepared(NamedTuple):
@@ -42,10 +45,27 @@ class Prepared(NamedTuple):
 def load_prepared(config: Config, workdir: Path) -> Prepared:
     """What `prepare` left in a work directory, checked against each other and the config."""
     pairs = Store.open(workdir / PAIRS, kind="pairs")
-    check_identity(workdir / PAIRS, {"settings": config.data.affecting("pairs")}, pairs.manifest["source"])
+    check_identity(workdir / PAIRS, {"settings": pairs_settings(config, pairs.manifest)}, pairs.manifest["source"])
     plan = BatchPlan.load(workdir / PLAN)
     plan.verify(pairs.fingerprint, config.batching.plan_settings(config.seed))
     return Prepared(pairs, plan, load_tokenizer(workdir, pairs))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store, not verified; {} where none can be read."""
+    with suppress(ValueError):
+        return read_json(folder / "manifest.json", dict)
+    return {}
+
+
+def pairs_settings(config: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the pairs; a tokenizer in another folder that is the recorded one counts as the same."""
+    settings = config.data.affecting("pairs")
+    name, recorded = settings["tokenizer"], manifest.get("source", {}).get("settings", {}).get("tokenizer")
+    may_be_the_same = recorded not in (None, name) and _is_folder(name) and importlib.util.find_spec("tokenizers")
+    if may_be_the_same and Tokenizer.load(name).fingerprint == manifest.get("tokenizer"):
+        settings["tokenizer"] = recorded
+    return settings
 
 
 def load_tokenizer(workdir: Path, pairs: Store) -> Tokenizer | None:
@@ -76,16 +96,33 @@ def check_identity(folder: Path, now: Mapping[str, Any], recorded: Mapping[str, 
 
 
 def check_same_run(config: Mapping[str, Any], recorded: Mapping[str, Any], workdir: Path | str) -> None:
-    """ValueError when a work directory was made with other settings that change results; lists each."""
-    effect, different = affected(), differences(config, recorded)
-    if lines := [
-        f"- {line}\n" for name, line in different.items() if effect.get(name) not in ("nothing", "evaluation")
-    ]:
+    """ValueError when a work directory was made with other settings that decide a run's numbers; lists each.
+
+    A tokenizer or surrogate in another folder is let through: it is compared by content where it is read.
+    """
+    effect, different, flat = affected(), differences(config, recorded), flatten(config)
+    moved = {name for name in different if name in BY_CONTENT and _is_folder(flat[name])}
+    decide = {name for name in different if effect.get(name) in get_args(Identity)} - moved
+    if lines := [f"- {line}\n" for name, line in different.items() if name in decide]:
         raise ValueError(
             f"{workdir} holds a run with another configuration:\n{''.join(lines)}Use the same configuration to go on "
             "with it, or another --workdir to start a new one; --rebuild starts over in this one and moves its "
             "checkpoints aside."
         )
+    if placement := [line for name, line in different.items() if effect.get(name) == "placement" or name in moved]:
+        log.warning("the run goes on in another place, or in other pieces: %s", ", ".join(placement))
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a model's name is "DIR" or "KIND:DIR", and the folder is there."""
+    path = name.rpartition(":")[2]
+    return bool(path) and Path(path).expanduser().is_dir()
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a training has left anything to go on from."""
+    folder = workdir / CHECKPOINTS
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
 
 def differences(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, str]:

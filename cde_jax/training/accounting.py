@@ -8,7 +8,7 @@ FLOPs of its forward pass. `sizes` are the tokens of each text, 0 where there is
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -132,20 +132,34 @@ def _width(config: BiencoderConfig | ContextualConfig) -> int:
     return output_width or config.encoder.width
 
 
-def largest_chunk(needs: Callable[[int], int], limit: int, texts: int) -> int:
-    """The largest of `texts`, `texts`/2, …, 1 texts in a chunk whose step needs at most `limit` bytes.
+def choose_chunk(
+    needs: Callable[[str, int], int], limit: int, remats: Sequence[str], useful: int, texts: int
+) -> tuple[str, int]:
+    """What the layers compute again in the backward pass, and the number of texts in a chunk, by memory.
 
-    `needs(chunk)` compiles the step and gives its `program_bytes`; it is called with ever smaller chunks, until one
-    fits. Raises ValueError where not even single texts fit.
+    The first of `remats`, least recomputation first, with which a step in chunks of `useful` texts needs at most
+    `limit` bytes; the chunk is then doubled, up to all `texts` of a batch, for as long as it fits. Where none of them
+    fits, the last one with the largest of `useful`/2, `useful`/4, …, 1 that does. `needs(remat, chunk)` compiles the
+    step and gives its `program_bytes`. Raises ValueError where not even single texts fit.
     """
-    if texts < 1:
-        raise ValueError(f"expected at least one text in a batch, got {texts}")
-    larger = ""
-    for chunk in (texts >> halvings for halvings in range(texts.bit_length())):
-        if (needed := needs(chunk)) <= limit:
-            log.info("chunks of %d texts: the step needs %.2f of %.2f GiB%s", chunk, needed / GIB, limit / GIB, larger)
-            return chunk
-        larger = f"; chunks of {chunk} would need {needed / GIB:.2f}"
+    if not 1 <= useful <= texts:
+        raise ValueError(f"expected at least one text in a batch and in a chunk, got {texts} and {useful}")
+
+    def fits(remat: str, chunk: int) -> bool:
+        nonlocal needed
+        needed = needs(remat, chunk)
+        log.info("remat %s, chunks of %d texts: %.2f of %.2f GiB", remat, chunk, needed / GIB, limit / GIB)
+        return needed <= limit
+
+    needed = 0
+    if (remat := next((remat for remat in remats if fits(remat, useful)), None)) is not None:
+        chunk = useful
+        while chunk < texts and fits(remat, min(2 * chunk, texts)):
+            chunk = min(2 * chunk, texts)
+        return remat, chunk
+    for chunk in (useful >> halvings for halvings in range(1, useful.bit_length())):
+        if fits(remats[-1], chunk):
+            return remats[-1], chunk
     raise ValueError(
         f"even one text at a time the step needs {needed / GIB:.2f} GiB, and there are {limit / GIB:.2f}: set "
         f'model.remat="full", lower data.document_length or batching.batch_size, or take a smaller model'

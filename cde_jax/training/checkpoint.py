@@ -97,7 +97,13 @@ class Checkpoints:
         """The parts of a checkpoint that `like` names, verified."""
         path, metadata = self.directory / str(step), self._metadata(step)
         for name, expected in self.identity.items():
-            if (got := metadata["identity"].get(name)) != expected:
+            if (got := metadata["identity"].get(name)) is None:
+                raise ValueError(
+                    f"checkpoint {path} was written by another version of cde_jax, which tied it to "
+                    f"{', '.join(metadata['identity'])}: go on with that version, or start over with --rebuild, which "
+                    "moves the checkpoints aside"
+                )
+            if got != expected:
                 raise ValueError(
                     f"checkpoint {path} belongs to another {name}: expected fingerprint {expected}, got {got}. Give "
                     f"the run its own --workdir, or restore the {name} it was made with."

@@ -246,5 +246,6 @@ def _check_finite(
         what = f"loss of plan batch {bad.tolist()}" if bad.size else f"gradient of plan batches {plan_batch.tolist()}"
         raise FloatingPointError(
             f"step {step}: the {what} is not finite (gradient norm {gradient_norm}). The last good checkpoint is left "
-            f"as it was. Look at those batches' texts, lower train.learning_rate or raise train.temperature."
+            f"as it was: go on from it with a lower --config.train.learning_rate, or without these plan batches by "
+            f'--config.train.skip_batches="{tuple((bad if bad.size else plan_batch).tolist())}".'
         )

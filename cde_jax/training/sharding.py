@@ -50,6 +50,15 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(sharding, tree)
 
 
+def state_shapes(mesh: Mesh, tree: Any) -> Any:
+    """What `shard_state` would put on the devices, as shapes and shardings alone."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        state_shardings(mesh, tree),
+    )
+
+
 def _split_axis(mesh: Mesh, leaf: Any) -> int | None:
     size = mesh.shape[_FSDP]
     axes = [axis for axis, length in enumerate(leaf.shape) if size > 1 and length and length % size == 0]
@@ -117,6 +126,16 @@ def shard_batch(mesh: Mesh, batch: dict[str, Any], batches: int | None = None) -
         return jax.make_array_from_callback(shape, sharding, whole)
 
     return jax.tree.map(put, _batch_specs(batch), batch, is_leaf=lambda node: isinstance(node, P))
+
+
+def batch_shapes(mesh: Mesh, batch: dict[str, Any], batches: int) -> dict[str, Any]:
+    """What `shard_batch` would put on the devices, as shapes and shardings alone."""
+
+    def shape(spec: P, array: np.ndarray) -> jax.ShapeDtypeStruct:
+        sharding = _batch_sharding(mesh, batches, spec)
+        return jax.ShapeDtypeStruct((batches, *array.shape[1:]), array.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, _batch_specs(batch), batch, is_leaf=lambda node: isinstance(node, P))
 
 
 def _batch_sharding(mesh: Mesh, batches: int, spec: P) -> NamedSharding:
