@@ -150,17 +150,26 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that a kill or a full disk leaves the old one or the new one; makes its folder."""
+    with new_file(path) as temporary, open(temporary, "wb", buffering=0) as file:
+        write_all(file, content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, whose folder is made: what the block writes there becomes `path` at its end.
+
+    After an error it is removed; a kill or a full disk leaves the old file or the new one.
+    """
     # One fixed name: what a kill leaves is overwritten by the next write.
     temporary = path.parent / f".{path.name}.tmp"
     with explain_os_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb", buffering=0) as file:
-                write_all(file, content)
-                os.fsync(file.fileno())
+            yield temporary
+            sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
-        except OSError:
+        except BaseException:
             with suppress(OSError):  # where nothing may be written, nothing may be removed
                 temporary.unlink()
             raise

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,16 @@ class Context:
         path = given_path(path)
         if path.is_dir():
             raise ValueError(f"{path}: expected a file name, got a directory; add one, as {path}/context.safetensors")
+        tensors, metadata = self._content()
+        write_file(path, save(tensors, metadata | {"sha256": digest(tensors, metadata)}))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that it holds: vectors under equal ones, of equal weights, are comparable."""
+        return digest(*self._content())
+
+    def _content(self) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, str]]:
+        """Tensors and metadata of its file."""
         tensors = {"vectors": np.asarray(self.vectors, np.float32)}
         if self.cache is not None:
             tensors |= {"slots": self.cache.slots, "keys": self.cache.prefix.keys, "values": self.cache.prefix.values}
@@ -64,8 +75,7 @@ class Context:
             arrays, numbers = self.hybrid.to_tensors()
             tensors |= {_HYBRID + name: array for name, array in arrays.items()}
             metadata |= {_HYBRID + name: number for name, number in numbers.items()}
-        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-        write_file(path, save(tensors, metadata | {"sha256": digest(tensors, metadata)}))
+        return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata
 
     @classmethod
     def load(cls, path: str | Path) -> "Context":

@@ -160,7 +160,7 @@ def locked(workdir: Path) -> Iterator[None]:
             file.seek(0)
             raise ValueError(
                 f"{workdir} is used by another process, pid {file.read() or 'unknown'}: wait until that one ends, or "
-                "choose another --workdir"
+                "choose another folder"
             ) from None
         except OSError:  # a file system without locks
             log.warning("%s cannot be locked: run no other process in it", workdir)

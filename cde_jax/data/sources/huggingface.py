@@ -128,6 +128,12 @@ def texts(value: Any, name: str, place: str) -> list[str]:
     return [as_text(each, name, place, empty=True) for each in values]
 
 
+def parquet_columns(path: Path) -> list[str]:
+    """Names of a Parquet file's columns."""
+    with _parquet(path) as file:
+        return file.schema_arrow.names
+
+
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file's columns, with a batch in memory at a time."""
     with _parquet(path) as file:
@@ -179,8 +185,7 @@ def _tables(path: str) -> list[_Table]:
     """Each Parquet file of a path, or its data set."""
     tables = []
     for name, file in _parquet_files(path).items():
-        with _parquet(file) as opened:
-            columns = opened.schema_arrow.names
+        columns = parquet_columns(file)
         domain = re.sub(r"-\d+-of-\d+$", "", file.stem)  # arguana-00000-of-00002 → arguana
         tables.append(_Table(name, domain, file, columns, functools.partial(parquet_rows, file)))
     if not tables:
