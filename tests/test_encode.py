@@ -19,7 +19,9 @@ from pyarrow import parquet
 from tiny_retrieval import SETTINGS, embedder, tokenizer
 from tiny_run import texts
 
+from cde_jax.adapters.adder import Adapter
 from cde_jax.adapters.statistics import CorpusStatistics
+from cde_jax.config import AdapterSettings
 from cde_jax.encode import main
 from cde_jax.interop.write import save_pretrained
 from cde_jax.retrieval import encode as encode_file
@@ -159,6 +161,27 @@ def test_hybrid_and_whitened_vectors_are_those_of_the_context(made, tmp_path):
     with pytest.raises(SystemExit, match="--dimensions: expected 32, got 16: only vectors of a model that was"):
         more = ["--context", str(tmp_path / "hybrid.safetensors"), "--dimensions", "16"]
         main(command(made, tmp_path / "cut", *more))
+
+
+def test_an_adapter_goes_through_the_command(made, tmp_path):
+    _, loaded, context = made
+    table = {"V": np.random.default_rng(0).normal(size=(loaded.width, loaded.width)).astype(np.float32)}
+    settings, fingerprints = AdapterSettings(sides="both"), {"weights": loaded.weights, "context": context.documents}
+    adapter = Adapter(loaded.width, settings, {"query": table, "document": table}, fingerprints=fingerprints)
+    adapter.save(tmp_path / "adapter.safetensors")
+    main(command(made, tmp_path / "out", "--adapter", str(tmp_path / "adapter.safetensors"), pattern="a*"))
+    expected = adapter.transform_documents(loaded.encode_documents(TEXTS[:30], context))
+    np.testing.assert_allclose(read_vectors(tmp_path / "out").vectors, expected, atol=1e-5)
+    with pytest.raises(SystemExit, match="adapter: was fitted on vectors with the context"):
+        more = ["--adapter", str(tmp_path / "adapter.safetensors")]
+        main([*command(made, tmp_path)[:2], *command(made, tmp_path / "none", *more)[4:]])
+
+
+def test_a_cut_vector_is_a_unit_vector_of_the_first_dimensions(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
+    write_vectors(tmp_path / "x.parquet", [(list("abcde"), vectors)], {"dtype": "float32", "dimensions": 4}, "s")
+    cut = vectors[:, :4] / np.linalg.norm(vectors[:, :4], axis=1, keepdims=True)
+    np.testing.assert_allclose(read_vectors(tmp_path).vectors, cut, atol=1e-6)
 
 
 def test_what_does_not_fit_is_an_error_before_anything_is_encoded(made, tmp_path):
