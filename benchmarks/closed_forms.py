@@ -116,13 +116,14 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, required=True, help="directory written by benchmarks/vectors.py")
     parser.add_argument("--queries", type=int, default=0, help="as of benchmarks/vectors.py")
     parser.add_argument("--documents", type=int, default=0, help="as of benchmarks/vectors.py")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS, metavar="FORM", help="by default all")
     args = parser.parse_args()
     sets = evaluation_sets.read(args.evaluation, args.queries, args.documents)
     arrays = [dict(np.load(args.vectors / f"{dataset.name}.npz")) for dataset in sets]
     frozen = [scored(dataset, x["queries"], x["documents"], 0.0) for dataset, x in zip(sets, arrays, strict=True)]
     line = {"benchmark": "closed_forms"}
     emit(line | {"form": "none", "mean": round(float(np.mean([x.mean() for x in frozen])), 2)}, "jax")
-    for name, form in FORMS.items():
+    for name, form in ((name, FORMS[name]) for name in args.forms):
         results = {}
         for fitted_on in ("corpus", "queries"):
             scores = [fitted(dataset, x, form, fitted_on) for dataset, x in zip(sets, arrays, strict=True)]

@@ -6,12 +6,16 @@
 Everything is fitted on the corpus alone (whitening and spreads by pseudo queries); labels only score. A case is scored
 with one weight for all queries and with a weight by query; both are chosen on the other sets (`loo`), and `fixed` is
 the mean at each weight. Cases: `lsa+terms` (with the encoder's token embeddings), `lsa+signs` (without), `signs` (a
-count sketch alone), `other corpus` (statistics of the set half the list away), `exact` (two indexes: dense and BM25
-scores mixed).
+count sketch alone), `other corpus` (statistics of the set half the list away), `int8` and `stems` (`lsa+terms` with
+documents of 8 bits a dimension; with words cut to stems by snowballstemmer). Two indexes, dense and BM25: `exact`
+(scores mixed, each divided by its spread), `z-score` (each standardised by query), `rrf` (reciprocal ranks + 60,
+Cormack et al., 2009). `N labels`: the weight that is best for N queries, drawn 20 times and scored on the others; one
+for all, or by query if that is better.
 `interval` is a paired 95 % interval of the gain over whitened vectors, queries resampled within sets.
 """
 
 import argparse
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +25,7 @@ from harness import emit
 from jaxtyping import Float
 
 from cde_jax.adapters.hybrid import CAUTION, GAIN_MODEL, WEIGHTS, HybridVectors, TermVectors
-from cde_jax.adapters.statistics import CorpusStatistics
+from cde_jax.adapters.statistics import CorpusStatistics, terms
 from cde_jax.adapters.whitening import SAMPLE_SIZE, whitening
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.evaluation.compare import bootstrap
@@ -30,10 +34,14 @@ from cde_jax.retrieval.embedder import Embedder
 from cde_jax.retrieval.index import as_run, search
 
 RIDGE = 0.06
+MORE_WEIGHTS = (*WEIGHTS, 0.4, 0.5, 0.6)  # scored too; GAIN_MODEL knows WEIGHTS alone
+LABELS, DRAWS = (10, 50, 200), 20
+CASES = ("exact", "z-score", "rrf", "lsa+terms", "lsa+signs", "signs", "other corpus", "int8", "stems")
+FUSIONS = CASES[:3]
 
 
 class Case(NamedTuple):
-    """NDCG@10 of each query in points at each of WEIGHTS, and its features, of one set."""
+    """NDCG@10 of each query in points at each of MORE_WEIGHTS, and its features, of one set."""
 
     scores: Float[np.ndarray, "q w"]
     features: Float[np.ndarray, "q 2"]
@@ -48,6 +56,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=0, help="as of benchmarks/vectors.py")
     parser.add_argument("--documents", type=int, default=0, help="as of benchmarks/vectors.py")
     parser.add_argument("--widths", nargs="+", type=int, default=[768, 1152, 1920], help="of the hybrid vectors")
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, metavar="CASE")
     args = parser.parse_args()
     term_vectors = Embedder.from_pretrained(args.model, progress=False).term_vectors
     sets = evaluation_sets.read(args.evaluation, args.queries, args.documents)
@@ -58,9 +67,11 @@ def main() -> None:
     emit(line | {"case": "frozen", **summary(sets, frozen, base)}, "jax")
     emit(line | {"case": "whitened", **summary(sets, base, base)}, "jax")
     statistics = [CorpusStatistics.fit(dataset.corpus.values()) for dataset in sets]
-    report(line | {"case": "exact"}, sets, [exact(*each) for each in zip(sets, dense, statistics, strict=True)], base)
+    for name in (name for name in FUSIONS if name in args.cases):
+        fused = [fusion(*each, name) for each in zip(sets, dense, statistics, strict=True)]
+        report(line | {"case": name}, sets, fused, base)
     for width in args.widths:
-        for name in ("lsa+terms", "lsa+signs", "signs", "other corpus"):
+        for name in (name for name in args.cases if name not in FUSIONS):
             cases = []
             for i, dataset in enumerate(sets):
                 own = statistics[(i + len(sets) // 2) % len(sets) if name == "other corpus" else i]
@@ -105,27 +116,56 @@ def hybrid(
 ) -> Case:
     """Scores of hybrid vectors of a total width."""
     corpus, texts = list(dataset.corpus.values()), list(dataset.queries.values())
-    options = {"width": width, "term_vectors": term_vectors if name in ("lsa+terms", "other corpus") else None}
+    if name == "stems":
+        corpus, texts, term_vectors = stemmed(corpus, texts, term_vectors)
+        statistics = CorpusStatistics.fit(corpus)
+    options = {"width": width, "term_vectors": None if name.endswith("signs") else term_vectors}
     if name == "signs":
         options["latent_fraction"] = 0.0
     fitted = HybridVectors.fit(statistics, dense["documents"], corpus, dense["pseudo_queries"], **options)
     documents = fitted.transform_documents(dense["documents"], corpus)
+    if name == "int8":
+        scale = np.abs(documents).max(axis=0) / 127
+        documents = np.round(documents / scale).astype(np.int8) * scale
     scores = [
         per_query(dataset, fitted.with_weight(weight).transform_queries(dense["queries"], texts), documents)
-        for weight in WEIGHTS
+        for weight in MORE_WEIGHTS
     ]
     return Case(np.stack(scores, axis=1), fitted.query_features(dense["queries"], texts)[judged(dataset)])
 
 
-def exact(dataset: EvaluationSet, dense: dict[str, np.ndarray], statistics: CorpusStatistics) -> Case:
-    """Dense and BM25 scores mixed, each divided by its spread: what two indexes and a fusion of their lists give."""
+def stemmed(
+    corpus: list[str], queries: list[str], term_vectors: TermVectors
+) -> tuple[list[str], list[str], TermVectors]:
+    """Texts of stems, and the vector of a stem: that of the first word that has it."""
+    from snowballstemmer import stemmer
+
+    stem, words = lru_cache(None)(stemmer("english").stemWord), {}
+
+    def stems(text: str) -> str:
+        return " ".join(words.setdefault(stem(word), word) and stem(word) for word in terms(text))
+
+    return [*map(stems, corpus)], [*map(stems, queries)], lambda found: term_vectors([words.get(s, s) for s in found])
+
+
+def fusion(dataset: EvaluationSet, dense: dict[str, np.ndarray], statistics: CorpusStatistics, name: str) -> Case:
+    """Two indexes, their scores of all documents fused as FUSIONS say."""
     queries = statistics.query_weights(dataset.queries.values())
     lexical = (queries @ statistics.document_weights(dataset.corpus.values()).T).toarray()
     lexical /= np.sqrt(np.maximum(queries.multiply(queries).sum(axis=1), 1e-12))
-    similar = dense["queries"] @ dense["documents"].T
+    lists = []
+    for scores in (dense["queries"] @ dense["documents"].T, np.asarray(lexical)):
+        if name == "rrf":
+            ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+            lists.append(1 / (61.0 + ranks))
+        elif name == "z-score":
+            spread = np.maximum(scores.std(axis=1, keepdims=True), 1e-9)
+            lists.append((scores - scores.mean(axis=1, keepdims=True)) / spread)
+        else:
+            lists.append(scores / scores.std())
     names, scores = list(dataset.corpus), []
-    for weight in WEIGHTS:
-        mixed = np.asarray((1 - weight) * similar / similar.std() + weight * lexical / lexical.std())
+    for weight in MORE_WEIGHTS:
+        mixed = (1 - weight) * lists[0] + weight * lists[1]
         best = np.argsort(-mixed, axis=1, kind="stable")[:, :10]
         run = {
             query: {names[j]: float(row[j]) for j in top}
@@ -138,7 +178,7 @@ def exact(dataset: EvaluationSet, dense: dict[str, np.ndarray], statistics: Corp
 def report(line: dict, sets: list[EvaluationSet], cases: list[Case], base: list[np.ndarray]) -> None:
     """Emit a case: each weight for all, and weights chosen on the other sets for all queries and by query."""
     means = np.array([case.scores.mean(axis=0) for case in cases])  # [sets, w]
-    line = line | {"fixed": dict(zip(map(str, WEIGHTS), means.mean(axis=0).round(2).tolist(), strict=True))}
+    line = line | {"fixed": dict(zip(map(str, MORE_WEIGHTS), means.mean(axis=0).round(2).tolist(), strict=True))}
     rest = [[j for j in range(len(cases)) if j != i] for i in range(len(cases))]
     one = [case.scores[:, means[others].mean(axis=0).argmax()] for case, others in zip(cases, rest, strict=True)]
     emit(line | {"weight": "one, loo", **summary(sets, one, base)}, "jax")
@@ -150,14 +190,30 @@ def report(line: dict, sets: list[EvaluationSet], cases: list[Case], base: list[
         predicted(gain_model([cases[j] for j in others]), case) for case, others in zip(cases, rest, strict=True)
     ]
     emit(line | {"weight": "by query, loo", **summary(sets, by_query, base)}, "jax")
+    for labels in LABELS:
+        few = [few_labels(case, own, labels) for case, own in zip(cases, by_query, strict=True)]
+        emit(line | {"weight": f"{labels} labels", **summary(sets, few, base)}, "jax")
     emit(line | {"gain_model": gain_model(cases).round(3).tolist()}, "jax")
+
+
+def few_labels(case: Case, by_query: Float[np.ndarray, " q"], labels: int) -> Float[np.ndarray, " q"]:
+    """Each query's score, meaned over draws of other queries that choose the weight; by query where there are few."""
+    choices = np.concatenate([by_query[:, None], case.scores], axis=1)
+    count, sums = len(choices), np.zeros((2, len(choices)))
+    if count < 2 * labels:
+        return by_query
+    for draw in range(DRAWS):
+        order = np.random.default_rng([draw, labels]).permutation(count)
+        chosen = choices[order[:labels]].mean(axis=0).argmax()
+        sums[:, order[labels:]] += np.stack([choices[order[labels:], chosen], np.ones(count - labels)])
+    return sums[0] / np.maximum(sums[1], 1)
 
 
 def gain_model(cases: list[Case]) -> Float[np.ndarray, "3 w"]:
     """Ridge regression of the gain at each weight on a query's features, every set with the same mass."""
     mass = np.concatenate([np.full(len(case.scores), 1 / len(case.scores) / len(cases)) for case in cases])
     features = np.concatenate([case.features for case in cases]).astype(np.float64)
-    gains = np.concatenate([case.scores - case.scores[:, :1] for case in cases])
+    gains = np.concatenate([case.scores[:, : len(WEIGHTS)] - case.scores[:, :1] for case in cases])
     mean = mass @ features
     spread = np.sqrt(mass @ (features - mean) ** 2) + 1e-9
     inputs = np.concatenate([np.ones((len(features), 1)), (features - mean) / spread], axis=1)
