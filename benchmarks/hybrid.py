@@ -9,8 +9,8 @@ the mean at each weight. Cases: `lsa+terms` (with the encoder's token embeddings
 count sketch alone), `other corpus` (statistics of the set half the list away), `int8` and `stems` (`lsa+terms` with
 documents of 8 bits a dimension; with words cut to stems by snowballstemmer). Two indexes, dense and BM25: `exact`
 (scores mixed, each divided by its spread), `z-score` (each standardised by query), `rrf` (reciprocal ranks + 60,
-Cormack et al., 2009). `N labels`: the weight that is best for N queries, drawn 20 times and scored on the others; one
-for all, or by query if that is better.
+Cormack et al., 2009). `N labels`: the weight that `fit_weight` chooses by N queries, drawn 20 times and scored on the
+others.
 `interval` is a paired 95 % interval of the gain over whitened vectors, queries resampled within sets.
 """
 
@@ -24,7 +24,8 @@ import numpy as np
 from harness import emit
 from jaxtyping import Float
 
-from cde_jax.adapters.hybrid import CAUTION, GAIN_MODEL, WEIGHTS, HybridVectors, TermVectors
+from cde_jax.adapters.hybrid import CAUTION, GAIN_MODEL, LARGER_WEIGHTS, WEIGHTS, HybridVectors, best_choice
+from cde_jax.adapters.projection import TermVectors
 from cde_jax.adapters.statistics import CorpusStatistics, terms
 from cde_jax.adapters.whitening import SAMPLE_SIZE, whitening
 from cde_jax.data.sources.beir import EvaluationSet
@@ -34,7 +35,7 @@ from cde_jax.retrieval.embedder import Embedder
 from cde_jax.retrieval.index import as_run, search
 
 RIDGE = 0.06
-MORE_WEIGHTS = (*WEIGHTS, 0.4, 0.5, 0.6)  # scored too; GAIN_MODEL knows WEIGHTS alone
+MORE_WEIGHTS = (*WEIGHTS, *LARGER_WEIGHTS)  # scored too; GAIN_MODEL knows WEIGHTS alone
 LABELS, DRAWS = (10, 50, 200), 20
 CASES = ("exact", "z-score", "rrf", "lsa+terms", "lsa+signs", "signs", "other corpus", "int8", "stems")
 FUSIONS = CASES[:3]
@@ -204,7 +205,7 @@ def few_labels(case: Case, by_query: Float[np.ndarray, " q"], labels: int) -> Fl
         return by_query
     for draw in range(DRAWS):
         order = np.random.default_rng([draw, labels]).permutation(count)
-        chosen = choices[order[:labels]].mean(axis=0).argmax()
+        chosen = best_choice(choices[order[:labels]])
         sums[:, order[labels:]] += np.stack([choices[order[labels:], chosen], np.ones(count - labels)])
     return sums[0] / np.maximum(sums[1], 1)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cde_jax import CorpusStatistics, HybridVectors
-from cde_jax.adapters.hybrid import WEIGHTS, choose_weights
+from cde_jax.adapters.hybrid import LARGER_WEIGHTS, WEIGHTS, best_choice, choose_weights
 from cde_jax.data.store import unit_rows
 
 WORDS = [f"word{letter}{other}" for letter in "abcdefghij" for other in "klmnop"]
@@ -152,6 +152,26 @@ def test_the_chosen_weight_is_the_smallest_with_nearly_the_largest_predicted_gai
     np.testing.assert_allclose(choose_weights(np.array([[1.0, 0.0], [1.0, 1.0]])), [0.2, 0.3], rtol=1e-6)
     monkeypatch.setattr("cde_jax.adapters.hybrid.GAIN_MODEL", np.array([[0, -1, -1, -1, -1, -1], [0] * 6, [0] * 6]))
     assert choose_weights(np.array([[1.0, 0.5]])) == 0
+
+
+@pytest.mark.parametrize(("lexical", "expected"), [(True, LARGER_WEIGHTS[-1]), (False, 0.0)])
+def test_labels_choose_the_weight_of_what_finds_the_documents(lexical, expected):
+    corpus = texts_of(300, 5, 4)
+    vectors, rows = unit(300, 6), np.arange(80)
+    hybrid = HybridVectors.fit(CorpusStatistics.fit(corpus), vectors, corpus, unit(50, 7), width=D + 1 + 60)
+    documents = hybrid.transform_documents(vectors, corpus)
+    texts, queries = (corpus[:80], unit(80, 8)) if lexical else (texts_of(80, 9, 4), vectors[:80])
+    chosen = hybrid.fit_weight(queries, texts, documents, np.stack([rows, rows], axis=1))
+    assert chosen.weight == expected
+    few = hybrid.fit_weight(queries, texts, documents, {0: {1: 1}, 1: {0: 1}})  # neither is found
+    assert few.weight is None
+
+
+def test_a_weight_that_is_not_clearly_better_than_one_by_query_is_not_chosen():
+    scores = np.array([[0.5, 0.6, 0.4], [0.5, 0.6, 0.4], [0.5, 0.55, 0.4], [0.5, 0.55, 0.4]])
+    assert best_choice(scores) == 1
+    scores[0, 1], scores[1, 1] = 1.0, 0.1  # the mean is still the greatest
+    assert scores[:, 1].mean() > 0.5 and best_choice(scores) == 0
 
 
 def test_documents_of_very_many_terms_keep_the_norm():

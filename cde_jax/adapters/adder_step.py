@@ -20,7 +20,7 @@ QUERIES = 512  # searched at a time
 KEY_SCALE = 1.5  # standard deviation of the logits of the lookup at the start
 LEARNING_RATES = {"linear": 4e-4, "softmax": 1e-3, "low_rank": 1e-4, "mlp": 1e-4}
 NEVER = -1e9  # score of what is no negative
-Tables = dict[str, Table]
+Tables = dict[str, Table | None]  # by side; None: the vectors as they are
 
 
 class Batch(NamedTuple):

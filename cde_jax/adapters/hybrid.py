@@ -4,7 +4,7 @@ One vector a text, scored by a plain inner product in any index; the lexical par
 densified lexical representations (Lin & Lin, 2206.09912), CLEAR (2004.13969), count sketches (Charikar et al., 2002).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,28 @@ from jaxtyping import Float, Float32, Int
 from safetensors.numpy import save
 
 from cde_jax.adapters.inputs import check_integer, check_vectors, read_tensors
-from cde_jax.adapters.statistics import BUCKETS, CorpusStatistics, bucket, terms
+from cde_jax.adapters.projection import RESIDUAL_SCALE, STREAM, TermVectors, fit_projection, random_signs
+from cde_jax.adapters.statistics import BUCKETS, CorpusStatistics
 from cde_jax.data.files import given_path, write_file
 from cde_jax.data.store import unit_rows
 from cde_jax.data.tokens import as_list
 
 FORMAT = "cde_jax hybrid vectors 1"
 LATENT_FRACTION = 2 / 3  # of the lexical width is for directions learned from the corpus
-RESIDUAL_SCALE = 0.7, 0.55  # of what these directions leave: of term vectors, of random signs
-SIGNS = 4  # a term, of a random projection
 FIT_DOCUMENTS = 20_000  # at most, that projection and spreads are fitted on
 NORM_QUANTILE = 0.999  # of the lexical norms of documents; larger ones are cut
-STREAM = 71  # random stream id
 
 # A query's weight of the lexical part is the smallest of WEIGHTS with at least CAUTION of the largest gain that is
 # predicted, linear in (1, `query_features`), in points of NDCG@10. GAIN_MODEL is a ridge regression over the queries of
 # ten sets (benchmarks/hybrid.py prints it, and what it gains on a set that it was not fitted on).
 WEIGHTS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3)
+LARGER_WEIGHTS = (0.4, 0.5, 0.6)  # that labelled queries may choose too
 CAUTION = 0.9
 GAIN_MODEL = np.float32([
     [0.0, 0.361, -0.699, -1.688, -3.062, -4.427],
     [0.0, 1.075, 1.554, 2.043, 2.553, 2.842],
     [0.0, -1.664, -0.384, 0.347, 1.290, 2.965],
 ])  # fmt: skip
-
-TermVectors = Callable[[list[str]], Float[np.ndarray, "n E"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +98,7 @@ class HybridVectors:
         if isinstance(latent_fraction, bool) or not 0 <= latent_fraction <= 1:
             raise ValueError(f"latent_fraction: expected a number from 0 to 1, got {latent_fraction!r}")
         width = check_integer("width", 2 * dense if width is None else width, dense + 3) - dense - 1
-        buckets, projection, signs_from = _fit_projection(statistics, texts, width, latent_fraction, term_vectors, seed)
+        buckets, projection, signs_from = fit_projection(statistics, texts, width, latent_fraction, term_vectors, seed)
         none = np.zeros((0, 0), np.float32)
         fitted = cls(statistics, buckets, projection, signs_from, none, 1.0, 1.0, check_weight(weight), seed)
         lexical = fitted._lexical(statistics.document_weights(documents))
@@ -144,6 +141,34 @@ class HybridVectors:
     def with_weight(self, weight: float | None) -> "HybridVectors":
         """Another weight of the lexical part, in [0, 1], or None; document vectors stay as they are."""
         return replace(self, weight=check_weight(weight))
+
+    def fit_weight(
+        self,
+        vectors: Float[np.ndarray, "q D"],
+        texts: Sequence[str],
+        documents: Float[np.ndarray, "n _"],
+        positives: Any,
+    ) -> "HybridVectors":
+        """With the one weight that is best for labelled queries, or each query its own if no other is clearly better.
+
+        vectors, texts: of queries; documents: hybrid vectors of the corpus, as `transform_documents` gives them;
+        positives: as of `Adapter.fit`. A weight is clearly better if its NDCG@10 is by more than the standard error of
+        the difference: with few labels it seldom is, with 50 it gains (docs/results.md).
+        """
+        from cde_jax.adapters.adder import as_grades
+        from cde_jax.adapters.adder_step import Corpus
+        from cde_jax.adapters.adder_training import CUTOFFS, ndcg
+
+        vectors, texts = _check("queries", vectors, texts, self._dense_width)
+        documents = check_vectors("documents", documents, self._dense_width + self.projection.shape[1] + 1)
+        grades = as_grades(positives, len(vectors), len(documents))
+        vectors, texts = vectors[list(grades)], [texts[i] for i in grades]
+        corpus, nothing, scores = Corpus(documents), np.full((len(grades), 1), -1), []
+        for weight in (weights := (None, *WEIGHTS, *LARGER_WEIGHTS)):
+            queries = self.with_weight(weight).transform_queries(vectors, texts)
+            found = corpus.hardest({"query": None}, queries, nothing, CUTOFFS[-1], "linear")
+            scores.append(ndcg(found, list(grades.values()))[:, -1])
+        return self.with_weight(weights[best_choice(np.stack(scores, axis=1))])
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file atomically, the statistics included."""
@@ -211,6 +236,13 @@ def choose_weights(features: Float[np.ndarray, "n 2"]) -> Float32[np.ndarray, " 
     return np.float32(WEIGHTS)[enough.argmax(axis=1)]
 
 
+def best_choice(scores: Float[np.ndarray, "q c"]) -> int:
+    """The column of the greatest mean, or 0 unless that is above column 0's by a standard error of the difference."""
+    best = int(scores.mean(axis=0).argmax())
+    difference = scores[:, best] - scores[:, 0]
+    return best if difference.mean() > difference.std(ddof=1) / len(scores) ** 0.5 else 0
+
+
 def check_weight(weight: float | None) -> float | None:
     """`weight` as a float, or None; a ValueError outside [0, 1]."""
     if weight is None:
@@ -220,18 +252,6 @@ def check_weight(weight: float | None) -> float | None:
     return float(weight)
 
 
-def random_signs(width: int, seed: int) -> Any:
-    """Count sketch: a sparse matrix [BUCKETS, width] with `SIGNS` entries ±1/√SIGNS in random columns of each row."""
-    from scipy.sparse import csr_matrix
-
-    if not width:
-        return csr_matrix((BUCKETS, 0), dtype=np.float32)
-    random = np.random.default_rng([seed, STREAM, width])
-    columns = random.integers(width, size=BUCKETS * SIGNS)
-    values = random.choice(np.float32([-1, 1]) / np.float32(np.sqrt(SIGNS)), size=BUCKETS * SIGNS)
-    return csr_matrix((values, columns, np.arange(BUCKETS + 1) * SIGNS), shape=(BUCKETS, width))
-
-
 def _check(
     name: str, vectors: Float[np.ndarray, "n D"], texts: Iterable[str], width: int | None = None
 ) -> tuple[Float[np.ndarray, "n D"], list[str]]:
@@ -239,50 +259,3 @@ def _check(
     if len(vectors) != len(texts):
         raise ValueError(f"{name}: expected one vector a text, got {len(vectors)} vectors and {len(texts)} texts")
     return vectors, texts
-
-
-def _fit_projection(
-    statistics: CorpusStatistics,
-    texts: list[str],
-    width: int,
-    latent_fraction: float,
-    term_vectors: TermVectors | None,
-    seed: int,
-) -> tuple[Int[np.ndarray, " V"], Float32[np.ndarray, "V L"], int]:
-    """The buckets of the texts' terms, their rows, and the number of latent columns, which come first."""
-    from sklearn.decomposition import TruncatedSVD
-
-    weights = statistics.document_weights(texts)
-    used = np.flatnonzero(np.bincount(weights.indices, weights.data, BUCKETS)).astype(np.int32)
-    weights = weights[:, used]  # [n, V]
-    latent = min(int(width * latent_fraction), *weights.shape)
-    basis = np.zeros((len(used), 0), np.float32)
-    if latent:
-        with np.errstate(divide="ignore", invalid="ignore"):  # documents that are all alike have no variance
-            svd = TruncatedSVD(latent, random_state=seed, n_iter=2).fit(weights)
-        basis = np.ascontiguousarray(svd.components_.T, np.float32)  # [V, latent]
-    if term_vectors is None:
-        vectors, scale = random_signs(width - latent, seed)[used].toarray(), RESIDUAL_SCALE[1]
-    else:
-        vectors, scale = _whitened_terms(used, texts, weights, term_vectors), RESIDUAL_SCALE[0]
-    rest = vectors - basis @ (basis.T @ vectors)
-    if rest.shape[1] > width - latent:  # keep its directions of largest variance in documents
-        projected = weights @ rest  # [n, E]
-        rest = rest @ np.linalg.eigh(projected.T @ projected)[1][:, rest.shape[1] - width + latent :]
-    rest = np.pad(rest, ((0, 0), (0, width - latent - rest.shape[1])))
-    return used, np.concatenate([basis, np.float32(scale) * rest], axis=1, dtype=np.float32), latent
-
-
-def _whitened_terms(
-    used: Int[np.ndarray, " V"], texts: list[str], weights: Any, term_vectors: TermVectors
-) -> Float32[np.ndarray, "V E"]:
-    """Unit vectors of the terms of `texts`, whitened under the number of texts that have each."""
-    words = {bucket(word): word for text in texts for word in terms(text)}
-    vectors = check_vectors("term_vectors", term_vectors([words[b] for b in used.tolist()])).astype(np.float64)
-    if len(vectors) != len(used):
-        raise ValueError(f"term_vectors: expected one vector a word, got {len(vectors)} for {len(used)} words")
-    counts = np.asarray((weights > 0).sum(axis=0), np.float64).ravel()  # [V]
-    vectors -= np.average(vectors, axis=0, weights=counts)
-    variances, directions = np.linalg.eigh((vectors.T * counts) @ vectors / counts.sum())
-    vectors = vectors @ directions / np.sqrt(np.maximum(variances, 1e-6 * variances[-1]))
-    return unit_rows(vectors).astype(np.float32)
