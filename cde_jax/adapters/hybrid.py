@@ -1,7 +1,8 @@
 """Hybrid vectors: a dense vector of any encoder beside a lexical one under the term statistics of its corpus.
 
 One vector a text, scored by a plain inner product in any index; the lexical part approximates BM25. Related work:
-densified lexical representations (Lin & Lin, 2206.09912), CLEAR (2004.13969), count sketches (Charikar et al., 2002).
+densified lexical representations (Lin & Lin, 2206.09912), CLEAR (2004.13969), count sketches (Charikar et al., 2002),
+and the hybrid search of vector databases, which keeps two indexes and fuses their lists.
 """
 
 from collections.abc import Iterable, Sequence
