@@ -1,8 +1,8 @@
 """Soft-ZCA whitening of a corpus (arXiv 2411.17538).
 
 A fraction of the mean of the vectors is subtracted, queries and documents each by their own mean, and directions of
-large variance are shortened. Full whitening would amplify the noise of directions with little variance. Related: spectral
-powers (2603.19339), nearest-neighbour normalisation (2410.24114), whitening for re-ranking (2209.00218);
+large variance are shortened. Full whitening would amplify the noise of directions with little variance. Related:
+spectral powers (2603.19339), nearest-neighbour normalisation (2410.24114), whitening for re-ranking (2209.00218);
 `benchmarks/closed_forms.py` compares.
 """
 
