@@ -5,6 +5,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_batches import chunk_shapes
 from tiny_models import contextual_config
 
+from cde_jax.batching.loader import choose_layout, count_lengths
 from cde_jax.config import Train
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.training import sharding
@@ -81,22 +83,39 @@ def test_a_programs_bytes_are_its_arguments_results_and_temporaries():
     assert program_bytes(jax.jit(lambda x: jnp.sin(x) @ x.T @ x).lower(x).compile()) >= 3 * size
 
 
-@functools.cache
-def step_bytes(chunk: int) -> int:
-    """Of the compiled training step of a small model with a long batch, from shapes alone."""
-    texts, length = 64, 128
-    config = contextual_config("isolated", encoder={"layers": 1, "width": 32, "mlp_width": 64})
+def compiled_bytes(texts: int, *chunks: tuple[int, int, int], attention: str = "isolated", context: int = 8) -> int:
+    """Of the compiled training step of a small model, from shapes alone; texts: queries, and as many documents."""
+    encoder = {"layers": 1, "width": 32, "mlp_width": 64, "attention": "xla"}
+    config = contextual_config(attention, encoder=encoder, context_size=context)
     optimizer = optax.sgd(1.0)
     graph, params = nnx.split(nnx.eval_shape(lambda: ContextualEncoder(config, rngs=nnx.Rngs(0))), nnx.Param)
     zeros = lambda: nnx.merge(graph, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params))  # noqa: E731
     state = jax.eval_shape(lambda: init_state(zeros(), optimizer)[1])
     batch = {
-        "texts": chunk_shapes(2 * texts, (2 * texts // chunk, chunk, length)),
-        "context": chunk_shapes(8, (1, 8, length)),
+        "texts": chunk_shapes(2 * texts, *chunks),
+        "context": chunk_shapes(context, (-(-context // 8), 8, chunks[-1][2])),
         "keep": jax.ShapeDtypeStruct((1, texts, texts), jnp.bool_),
     }
     step = make_train_step(graph, optimizer, lambda step: 1.0, Train(), sharding.make_mesh((1, 1)))
     return program_bytes(step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile())
+
+
+@functools.cache
+def step_bytes(chunk: int) -> int:
+    return compiled_bytes(64, (128 // chunk, chunk, 128))
+
+
+def test_short_texts_in_joint_attention_need_no_more_memory_than_long_ones():
+    """Each drags all slots along, so a chunk holds fewer of them than its tokens alone would allow."""
+    slots, longest, counted = 66, 64, count_lengths([np.repeat([8, 64], 64)])
+
+    def needed(counted_slots: int) -> int:
+        layout = choose_layout(counted, 2, 4 * (longest + counted_slots), counted_slots)
+        return compiled_bytes(64, *zip(*layout[::-1], strict=True), attention="joint", context=64)
+
+    long_texts = compiled_bytes(64, (32, 4, longest), attention="joint", context=64)
+    assert needed(slots) < 1.1 * long_texts
+    assert needed(0) > 1.5 * long_texts  # tokens only
 
 
 def test_the_chunk_of_a_real_step_is_the_largest_that_fits():
