@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 
 SURROGATES = '"lsa", "sentence-transformers:NAME" or "checkpoint:DIR"'
 AUTO = -1  # a chunk size that is chosen by the device's memory
+TEMPERATURES = (0.001, 1.0)  # a learned temperature stays between these
 
 # What a setting changes. These decide the numbers of a run, which goes on with the same values only.
 Identity = Literal["pairs", "vectors", "plan", "training"]
@@ -214,13 +215,24 @@ class Train(_Section, prefix="train.", affects="training"):
     batches_per_step: int = setting(1, 1, 2**20)  # G plan batches per step, shared by the devices
     # plan batches that are left out; the one at the same place in a later step comes instead, once more
     skip_batches: tuple[int, ...] = setting((), affects="schedule")
-    learning_rate: float = setting(2e-5, 0.0, 1.0, affects="schedule")  # peak, of AdamW
+    optimizer: Literal["adamw", "nadamw", "lamb", "lion", "adafactor", "muon"] = "adamw"  # of optax
+    betas: tuple[float, ...] = setting((), 0.0, 1.0)  # its (β₁, β₂); (): as in optax, adamw's are 0.9 and 0.999
+    epsilon: float | None = setting(None, 0.0, 1.0)  # its ε; None: as in optax, adamw's is 1e-8
+    # the highest, which the warm-up ends with
+    learning_rate: float = setting(2e-5, 0.0, 1.0, affects="schedule")
     first_stage_rate: float = setting(1.0, 0.0, 1000.0)  # the first stage's, as a factor; 0: the first stage is frozen
-    warmup_steps: int = setting(1000, 0, 2**31 - 1, affects="schedule")  # linear, then linear decay to zero
-    weight_decay: float = setting(0.01, 0.0, 1.0)  # of matrices
+    warmup_steps: int = setting(1000, 0, 2**31 - 1, affects="schedule")  # linear
+    # how the rate falls to zero after the warm-up
+    schedule: Literal["linear", "cosine"] = setting("linear", affects="schedule")
+    weight_decay: float = setting(0.01, 0.0, 1.0)  # of matrices, times the learning rate
     clip_norm: float = setting(1.0, 1e-9, 1e9)  # largest global norm of the gradient
-    temperature: float = setting(0.02, 1e-4, 10.0)  # τ
+    ema_decay: float = setting(0.0, 0.0, 0.999999)  # evaluate and export a moving average of the parameters; 0: not
+    temperature: float = setting(0.02, 1e-4, 10.0)  # τ, or its first value
+    learn_temperature: bool = False  # train log τ with the parameters, τ within TEMPERATURES
+    # the loss is its mean over the first d dimensions of the vectors, for each d, and over all of them: vectors may
+    matryoshka: tuple[int, ...] = setting((), 1, 2**16)  # … be cut to these (Kusupati et al., arXiv 2205.13147)
     sequence_dropout: float = setting(0.005, 0.0, 1.0)  # p that the null embedding replaces a context document
+    context_dropout: float = setting(0.0, 0.0, 1.0)  # p that it replaces the whole context of a plan batch
     share_negatives: bool = False  # contrast across all plan batches of a step instead of within each
     # padded lengths that texts run at; each takes time to compile
     text_lengths: int = setting(12, 1, 256, affects="placement")
@@ -231,10 +243,11 @@ class Train(_Section, prefix="train.", affects="training"):
     # GiB of a step, for chunks of -1; 0: 0.9 of what the device has
     memory_gib: float = setting(0.0, 0.0, 1e6, affects="placement")
     peak_tflops: float = setting(0.0, 0.0, 1e9, affects="nothing")  # of a device, for utilisation; 0: the maker's
+    wandb: str = setting("", affects="nothing")  # project of Weights & Biases that metrics go to as well; "": none
     profile_steps: int = setting(0, 0, 10**6, affects="nothing")  # traced into profile/, from the 4th of a run on
     log_every: int = setting(10, 1, 2**31 - 1, affects="nothing")  # steps between lines of metrics.jsonl
     checkpoint_every: int = setting(500, 0, 2**31 - 1, affects="nothing")  # steps; 0: only at the end
-    evaluate_every: int = setting(0, 0, 2**31 - 1, affects="nothing")  # steps, on the development set; 0: at the end
+    evaluate_every: int = setting(0, 0, 2**31 - 1, affects="nothing")  # steps, on the development sets; 0: at the end
 
     def _conflicts(self) -> Iterator[str]:
         if len(self.mesh) != 2 or self.mesh == (-1, -1) or any(size < -1 or not size for size in self.mesh):
@@ -243,13 +256,23 @@ class Train(_Section, prefix="train.", affects="training"):
             yield f"`train.skip_batches` must be numbers of plan batches, from 0, got {self.skip_batches}"
         if self.steps and self.warmup_steps >= self.steps:
             yield f"`train.warmup_steps` {self.warmup_steps} must be fewer than `train.steps` {self.steps}"
+        if self.betas and (len(self.betas) != 2 or self.optimizer == "adafactor" or 1.0 in self.betas):
+            yield f"`train.betas` must be (β₁, β₂) below 1, or () for adafactor, got {self.betas} for {self.optimizer}"
+        if self.epsilon is not None and self.optimizer in ("lion", "adafactor"):
+            yield f"`train.epsilon` must be None for {self.optimizer}, got {self.epsilon}"
+        low, high = TEMPERATURES
+        if self.learn_temperature and not low <= self.temperature <= high:
+            yield f"a learned temperature stays within {TEMPERATURES}, `train.temperature` is {self.temperature}"
+        if list(self.matryoshka) != sorted(set(self.matryoshka)):
+            yield f"`train.matryoshka` must be different sizes in ascending order, got {self.matryoshka}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(_Section, prefix="evaluate.", affects="evaluation"):
-    """What is measured at the end, and by which set the best checkpoint is chosen."""
+    """What is measured at the end, and by which sets the best checkpoint is chosen."""
 
-    development: str = ""  # set whose score picks the best checkpoint, and is not reported; "": the newest is the best
+    # sets whose mean score picks the best checkpoint, and that are not reported; (): the newest is the best
+    development: tuple[str, ...] = ()
     checkpoint: Literal["best", "newest"] = "best"  # which one is evaluated and exported
     cutoff: int = setting(10, 1, 10**6)  # k of NDCG@k
     baselines: bool = True  # BM25 and the LSA surrogate beside the model
@@ -271,14 +294,16 @@ class Config(_Section, prefix="", affects="training"):
         return dataclasses.asdict(self)
 
     def _conflicts(self) -> Iterator[str]:
-        d, m, development = self.data, self.model, self.evaluate.development
+        d, m = self.data, self.model
         longest = max(d.query_length, d.document_length)
         if longest > m.max_positions:
             yield f"texts of {longest} tokens do not fit `model.max_positions` = {m.max_positions}"
         if d.tokenizer == "wordpiece" and 0 < m.vocab_size < d.vocab_size:
             yield f"`model.vocab_size` {m.vocab_size} has no room for the `data.vocab_size` {d.vocab_size} tokens"
-        if development and development not in d.evaluation_names:
-            yield f"`evaluate.development` {development!r} is none of the evaluation sets {d.evaluation_names}"
+        if self.train.matryoshka[-1:] >= (m.width,):
+            yield f"`train.matryoshka` {self.train.matryoshka} must be smaller than `model.width` {m.width}"
+        if unknown := sorted(set(self.evaluate.development) - set(d.evaluation_names)):
+            yield f"`evaluate.development` {', '.join(unknown)}: not among the evaluation sets {d.evaluation_names}"
 
     def unused(self) -> list[str]:
         """Settings that were changed and have no effect beside the others, as "section.key"."""
@@ -291,6 +316,7 @@ class Config(_Section, prefix="", affects="training"):
             "data.vocab_size": d.tokenizer == "wordpiece",
             "batching.surrogate_width": "lsa" in (b.surrogate, b.filter_surrogate),
             "batching.mine_first batching.mine_last batching.mine_margin": b.hard_negatives > 0,
+            "train.sequence_dropout train.context_dropout": self.model.kind == "contextual",
         }
         now, default = flatten(self.as_dict()), flatten(Config().as_dict())
         names = [name for names, needed in used.items() if not needed for name in names.split()]
@@ -418,9 +444,11 @@ def _build(section: type[_Section], values: Mapping[str, Any], problems: list[st
 
 def _converted(value: Any, kind: Any) -> Any:
     """Lists as tuples, and whole numbers as floats where a float is expected."""
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_converted(item, get_args(kind)[0]) for item in value)
     if float in (kind, *get_args(kind)) and type(value) is int and abs(value) < 2**1000:
         return float(value)
-    return tuple(value) if isinstance(value, list) else value
+    return value
 
 
 def _problem(prefix: str, field: dataclasses.Field, value: Any) -> str:
@@ -429,9 +457,10 @@ def _problem(prefix: str, field: dataclasses.Field, value: Any) -> str:
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     kind = str if choices else kind
     if get_origin(kind) is tuple:
-        (item,) = set(get_args(kind)) - {...}
-        fits = isinstance(value, tuple) and all(type(part) is item for part in value)
-        expected = "a tuple of texts, e.g. ('a',)" if item is str else "a tuple of whole numbers, e.g. (-1, 1)"
+        names = {str: "texts, e.g. ('a',)", int: "whole numbers, e.g. (-1, 1)", float: "numbers, e.g. (0.9, 0.99)"}
+        item_kind = get_args(kind)[0]
+        fits = isinstance(value, tuple) and all(type(item) is item_kind for item in value)
+        expected = f"a tuple of {names[item_kind]}"
     elif dataclasses.is_dataclass(kind):
         fits, expected = isinstance(value, kind), "a section of keys"
     else:
@@ -440,7 +469,8 @@ def _problem(prefix: str, field: dataclasses.Field, value: Any) -> str:
     if fits and choices:
         fits, expected = value in choices, f"one of {', '.join(map(repr, choices))}"
     elif fits and low is not None and value is not None:
-        fits, expected = low <= value <= high, f"≥ {low} and ≤ {high}"  # not NaN
+        items = value if isinstance(value, tuple) else (value,)
+        fits, expected = all(low <= item <= high for item in items), f"≥ {low} and ≤ {high}"  # not NaN
     elif fits and isinstance(value, float):
         fits, expected = math.isfinite(value), "a finite number"
     return "" if fits else f"`{prefix}{field.name}` must be {expected}, got {value!r}"

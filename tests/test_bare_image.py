@@ -88,7 +88,7 @@ def test_a_carried_work_directory_is_trained_as_at_home_and_ranked_there_and_sco
     data, start, home, carried = (tmp_path / name for name in ("data", "start", "home", "carried"))
     write_data(data)
     shutil.copytree(data / "held", data / "held2")
-    changes = {"evaluate__development": "held2", "evaluate__baselines": False}
+    changes = {"evaluate__development": ("held2",), "evaluate__baselines": False}
     config = config_of(data, data__evaluation=(f"{data}/held", f"{data}/held2"), **changes)
     config.model.init.first_stage = str(start)
     list(run(config, home, "prepare"))

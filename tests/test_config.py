@@ -168,7 +168,8 @@ def test_a_choice_that_does_not_exist_is_answered_with_those_that_do(key):
         ({"model__max_positions": 100}, "texts of 512 tokens do not fit `model.max_positions` = 100"),
         ({"model__heads": 7}, "`model.width` 768 is not a multiple of `model.heads` 7"),
         ({"train__steps": 10}, "`train.warmup_steps` 1000 must be fewer than `train.steps` 10"),
-        ({"evaluate__development": "x"}, "`evaluate.development` 'x' is none of the evaluation sets"),
+        ({"evaluate__development": ("x",)}, "`evaluate.development` x: not among the evaluation sets ()"),
+        ({"evaluate__development": "x"}, "`evaluate.development` must be a tuple of texts, e.g. ('a',), got 'x'"),
         ({"data__evaluation": ("a/set", "b/set/")}, "these come twice: set"),
         ({"data__held_out": ("scipy",), "data__evaluation": ("a/scipy",)}, "these come twice: scipy"),
         ({"data__source": "jsonl", "data__paths": (" ",)}, "an empty path is in `data.paths`"),
@@ -186,9 +187,11 @@ def test_keys_that_do_not_go_together_are_named(changes, words):
 
 
 def test_held_out_packages_are_evaluation_sets_of_docstrings_only():
-    changes = {"data__held_out": ("scipy",), "evaluate__development": "scipy"}
+    changes = {"data__held_out": ("scipy",), "evaluate__development": ("scipy",)}
     assert from_config_dict(changed(**changes)).data.evaluation_names == ("scipy",)
-    assert "is none of the evaluation sets ()" in refused(changed(data__source="jsonl", data__paths=("a",), **changes))
+    assert "scipy: not among the evaluation sets ()" in refused(
+        changed(data__source="jsonl", data__paths=("a",), **changes)
+    )
 
 
 def test_settings_without_effect_are_named():
@@ -245,9 +248,9 @@ def test_what_is_no_configuration_is_refused():
     assert "`train.clip_norm` must be float" in refused(changed(train__clip_norm=10**400))
 
 
-def test_the_development_set_may_be_a_folder_of_the_evaluation_sets():
-    config = from_config_dict(changed(data__evaluation=("sets/tiny/",), evaluate__development="tiny"))
-    assert config.evaluate.development == "tiny"
+def test_development_sets_may_be_folders_of_the_evaluation_sets():
+    config = from_config_dict(changed(data__evaluation=("sets/tiny/",), evaluate__development=("tiny",)))
+    assert config.evaluate.development == ("tiny",)
 
 
 def test_an_unknown_variant_is_answered_with_the_known_ones():

@@ -94,6 +94,7 @@ def test_models_and_steps_run_on_a_bare_image(file):
         ("ml_collections", {"main.py", "config.py"}),
         ("pytrec_eval", {"evaluation/metrics.py"}),
         ("tensorboardX", {"training/loop.py"}),
+        ("wandb", {"training/tracking.py"}),
         ("grain", {"batching/loader.py"}),
     ],
 )

@@ -113,7 +113,8 @@ def test_a_run_leaves_metrics_tensorboard_and_its_newest_checkpoints(trainer, tm
     assert int(state.step) == 6
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     names = {"step", "loss", "accuracy", "positive", "negative", "masked", "gradient_norm", "learning_rate"}
-    assert set(lines(tmp_path)[0]) == names | {"pairs_per_second", "tflops", "padding", "compilations"}
+    speed = {"pairs_per_second", "tflops", "padding", "compilations", "compile_seconds"}
+    assert set(lines(tmp_path)[0]) == names | speed
     assert lines(tmp_path)[-1]["loss"] < lines(tmp_path)[0]["loss"] * 1.5
     (events,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     assert b"accuracy" in events.read_bytes()
@@ -178,7 +179,7 @@ def test_resuming_repeats_no_line_and_ends_in_the_same_state(trainer, tmp_path):
         file.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
     state = go(trainer, tmp_path / "cut", 6)
     assert [line["step"] for line in lines(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
-    speed = {"pairs_per_second", "tflops"}
+    speed = {"pairs_per_second", "tflops", "compile_seconds"}
     without_speed = [
         [{k: v for k, v in x.items() if k not in speed} for x in lines(tmp_path / d)] for d in ("whole", "cut")
     ]
@@ -199,11 +200,12 @@ def test_a_finished_run_is_not_run_again(trainer, tmp_path):
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(trainer, tmp_path):
     scores = {2: 0.3, 4: 0.9, 6: 0.1, 8: 0.2, 10: 0.0}
-    go(trainer, tmp_path, 10, evaluate=lambda state: scores[int(state.step)])
+    go(trainer, tmp_path, 10, evaluate=lambda state: {"score": scores[int(state.step)], "validation_loss": 1.0})
     assert kept(tmp_path) == [4, 8, 10]
     checkpoints = opened(tmp_path)
     assert (checkpoints.best(), checkpoints.newest()) == (4, 10)
-    assert [line["score"] for line in lines(tmp_path) if "score" in line] == list(scores.values())
+    measured = [line for line in lines(tmp_path) if "score" in line]
+    assert measured == [{"step": n, "score": score, "validation_loss": 1.0} for n, score in scores.items()]
 
 
 def test_without_scores_the_newest_is_the_best(trainer, tmp_path):
@@ -243,20 +245,46 @@ def test_batches_are_put_on_the_devices_before_they_are_asked_for():
     assert len(list(sharding.prefetch_to_device(mesh, [{"rows": np.zeros((2, 3))}]))) == 1
 
 
-def test_evaluation_and_checkpoints_are_not_counted_as_training(trainer, tmp_path, monkeypatch):
-    now = 0.0
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_speed_is_that_of_steps_alone(trainer, tmp_path, monkeypatch, every):
+    """On a device that works a second on each step, while the host goes ahead, as accelerators do; in simulated time.
 
-    def pass_time(seconds, result=None):
+    Compiling the first step takes 50 seconds, an evaluation 500, to start a checkpoint 7, to wait for the last one 90.
+    """
+    now, finished, names = 0.0, [0.0], iter(range(100))
+
+    def wait_until(second):
         nonlocal now
-        now += seconds
-        return result
+        now = max(now, second)
 
-    save = Checkpoints.save
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: pass_time(1.0, now), time=time.time))
-    monkeypatch.setattr(Checkpoints, "save", lambda *arguments: pass_time(100.0) or save(*arguments))
-    go(trainer, tmp_path, 3, every=3, checkpoint=1, evaluate=lambda state: pass_time(500.0, 0.0))
-    (line,) = (line for line in lines(tmp_path) if "loss" in line)
-    assert 12 / line["pairs_per_second"] < 20  # seconds, each of them a look at the clock
+    def simulated(step):
+        def dispatch(state, batch, key):
+            if len(finished) == 1:
+                wait_until(now + 50)
+            finished.append(max(now, finished[-1]) + 1)
+            return step(state, batch, key)
+
+        return dispatch
+
+    def device_get(values):
+        wait_until(finished[next(names) + 1])
+        return real(values)
+
+    def taking(seconds, function):
+        return lambda *arguments: (wait_until(now + seconds), function(*arguments))[1]
+
+    real = jax.device_get
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now, time=time.time))
+    monkeypatch.setattr(loop, "jax", SimpleNamespace(device_get=device_get, tree=jax.tree))
+    monkeypatch.setattr(Checkpoints, "save", taking(7, Checkpoints.save))
+    monkeypatch.setattr(Checkpoints, "wait", taking(90, Checkpoints.wait))
+    evaluate = taking(500, lambda state: {"score": 0.0})
+    go(trainer, tmp_path, 7, every=every, checkpoint=2, evaluate=evaluate, wrap=simulated)
+    trained = [line for line in lines(tmp_path) if "loss" in line]
+    assert [line["step"] for line in trained] == sorted({*range(every, 8, every), 7})
+    for line in trained:
+        assert line["pairs_per_second"] == pytest.approx(4.0)  # of a plan batch, in a second
+        assert (line["compilations"], line["compile_seconds"]) == (1, 50.0)
 
 
 def test_utilisation_is_of_all_devices(trainer, tmp_path):
@@ -298,6 +326,32 @@ def test_tensorboard_hides_what_will_be_run_again(trainer, tmp_path):
     go(trainer, tmp_path, 4)
     (new,) = set((tmp_path / "tensorboard").iterdir()) - before
     assert b"\x10\x03" in new.read_bytes()[:120]  # a session that starts at step 3
+
+
+def test_metrics_go_to_weights_and_biases_and_a_resumed_run_keeps_its_id(tmp_path):
+    pytest.importorskip("wandb", reason="wandb (68 MB with what it needs) is not installed: it was not run")
+    code = """
+        import sys
+        from contextlib import ExitStack
+        from pathlib import Path
+        from cde_jax.training.tracking import wandb_writer
+        workdir, start = Path(sys.argv[1]), int(sys.argv[2])
+        with ExitStack() as exit:
+            write = wandb_writer("tiny", workdir, start, exit)
+            for step in (start + 1, start + 2):
+                write(step, {"loss": 1.0 / step, "score/sea": 0.5})
+    """
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"train": {"steps": 1234567}}}))
+    identities = []
+    for start in (0, 2, 0):
+        environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        done = python(code, tmp_path, start, env=environment)
+        assert done.returncode == 0, done.stderr
+        identities.append(json.loads((tmp_path / "wandb.json").read_text())["id"])
+        files = list(tmp_path.glob(f"wandb/offline-run-*-{identities[-1]}/*.wandb"))
+        content = b"".join(file.read_bytes() for file in files)
+        assert b"score/sea" in content and b"1234567" in content
+    assert identities[0] == identities[1] != identities[2]  # the third starts at step 0 again
 
 
 # --- bad files
@@ -342,12 +396,13 @@ def test_a_full_disk_leaves_whole_lines_and_the_last_checkpoint(tmp_path):
     assert steps == list(range(1, len(steps) + 1)) and 3 < len(steps) < 100
 
 
-def python(code: str, *arguments) -> subprocess.CompletedProcess:
+def python(code: str, *arguments, env=None) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
+        env=env,
     )
 
 

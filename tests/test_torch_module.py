@@ -1,5 +1,6 @@
 """Exports as others run them: sentence-transformers, transformers and onnxruntime, with no JAX and no network."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -222,3 +223,19 @@ def test_lengths_and_prompts_are_those_of_the_settings(tmp_path, tokenizer):
     assert loaded.max_seq_length == 32
     assert isinstance(load_model(tmp_path / "x"), Biencoder)
     assert json.loads((tmp_path / "x/sentence_bert_config.json").read_text())["max_seq_length"] == 32
+
+
+@pytest.mark.parametrize("shape", [CONFIGS["biencoder, rotary"], contextual(ROTARY)])
+def test_sentence_transformers_cuts_vectors_where_the_model_was_trained_so(tmp_path, tokenizer, shape):
+    model = random_model(dataclasses.replace(shape, matryoshka=(4, 8)))
+    save_pretrained(model, tmp_path / "x", tokenizer=tokenizer, settings=SETTINGS)
+    assert load_model(tmp_path / "x").config.matryoshka == (4, 8)
+    options = {"device": "cpu", "trust_remote_code": True, "truncate_dim": 8}
+    cut = sentence_transformers.SentenceTransformer(str(tmp_path / "x"), **options)
+    context = {}
+    if not isinstance(model, Biencoder):
+        context["dataset_embeddings"] = np.array(embed_context(model, *padded(tokenizer, DOCUMENTS, "document: ")))
+    vectors = cut.encode(list(TEXTS), prompt_name="query", normalize_embeddings=True, **context)
+    whole = np.asarray(embed(model, *padded(tokenizer, TEXTS, "query: "), *context.values()))
+    assert vectors.shape[1] == 8 < whole.shape[1]
+    assert np.abs(vectors - unit(whole[:, :8])).max() <= 1e-5

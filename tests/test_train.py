@@ -1,6 +1,7 @@
 """The training stage: settings reach the step, chunk sizes fit the memory, weights are read alone."""
 
 import functools
+import importlib.util
 import logging
 from pathlib import Path
 
@@ -291,9 +292,16 @@ def test_what_this_machine_cannot_train_is_refused(changes, message):
         stage.check_runtime(config_with("contextual", **changes))
 
 
+def test_tracking_without_its_library_is_refused(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    with pytest.raises(ValueError, match=r"train\.wandb needs Weights & Biases: pip install 'cde_jax\[wandb\]'"):
+        stage.check_runtime(config_with(wandb="project"))
+
+
 def test_scores_without_a_development_set_are_warned_of(caplog):
     stage.check_runtime(config_with())
-    stage.check_runtime(config_with(evaluate_every=5, evaluate=Evaluate(development="sea")))
+    stage.check_runtime(config_with(evaluate_every=5, evaluate=Evaluate(development=("sea",))))
     assert not caplog.text
     stage.check_runtime(config_with(evaluate_every=5))
     assert "train.evaluate_every has no effect: evaluate.development names no evaluation set" in caplog.text

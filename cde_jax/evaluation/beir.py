@@ -20,7 +20,7 @@ from cde_jax.data.files import fingerprint
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.store import Store, StoreWriter
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.evaluation.metrics import Rankings, Run, ndcg
+from cde_jax.evaluation.metrics import Rankings, Run
 from cde_jax.interop.modules import TextSettings
 from cde_jax.retrieval.embedder import Context, Embedder, Texts
 from cde_jax.retrieval.encode import Tokens
@@ -115,11 +115,12 @@ def vectors_by_kind(
         yield NO_CONTEXT, *_encode(embedder, queries, corpus, None)
 
 
-def score(embedder: Embedder, dataset: EvaluationSet, seed: int, k: int = 10) -> float:
-    """Mean NDCG@k of one set; a contextual model with context from the set's own corpus."""
+def encode_set(
+    embedder: Embedder, dataset: EvaluationSet, seed: int
+) -> tuple[Float[np.ndarray, "q D"], Float[np.ndarray, "n D"]]:
+    """Vectors of a set's queries and documents; a contextual model with context from the set's own corpus."""
     context = embedder.embed_context(list(dataset.corpus.values()), seed) if embedder.contextual else None
-    vectors = _encode(embedder, list(dataset.queries.values()), list(dataset.corpus.values()), context)
-    return ndcg(rank_by_vectors(dataset, *vectors, k), dataset.qrels, k)
+    return _encode(embedder, list(dataset.queries.values()), list(dataset.corpus.values()), context)
 
 
 def rank_by_vectors(

@@ -100,6 +100,8 @@ def _has_type(value: Any, hint: Any) -> bool:
         return value in arguments
     if origin in (Union, UnionType):
         return any(_has_type(value, argument) for argument in arguments)
+    if origin is tuple and arguments[-1] is ...:
+        return isinstance(value, tuple) and all(_has_type(item, arguments[0]) for item in value)
     if origin is tuple:
         return isinstance(value, tuple) and len(value) == len(arguments) and all(map(_has_type, value, arguments))
     if hint is float:

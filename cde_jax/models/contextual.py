@@ -42,6 +42,7 @@ class BiencoderConfig:
     head: bool = False  # Linear, GELU, Linear after pooling: the first stage has it
     output_width: int | None = None  # of the head; None: the encoder's width
     residual: bool = False  # the head's input is added to its output, as in the output projection of a second stage
+    matryoshka: tuple[int, ...] = ()  # first dimensions of the vectors that were trained to be vectors of their own
     vectors_per_text: ClassVar[int] = 1
 
     def __post_init__(self):
@@ -103,6 +104,7 @@ class ContextualConfig:
     soft_prompt: int = 8  # learned tokens between the slots and the text; 0: none
     slot_bias: float | None = -5.0  # first value of the learned bias from text to slots; None: no such bias
     null_embedding: bool = True  # one learned vector that stands in for a missing context document
+    matryoshka: tuple[int, ...] = ()  # first dimensions of the vectors that were trained to be vectors of their own
 
     def __post_init__(self):
         if self.context_size < 1:

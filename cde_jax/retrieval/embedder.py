@@ -71,6 +71,7 @@ class Embedder:
         self.context_size = c.context_size if self.contextual else 0  # J, documents that `embed_context` embeds
         self.works_without_context = not self.contextual or c.null_embedding  # whether `context=None` is possible
         self.width = (not self.contextual and c.head and c.output_width) or c.encoder.width  # D, of the vectors
+        self.dimensions = (*c.matryoshka, self.width)  # that the model was trained for: vectors may be cut to these
         self._check_tables()
         self._graph, state = nnx.split(model)
         self._mesh = local_mesh(devices)

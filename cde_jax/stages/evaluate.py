@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 OTHER_DOCUMENTS = 4096  # training documents that stand for a context of the wrong corpus
 NOTHING = (
-    "nothing to evaluate: name packages in data.held_out or BEIR folders in data.evaluation (the one that is "
-    "evaluate.development does not count)"
+    "nothing to evaluate: name packages in data.held_out or BEIR folders in data.evaluation (those that are "
+    "in evaluate.development do not count)"
 )
 
 
@@ -37,8 +37,8 @@ def evaluation_sets(config: Config, workdir: Path, names: Sequence[str]) -> list
 
 
 def reported_sets(config: Config) -> list[str]:
-    """Names of the evaluation sets without the development set: that one chose the checkpoint."""
-    return [name for name in config.data.evaluation_names if name != config.evaluate.development]
+    """Names of the evaluation sets without the development sets: those chose the checkpoint."""
+    return [name for name in config.data.evaluation_names if name not in config.evaluate.development]
 
 
 def write_token_sets(config: Config, workdir: Path, prepared: work.Prepared) -> None:

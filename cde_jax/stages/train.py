@@ -22,7 +22,7 @@ from cde_jax.config import AUTO, Config, Model, Train, affected, flatten
 from cde_jax.data.files import fingerprint, write_json
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
-from cde_jax.evaluation import beir
+from cde_jax.evaluation import beir, validation
 from cde_jax.interop.modules import TextSettings
 from cde_jax.interop.read import load_encoder, open_encoder, weights_digest
 from cde_jax.models.attention import select_kernel
@@ -145,17 +145,16 @@ def _run(
         with closing(loaded):
             yield from sharding.prefetch_to_device(mesh, loaded, config.train.batches_per_step)
 
-    name = config.evaluate.development
-    if name and importlib.util.find_spec("pytrec_eval") is None:
-        log.warning("pytrec_eval is not installed: %s is not scored, the newest checkpoint counts as best", name)
-        name = ""
-    development = beir.read_tokens(workdir / work.TOKENS / name) if name else None
+    sets = [beir.read_tokens(workdir / work.TOKENS / name) for name in config.evaluate.development]
+    if sets and not validation.can_score():
+        log.warning("pytrec_eval is not installed: development sets get no score, the newest checkpoint counts as best")
 
-    def score(state: TrainState) -> float:
-        embedder = make_embedder(config, workdir, nnx.merge(graph, state.params), prepared.tokenizer)
-        return beir.score(embedder, development, config.seed, config.evaluate.cutoff)
+    def validate(state: TrainState) -> dict[str, float]:
+        embedder = make_embedder(config, workdir, nnx.merge(graph, state.weights), prepared.tokenizer)
+        batch_size, temperature = config.batching.batch_size, state.temperature(config.train)
+        return validation.validate(embedder, sets, config.seed, config.evaluate.cutoff, batch_size, temperature)
 
-    key, evaluate = sharding.replicate(mesh, stream(config.seed, "dropout")), score if development else None
+    key, evaluate = sharding.replicate(mesh, stream(config.seed, "dropout")), validate if sets else None
     options = {"steps": steps, "train": config.train, "checkpoints": checkpoints, "workdir": workdir}
     return int(loop.run(step, state, batches, key, **options, evaluate=evaluate).step) >= steps
 
@@ -169,14 +168,17 @@ def check_runtime(config: Config) -> None:
     model = _abstract(config, config.data.vocab_size)
     encoder = model.encoder.config
     select_kernel(encoder.attention, encoder.dtype, encoder.head_dim)
-    needed = TRAINING_BYTES * (parameters := sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model))))
+    each = TRAINING_BYTES + 4 * (t.ema_decay > 0)
+    needed = each * (parameters := sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model))))
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host)
     if needed > memory:
         raise ValueError(
-            f"the model has {parameters:,} parameters: to train it takes at least {TRAINING_BYTES} bytes each, "
+            f"the model has {parameters:,} parameters: to train it takes at least {each} bytes each, "
             f"{needed / GIB:.1f} GiB, and there are {memory / GIB:.1f}; make model.* smaller"
         )
+    if t.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("train.wandb needs Weights & Biases: pip install 'cde_jax[wandb]', or leave it empty")
     if t.evaluate_every and not config.evaluate.development:
         log.warning("train.evaluate_every has no effect: evaluate.development names no evaluation set")
 
@@ -260,7 +262,7 @@ def compute_dtype(config: Config, platform: str | None = None) -> str:
 
 def build_model(config: Config, vocab_size: int) -> Encoder:
     """The model with random parameters from the run's seed; jitted, so that a large one is made in seconds."""
-    shape = model_config(config.model, vocab_size, compute_dtype(config))
+    shape = _shape(config, vocab_size)
     return nnx.jit(lambda key: shape.build(rngs=nnx.Rngs(params=key)))(stream(config.seed, "params"))
 
 
@@ -280,8 +282,13 @@ def restore_model(config: Config, vocab_size: int, checkpoints: Checkpoints, ste
     return nnx.merge(graph, checkpoints.restore_weights(step, params))
 
 
-def _abstract(config: Config, vocab_size: int) -> Encoder:
+def _shape(config: Config, vocab_size: int) -> BiencoderConfig | ContextualConfig:
     shape = model_config(config.model, vocab_size, compute_dtype(config))
+    return dataclasses.replace(shape, matryoshka=config.train.matryoshka)
+
+
+def _abstract(config: Config, vocab_size: int) -> Encoder:
+    shape = _shape(config, vocab_size)
     return nnx.eval_shape(lambda: shape.build(rngs=nnx.Rngs(0)))
 
 
@@ -334,7 +341,7 @@ def make_training(config: Config, model: Encoder, steps: int) -> Training:
     t = config.train
     mesh = sharding.make_mesh(t.mesh)
     optimizer, schedule = make_optimizer(t, steps)
-    graph, state = init_state(model, optimizer)
+    graph, state = init_state(model, optimizer, t)
     step = make_train_step(graph, optimizer, schedule, t, mesh)
     return Training(mesh, graph, sharding.shard_state(mesh, state), step, steps)
 

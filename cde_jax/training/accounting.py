@@ -53,6 +53,7 @@ def step_counts(config: BiencoderConfig | ContextualConfig, batch: dict[str, Any
     """Of a step's batch: `tokens` of its texts, `computed_tokens`, padding included (int32), and `flops` (float32)."""
     batches, queries, documents = batch["keep"].shape
     scores = batches * queries * documents * (batches if train.share_negatives else 1)
+    scores *= 1 + sum(train.matryoshka) / _width(config)  # of shorter vectors
     chunks = {name: batch[name] for name in ("texts", "context") if name in batch}
     sizes = {name: text_sizes(held["mask"], held["place"]) for name, held in chunks.items()}
     masks = [mask for held in chunks.values() for mask in held["mask"]]  # [G, chunks, c, ℓ] each
@@ -77,7 +78,7 @@ def step_flops(
     texts: Sizes,
     context: Sizes | None = None,
     *,
-    scores: int,
+    scores: float | int,
     first_stage_frozen: bool = False,
 ) -> Any:
     """Of training on G plan batches: sizes of their queries and documents [G, m], of their context [G, J].

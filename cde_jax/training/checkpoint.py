@@ -1,8 +1,9 @@
 """Checkpoints: the two newest and the best, each written whole or not at all; a run resumes from them byte-equal.
 
-A checkpoint is a folder named by the count of steps done: `params`, `rest` (step and optimiser) and metadata (identity
-of the run, score, a digest of each part). Orbax writes it in the background; where Orbax is not installed (a bare
-accelerator image) the parts are safetensors files. What is there decides how it is read, so a run may move.
+A checkpoint is a folder named by the count of steps done: `params`, their `average` if there is one, `rest` (step,
+optimiser and a learned temperature) and metadata (identity of the run, score, a digest of each part). Orbax writes it
+in the background; where Orbax is not installed (a bare accelerator image) the parts are safetensors files. What is
+there decides how it is read, so a run may move.
 """
 
 import hashlib
@@ -78,14 +79,15 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Checkpoint `step` as arrays shaped and placed as in `like`."""
         parts = self._read(step, _parts(like))
-        return TrainState(params=parts["params"], **parts["rest"])
+        return TrainState(params=parts["params"], average=parts.get("average"), **parts["rest"])
 
     def restore_weights(self, step: int, like: nnx.State) -> nnx.State:
-        """Only the parameters of checkpoint `step`, whatever devices it was written from.
+        """Only the weights of checkpoint `step` (`TrainState.weights`), whatever devices it was written from.
 
         `like` may be abstract (`nnx.split(nnx.eval_shape(make_model), nnx.Param)[1]`): they are put on one device.
         """
-        return self._read(step, {"params": like})["params"]
+        name = "average" if "average" in self._metadata(step)["digests"] else "params"
+        return self._read(step, {name: like})[name]
 
     def _metadata(self, step: int) -> dict[str, Any]:
         path = self.directory / str(step)
@@ -146,7 +148,10 @@ def _reason(error: Exception) -> str:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "rest": {"step": state.step, "optimizer": state.optimizer}}
+    parts = {"params": state.params, "rest": {"step": state.step, "optimizer": state.optimizer}}
+    if state.log_temperature is not None:
+        parts["rest"]["log_temperature"] = state.log_temperature
+    return parts if state.average is None else parts | {"average": state.average}
 
 
 def _write_orbax(folder: Path, parts: dict[str, Any], metadata: dict[str, Any]) -> Callable[[], None]:

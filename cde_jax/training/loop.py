@@ -19,6 +19,7 @@ from cde_jax.config import Train
 from cde_jax.training.accounting import utilisation
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import Batch, TrainState
+from cde_jax.training.tracking import wandb_writer
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +36,14 @@ def run(
     train: Train,
     checkpoints: Checkpoints,
     workdir: Path,
-    evaluate: Callable[[TrainState], float] | None = None,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
 ) -> TrainState:
     """Train from `state.step` to `steps`, or until SIGINT/SIGTERM, which ends after the current step; the last state.
 
-    `batches(start, stop)` yields device batches in step order with their `plan_batch` numbers; `evaluate` gives the
-    score by which the best checkpoint is kept. `train` says how often things happen; the last step is always saved and
-    evaluated. Raises FloatingPointError at a non-finite loss or gradient, and OSError where metrics or a checkpoint
-    cannot be written; the last good checkpoint stays as it is.
+    `batches(start, stop)` yields device batches in step order with their `plan_batch` numbers; `evaluate` gives values
+    to be written, "score" among them if the best checkpoint is to be kept. `train` says how often things happen; the
+    last step is always saved and evaluated. Raises FloatingPointError at a non-finite loss or gradient, and OSError
+    where metrics or a checkpoint cannot be written; the last good checkpoint stays as it is.
     """
     start = int(state.step)
     with ExitStack() as exit, ExitStack() as trace, _stop_requested() as stop:
@@ -50,7 +51,8 @@ def run(
         pending = None  # the step before: its metrics are fetched while the next one runs, so that no device idles
         for done, batch in enumerate(batches(start, steps), start + 1):
             _trace(trace, workdir / "profile", done - start, train.profile_steps, state)
-            state, values = train_step(state, {k: v for k, v in batch.items() if k != "plan_batch"}, key)
+            with metrics.compilation(batch):
+                state, values = train_step(state, {k: v for k, v in batch.items() if k != "plan_batch"}, key)
             if pending is not None:
                 metrics.record(*pending)
             pending = (done, values, batch)
@@ -58,12 +60,11 @@ def run(
             if due or stop():
                 metrics.record(*pending)
                 pending = None
-                began, score = time.perf_counter(), None
-                if evaluate is not None and "evaluate" in due:
-                    score = evaluate(state)
-                    metrics.write(done, {"score": score})
-                checkpoints.save(done, state, score)
-                metrics.clock += time.perf_counter() - began  # not counted as training
+                with metrics.not_training():
+                    measured = evaluate(state) if evaluate is not None and "evaluate" in due else {}
+                    if measured:
+                        metrics.write(done, measured)
+                    checkpoints.save(done, state, measured.get("score"))
             if stop() and pending is None and done < steps:
                 log.warning("stopped after step %d of %d, as asked; the same command goes on from there", done, steps)
                 break
@@ -109,31 +110,56 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 
 
 class Metrics:
-    """metrics.jsonl; TensorBoard and a progress bar where their libraries are installed, else plain log lines."""
+    """metrics.jsonl; TensorBoard and a progress bar where their libraries are installed, else plain log lines.
+
+    Weights & Biases where `train.wandb` names a project.
+    """
 
     def __init__(self, workdir: Path, start: int, steps: int, train: Train, exit: ExitStack):
         self._file, self._steps, self._train = workdir / "metrics.jsonl", steps, train
         self._shapes: set[str] = set()
+        self._compile_seconds = 0.0
         workdir.mkdir(parents=True, exist_ok=True)
         _drop_lines_after(self._file, start)
-        self._to_tensorboard = _tensorboard(workdir / "tensorboard", start, exit)
+        self._writers = [_tensorboard(workdir / "tensorboard", start, exit)]
+        if train.wandb:
+            self._writers.append(wandb_writer(train.wandb, workdir, start, exit))
         self._bar = _progress_bar(start, steps, exit)
         self._restart()
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Leave the time of a block out of the speed."""
+        began = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - began
+
+    @contextmanager
+    def compilation(self, batch: Batch) -> Iterator[None]:
+        """Around a step's call: where shapes of the batch are new, it traces and compiles, which is no training."""
+        shapes, began = str(jax.tree.map(np.shape, batch)), self._clock
+        if shapes in self._shapes:
+            yield
+            return
+        self._shapes.add(shapes)
+        with self.not_training():
+            yield
+        self._compile_seconds += self._clock - began
 
     def record(self, step: int, values: dict[str, Array], batch: Batch) -> None:
         """Wait for a step's metrics, check them, show them, and write them every few steps.
 
-        Since the line before: pairs per second, model TFLOP/s of all devices and their utilisation (where the device's
-        peak is known), and padding, the share of computed tokens that are none of a text. Of this run: compilations,
-        which is the number of different shapes that batches had.
+        Since the line before, without evaluation, checkpoints and compilation: pairs per second, model TFLOP/s of all
+        devices and their utilisation (where the device's peak is known); and padding, the share of computed tokens that
+        are none of a text. Of this process: compilations, the number of different shapes that batches had, and
+        compile_seconds, how long these took.
         """
         values = jax.device_get(values)
         _check_finite(step, values.pop("losses"), float(values["gradient_norm"]), np.asarray(batch["plan_batch"]))
-        self._shapes.add(str(jax.tree.map(np.shape, batch)))
         self._sums["pairs"] += math.prod(batch["keep"].shape[:2])
         for name in ("tokens", "computed_tokens", "flops"):
             self._sums[name] += float(values.pop(name))
-        seconds = time.perf_counter() - self.clock
+        seconds = time.perf_counter() - self._clock
         rate, flops = self._sums["pairs"] / seconds, self._sums["flops"]
         line = {name: float(value) for name, value in values.items()}
         if self._bar:
@@ -147,18 +173,19 @@ class Metrics:
         if (used := utilisation(flops, seconds, kind, len(devices), self._train.peak_tflops)) is not None:
             line["utilisation"] = used
         line["padding"] = 1 - self._sums["tokens"] / max(self._sums["computed_tokens"], 1)
-        self.write(step, line | {"compilations": len(self._shapes)})
+        self.write(step, line | {"compilations": len(self._shapes), "compile_seconds": self._compile_seconds})
         self._restart()
 
     def _restart(self) -> None:
-        self.clock, self._sums = time.perf_counter(), Counter()
+        self._clock, self._sums = time.perf_counter(), Counter()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of JSON, and the same to TensorBoard. Raises OSError, e.g. on a full disk, with whole lines left."""
+        """One line of JSON, and the same elsewhere. Raises OSError, e.g. on a full disk, with whole lines left."""
         rounded = {name: v if isinstance(v, int) else float(f"{v:.6g}") for name, v in values.items()}
         try:
             _append(self._file, json.dumps({"step": step} | rounded) + "\n")
-            self._to_tensorboard(step, values)
+            for write in self._writers:
+                write(step, values)
         except OSError as error:
             raise OSError(
                 f"metrics of step {step} could not be written to {self._file.parent}: {error.strerror}. The "

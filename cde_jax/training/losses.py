@@ -1,5 +1,7 @@
 """The contrastive loss (paper, equations 1 and 4) and its metrics; pure functions in float32."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,22 @@ def info_nce(
         "masked": 1 - negatives.sum() / jnp.maximum((~own).sum(), 1),
     }
     return loss, {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+
+def matryoshka_info_nce(
+    queries: Float[Array | np.ndarray, "B D"],
+    documents: Float[Array | np.ndarray, "N D"],
+    keep: Bool[Array | np.ndarray, "B N"] | None,
+    temperature: float | Float[Array, ""],
+    dimensions: Sequence[int] = (),
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean `info_nce` of the first d dimensions for each d of `dimensions`, and of all D; metrics of all D alone.
+
+    It makes the first d dimensions of a vector a vector of their own (Kusupati et al., arXiv 2205.13147).
+    """
+    losses = [info_nce(queries[:, :d], documents[:, :d], keep, temperature)[0] for d in dimensions]
+    loss, metrics = info_nce(queries, documents, keep, temperature)
+    return sum(losses, loss) / (1 + len(losses)), metrics
 
 
 def normalise(vectors: Float[Array | np.ndarray, "*B D"]) -> Float[Array, "*B D"]:
