@@ -78,12 +78,12 @@ def test_schedules_may_change_on_the_way_and_are_kept_as_a_history(data, halfway
     lines = [json.loads(line) for line in (halfway / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
     assert len(rates) == 8 and rates[3] == pytest.approx(0.01 * 3 / 5) and rates[4] == pytest.approx(1e-3 * 4 / 7)
-    first, second = read_json(halfway / "training.json")["history"]
-    assert first == {"from_step": 1, "steps": 6, "skip_batches": [], "learning_rate": 0.01, "warmup_steps": 1}
-    assert second == {"from_step": 5, "steps": 8, "skip_batches": [5], "learning_rate": 0.001, "warmup_steps": 1}
+    names = ("from_step", "steps", "skip_batches", "learning_rate", "warmup_steps")
+    entries = [[entry[name] for name in names] for entry in read_json(halfway / "training.json")["history"]]
+    assert entries == [[1, 6, [], 0.01, 1], [5, 8, [5], 0.001, 1]]
     go(data, halfway, "export", **changes)
     card = (halfway / "export/README.md").read_text()
-    assert "| 1 | 6 | () | 0.01 | 1 |" in card.replace("[]", "()") and "| 5 | 8 | [5] | 0.001 | 1 |" in card
+    assert "| 1 | 6 | [] | 0.01 | 1" in card and "| 5 | 8 | [5] | 0.001 | 1" in card
 
 
 def test_a_change_that_no_step_was_trained_with_leaves_no_trace(data, halfway):
