@@ -401,7 +401,7 @@ def lower_step(config: Config, vocab_size: int, batch: dict[str, Any]) -> jax.st
     t, mesh = config.train, sharding.make_mesh(config.train.mesh)
     optimizer, schedule = make_optimizer(t, steps=t.warmup_steps + 1)
     graph, params = nnx.split(_abstract(config, vocab_size), nnx.Param)
-    state = jax.eval_shape(lambda params: init_state(nnx.merge(graph, params), optimizer)[1], params)
+    state = jax.eval_shape(lambda params: init_state(nnx.merge(graph, params), optimizer, t)[1], params)
     step = make_train_step(graph, optimizer, schedule, t, mesh)
     batch = sharding.batch_shapes(mesh, batch, t.batches_per_step)
     return step.lower(sharding.state_shapes(mesh, state), batch, jax.eval_shape(lambda: stream(0, "dropout")))
