@@ -16,8 +16,9 @@ from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.evaluation import beir as evaluation
 from cde_jax.evaluation.baselines import bm25, evaluate_baselines, rank_vectors
-from cde_jax.evaluation.beir import rank, read_tokens, score, write_tokens
+from cde_jax.evaluation.beir import rank, read_tokens, write_tokens
 from cde_jax.evaluation.metrics import Scores, mean_over_sets, ndcg, ndcg_per_query, score_rankings, table
+from cde_jax.evaluation.validation import validate
 from cde_jax.interop.read import TextSettings
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualConfig, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
@@ -152,14 +153,14 @@ def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer
         run = {"1": dict(zip(SHIPS.corpus, scores[0].astype(float), strict=True))}
         assert results["ships"][kind_of_context] == pytest.approx(ndcg(run, SHIPS.qrels))
     assert results == evaluate(one, [ANIMALS, SHIPS], OTHERS, seed=3).means
-    assert score(one, SHIPS, seed=3) == results["ships"]["same corpus"]
+    assert validate(one, [SHIPS], 3, 10, batch_size=8, temperature=0.02)["score"] == results["ships"]["same corpus"]
 
 
 def test_kinds_of_context_that_cannot_be_had_are_left_out(tokenizer):
     biencoder = embedder("biencoder", tokenizer)
     found = evaluate(biencoder, [SHIPS], OTHERS, seed=0).means["ships"]
     assert list(found) == ["none", "same corpus, whitened"]
-    assert score(biencoder, SHIPS, seed=0) == found["none"]
+    assert validate(biencoder, [SHIPS], 0, 10, batch_size=8, temperature=0.02)["score"] == found["none"]
     without_null = embedder("joint", tokenizer, null_embedding=False)
     assert list(rank(without_null, [SHIPS], [], seed=0)["ships"]) == [
         "same corpus",

@@ -19,13 +19,17 @@ from cde_jax.data.sources import beir
 from cde_jax.data.store import Store
 from cde_jax.evaluation import figures, plots
 from cde_jax.evaluation.baselines import bm25
-from cde_jax.evaluation.beir import score
 from cde_jax.evaluation.metrics import ndcg
+from cde_jax.evaluation.validation import validate
 from cde_jax.retrieval.choice import CHOICES
 from cde_jax.retrieval.embedder import Embedder
 
 OURS = embedder()
 SETS = [evaluation_set("sea", 4 * J), evaluation_set("sky")]
+
+
+def score(model, dataset, seed):
+    return validate(model, [dataset], seed, 10, batch_size=8, temperature=0.02)["score"]
 
 
 @pytest.fixture(scope="module")
