@@ -44,6 +44,7 @@ START_PAIRS = 1024  # that k-means++ chooses from, or PAIRS_PER_CLUSTER · k if 
 SEQUENTIAL = 512  # initial centroids chosen one after another; the time for all would grow with their square
 # Stops when this many iterations together raised the mean cosine by less than this share of it.
 STALL_ITERATIONS, STALL_GAIN = 3, 3e-4
+THREADED = 2 * 10**8  # multiply-adds below which starting threads costs more than they save
 SPLIT = 0.05  # distance of the two halves of a split cluster from its centroid
 
 Run = tuple[Float[np.ndarray, "k E"], int]  # unit centroids, rotated, and how many iterations gave them
@@ -120,7 +121,7 @@ def _read_rows(
             halves = [unit_rows(half @ projection) for half in halves]
         rotated[block] = rotate(unit_rows(np.concatenate(halves, axis=1)))
 
-    _in_parallel(work, len(rows), BLOCK)
+    _in_parallel(work, len(rows), BLOCK, len(rows) * width * (width if projection is not None else 1))
     return rotated
 
 
@@ -167,11 +168,11 @@ def _sample(rows: Int[np.ndarray, " n"], size: int, random: np.random.Generator)
     return rows if len(rows) <= size else rows[np.sort(random.choice(len(rows), size, replace=False, shuffle=False))]
 
 
-def _in_parallel(work: Callable[[slice], None], rows: int, size: int) -> None:
-    """Calls `work` with every block of `size` rows, in one thread per core."""
+def _in_parallel(work: Callable[[slice], None], rows: int, size: int, operations: int) -> None:
+    """Calls `work` with every block of `size` rows, in one thread per core where `operations` are worth it."""
     blocks = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if min(cores, len(blocks)) <= 1:
+    if min(cores, len(blocks)) <= 1 or operations < THREADED:
         list(map(work, blocks))
         return
     with ThreadPoolExecutor(min(cores, len(blocks))) as pool:
@@ -214,7 +215,7 @@ def assign(
                 np.copyto(labels[side, block], best_in_tile + start, where=better)
                 np.copyto(products[side, block], best, where=better)
 
-    _in_parallel(work, len(pairs), size)
+    _in_parallel(work, len(pairs), size, pairs.size * len(centroids))
     return labels, products
 
 

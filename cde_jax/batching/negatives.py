@@ -60,9 +60,23 @@ class TextKeys:
 
     def is_positive(self, rows: Int[np.ndarray, " B"], documents: Int[np.ndarray, "rows N"]) -> Bool[np.ndarray, "B N"]:
         """Whether document [i, j] has the text of a positive of pair i's query; documents: B rows, or one for all."""
+        if len(documents) == 1 < len(rows):  # few of the B·N are positives: those are looked up, not all
+            return self._positives_among(rows, documents[0])
         wanted = self.queries[rows][:, None] * self.count + self.documents[documents]  # [B, N]
         place = np.searchsorted(self.positives, wanted)
         return self.positives[np.minimum(place, len(self.positives) - 1)] == wanted
+
+    def _positives_among(
+        self, rows: Int[np.ndarray, " B"], documents: Int[np.ndarray, " N"]
+    ) -> Bool[np.ndarray, "B N"]:
+        found = np.zeros((len(rows), len(documents)), bool)
+        queries, texts = self.queries[rows], self.documents[documents]
+        order = np.argsort(texts, kind="stable")
+        row, positive = _ranges(np.searchsorted(self.positives, [queries * self.count, (queries + 1) * self.count]))
+        texts_of = self.positives[positive] % self.count
+        at, place = _ranges(np.stack([np.searchsorted(texts, texts_of, s, sorter=order) for s in ("left", "right")]))
+        found[row[at], order[place]] = True
+        return found
 
     def positive_texts(self, rows: Int[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         """The number of different texts among the positives of each pair's query."""
@@ -72,6 +86,13 @@ class TextKeys:
         """The largest number of documents that have the text of one query's positives."""
         query, text = np.divmod(self.positives, self.count)
         return int(np.bincount(query, np.bincount(self.documents)[text]).max())
+
+
+def _ranges(ends: Int64[np.ndarray, "2 n"]) -> tuple[Int64[np.ndarray, " total"], Int64[np.ndarray, " total"]]:
+    """The numbers start…stop − 1 of n ranges, one range after another, and before them the range of each."""
+    sizes = ends[1] - ends[0]
+    of = np.repeat(np.arange(len(sizes)), sizes)
+    return of, np.arange(len(of)) + (ends[0] - np.cumsum(sizes) + sizes)[of]
 
 
 def false_negative_mask(

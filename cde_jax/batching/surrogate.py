@@ -4,10 +4,12 @@
 export of this project is passed as plain functions texts → vectors (paper, section 3.1: "a separate model").
 """
 
+import array
 import importlib.util
 import logging
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -117,9 +119,31 @@ def lsa(queries: Any, documents: Any, *, width: int, seed: int) -> Lsa:
 
 
 def _vectorizer(**options: Any) -> Any:
+    from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    return TfidfVectorizer(lowercase=True, sublinear_tf=True, dtype=np.float32, **options)
+    class Vectorizer(TfidfVectorizer):
+        """scikit-learn's, with its loop over words in C: the same matrix in about half the time."""
+
+        def _count_vocab(self, raw_documents, fixed_vocab):
+            vocabulary, analyze = self.vocabulary_ if fixed_vocab else defaultdict(), self.build_analyzer()
+            words, ends = array.array("i"), [0]  # numbers of the words, text after text
+            if not fixed_vocab:
+                vocabulary.default_factory = vocabulary.__len__
+            for text in raw_documents:
+                if fixed_vocab:
+                    words.extend([i for i in map(vocabulary.get, analyze(text)) if i is not None])
+                else:
+                    words.extend(map(vocabulary.__getitem__, analyze(text)))
+                ends.append(len(words))
+            if not vocabulary:
+                raise ValueError("no words")
+            ones, shape = np.ones(len(words), self.dtype), (len(ends) - 1, len(vocabulary))
+            counts = sparse.csr_matrix((ones, np.frombuffer(words, np.intc), ends), shape)
+            counts.sum_duplicates()
+            return vocabulary if fixed_vocab else dict(vocabulary), counts
+
+    return Vectorizer(lowercase=True, sublinear_tf=True, dtype=np.float32, **options)
 
 
 def check_surrogate(name: str, prompts: Sequence[str] = ()) -> None:

@@ -8,9 +8,11 @@ BERT). It is saved as the files that `transformers.AutoTokenizer` reads, so that
 import hashlib
 import json
 import logging
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls
 LONGEST_WORD = 1000  # characters; longer ones are no words, and training takes a time quadratic in the length
 MOST_TOKENS = 2**24  # of a vocabulary: the trainer reserves memory for all of them
 _ALPHABET = 1000  # characters that get a token of their own in a trained vocabulary; rarer ones are [UNK]
+_TEXTS = 4096  # texts whose characters are counted at a time
 _log = logging.getLogger(__name__)
 _BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs"}  # Unicode categories: spaces, control, zero-width, lone surrogates
 
@@ -141,9 +144,7 @@ class Tokenizer:
             texts = as_list(texts, "texts")
         texts = list(texts) if isinstance(texts, Iterator) else texts
         normalizer, pieces = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-        counts: Counter[str] = Counter()
-        for text in texts:
-            counts.update(normalizer.normalize_str(text))
+        counts = _count_characters(texts, normalizer.normalize_str)
         alphabet = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:_ALPHABET]
         smallest = len(SPECIALS) + 2 * len(alphabet)
         if not alphabet or vocab_size <= smallest:
@@ -200,6 +201,20 @@ class Tokenizer:
         write_json(directory / "tokenizer.json", json.loads(self.backend.to_str()))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.specials}
         write_json(directory / "tokenizer_config.json", config)
+
+
+def _count_characters(texts: Iterable[str], normalize: Callable[[str], str]) -> Counter[str]:
+    """How often each character occurs in the normalised texts; BERT's normalizer acts on each character by itself."""
+    texts, found = iter(texts), np.zeros(sys.maxunicode + 1, np.int64)
+    while block := "".join(islice(texts, _TEXTS)):
+        codes = np.frombuffer(block.encode("utf-32-le", "surrogatepass"), np.uint32)
+        count = np.bincount(codes)
+        found[: len(count)] += count
+    counts: Counter[str] = Counter()
+    for code in np.flatnonzero(found).tolist():
+        for character in normalize(chr(code)):
+            counts[character] += int(found[code])
+    return counts
 
 
 def read_backend(folder: Path) -> "tokenizers.Tokenizer":
