@@ -18,6 +18,7 @@ from cde_jax.config import from_config_dict, is_setting, unknown_setting
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py:isolated,clustered")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where every artefact is written to and read from")
 _STAGE = flags.DEFINE_string("stage", "all", "all, prepare, train, rank, evaluate or export")
+_ENGINE = flags.DEFINE_string("engine", "local", "Who prepares: local (processes of this machine) or ray (a cluster)")
 _REBUILD = flags.DEFINE_bool("rebuild", False, "Make again what does not fit; checkpoints are moved aside")
 
 
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
         config = from_config_dict(_CONFIG.value)  # checked before JAX is loaded
         from cde_jax.stages import run
 
-        for text in run.run(config, Path(_WORKDIR.value), _STAGE.value, rebuild=_REBUILD.value):
+        for text in run.run(config, Path(_WORKDIR.value), _STAGE.value, rebuild=_REBUILD.value, engine=_ENGINE.value):
             print(text, flush=True)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logging.getLogger("cde_jax").debug("the traceback", exc_info=True)

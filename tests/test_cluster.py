@@ -19,10 +19,11 @@ SETTINGS = {"iterations": 30, "tries": 2, "seed": 3}
 
 
 def cluster_domains(queries, documents, groups, *, seed=3, **settings):
-    """`cluster.cluster_domains` by the settings given by name."""
+    """`cluster.cluster_domain` of each group by the settings given by name."""
     names = {"dimensions": "cluster_dimensions", "rows": "cluster_rows"}
     settings = {names.get(name, name): value for name, value in settings.items()}
-    return list(cluster.cluster_domains(Vectors(queries, documents), groups, Batching(**settings), seed))
+    vectors, settings = Vectors(queries, documents), Batching(**settings)
+    return [cluster.cluster_domain(vectors, rows, i, settings, seed) for i, rows in enumerate(groups)]
 
 
 def blobs(n, k, width, *, noise=0.1, seed=0):

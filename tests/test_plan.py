@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_pairs import PLAN, bag_of_letters, tiny_pairs, tiny_plan, tiny_vectors
 
-from cde_jax.batching import build
+from cde_jax.batching import build, tasks
 from cde_jax.batching.build import check_sizes
 from cde_jax.batching.plan import ARRAYS, BatchPlan
 from cde_jax.batching.surrogate import texts_fingerprint
@@ -140,7 +140,7 @@ def test_filter_vectors_decide_masks_and_not_places(stores, plan, scratch):
     other = tiny_plan(scratch, pairs, vectors, letters)
     np.testing.assert_array_equal(other.rows, plan.rows)
     np.testing.assert_array_equal(other.clusters, plan.clusters)
-    assert not np.array_equal(other.keep_bits, plan.keep_bits)
+    assert any((other.keep(step) != plan.keep(step)).any() for step in range(len(plan)))
     assert other.manifest["difficulty"] != plan.manifest["difficulty"]
     same = tiny_plan(scratch, pairs, vectors, vectors)
     assert same.fingerprint == plan.fingerprint
@@ -253,8 +253,8 @@ def test_same_inputs_and_seed_give_the_same_bytes(stores, tmp_path):
         {file.name: file.read_bytes() for file in sorted((tmp_path / name).iterdir())}
         for name in ("one", "two", "other")
     )
-    assert one == two and len(one) == len(ARRAYS) + 1
-    assert [name for name in one if one[name] == other[name]] == []
+    assert one == two and len(one) == len(ARRAYS) + 3  # masks are two files, and the manifest
+    assert {name for name in one if one[name] == other[name]} <= {"masks.offsets.bin"}  # too small to compress
 
 
 def test_memory_does_not_grow_with_the_number_of_batches(tmp_path):
@@ -262,7 +262,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(tmp_path):
     vectors = tiny_vectors(tmp_path / "vectors", pairs)
     sizes, peaks = [], []
     # Large batches: the peak comes while one is made, on top of all that is held. The first plan warms up.
-    for epochs in (1, 2, 40):
+    for epochs in (1, 2, 80):
         tracemalloc.start()
         try:
             tiny_plan(
@@ -450,7 +450,7 @@ def test_hard_negatives_are_drawn_anew_at_each_step(tmp_path):
 
 
 def test_the_fingerprint_covers_the_content(stores, plan, scratch, monkeypatch):
-    monkeypatch.setattr(build, "NEGATIVES_STREAM", 99)  # the same inputs and settings, other draws
+    monkeypatch.setattr(tasks, "NEGATIVES_STREAM", 99)  # the same inputs and settings, other draws
     other = tiny_plan(scratch, *stores[:2])
     assert other.manifest["settings"] == plan.manifest["settings"] and other.fingerprint != plan.fingerprint
 

@@ -33,8 +33,8 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-def go(data, workdir, stage="all", *, rebuild=False, **changes) -> list[str]:
-    return list(stages.run(config_of(data, **changes), workdir, stage, rebuild=rebuild))
+def go(data, workdir, stage="all", *, rebuild=False, engine="local", **changes) -> list[str]:
+    return list(stages.run(config_of(data, **changes), workdir, stage, rebuild=rebuild, engine=engine))
 
 
 def config_of(data, **changes):
@@ -286,7 +286,7 @@ def test_a_plan_of_other_pairs_is_refused(data, workdir):
             go(data, workdir, stage)
 
 
-@pytest.mark.parametrize("file", ["plan/rows.bin", "plan/keep_bits.bin", "plan/manifest.json"])
+@pytest.mark.parametrize("file", ["plan/rows.bin", "plan/masks.values.bin", "plan/manifest.json"])
 @pytest.mark.parametrize("how", ["altered", "truncated"])
 def test_a_damaged_plan_is_named(data, workdir, file, how):
     content = bytearray((workdir / file).read_bytes())

@@ -1,45 +1,36 @@
 """From pairs and surrogate vectors to a batch plan on disk.
 
 Batches are written one by one, so memory does not grow with epochs. The same pairs, vectors, settings and seed give the
-same bytes.
+same bytes, whoever runs the tasks (`tasks.py`).
 """
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int, Int32, Int64, Shaped
+from jaxtyping import Float64, Int, Shaped
 from tqdm import tqdm
 
-from cde_jax.batching import negatives, pack
-from cde_jax.batching.cluster import Clusters, cluster_domains
-from cde_jax.batching.plan import BatchPlan
+from cde_jax.batching import negatives, pack, tasks
+from cde_jax.batching.plan import BatchPlan, decompressed
+from cde_jax.batching.summary import summarize
 from cde_jax.batching.surrogate import texts_fingerprint
+from cde_jax.batching.tasks import Inputs
 from cde_jax.config import Batching
+from cde_jax.data import shards
 from cde_jax.data.files import fingerprint
-from cde_jax.data.store import Store, StoreWriter, check_finite
+from cde_jax.data.store import Ragged, Store, StoreWriter, check_finite
 
 log = logging.getLogger(__name__)
 
-# Separate the random numbers of one seed: of the arrangement, of hard negatives, of the statistics.
-EPOCH_STREAM, NEGATIVES_STREAM, STATISTICS_STREAM = 21, 22, 23
+EPOCH_STREAM = 21  # separates the random numbers of the arrangement from others of the same seed
 BAR_AFTER = 3.0  # seconds of work before a progress bar shows
 MOST_SCORES = 2**32  # of queries and documents in a batch: 32 GiB of float64
 MUCH_MASKED = 0.25  # share of masked negatives from which on there is a warning
-RANDOM_PAIRS = 4096  # drawn to estimate the similarity of a query and any document
-
-
-class Inputs(NamedTuple):
-    """What a plan is made from."""
-
-    vectors: negatives.Vectors  # arrange the pairs: clusters, tours
-    filter_vectors: negatives.Vectors  # find false and hard negatives, and measure difficulty
-    keys: negatives.TextKeys
-    settings: Batching
-    seed: int
+SCORES = 2**24  # of the batches that a task masks, about
 
 
 def check_sizes(settings: Batching, domain_counts: Mapping[str, int]) -> int:
@@ -83,10 +74,13 @@ def build_plan(
     seed: int,
     *,
     filter_vectors: Store | None = None,
+    map_tasks: shards.MapTasks = map,
 ) -> BatchPlan:
     """Writes the plan's folder and opens it; a kill leaves the old plan or none.
 
     vectors, filter_vectors (None: the same): stores of this kind, of these pairs' texts; see `Inputs`.
+    map_tasks: clusters of a group, mined documents of a group and masks of some batches are tasks. With another one
+    than `map` they are shards in a folder beside the plan until it is whole: the same call goes on after a kill.
 
     Raises ValueError for vectors that are not finite or of other texts, settings that do not fit the data, and hard
     negatives that do not exist.
@@ -99,7 +93,8 @@ def build_plan(
         _check_vectors(pairs, filter_vectors, "the filter's vectors")
     sides = [negatives.Vectors(*map(store.array, negatives.Vectors._fields)) for store in (vectors, filter_vectors)]
     keys = negatives.TextKeys(pairs.array("query_key"), pairs.array("document_key"), pairs.ragged("negatives"))
-    inputs = Inputs(*sides, keys, settings, seed)
+    rows = [group.rows if group.weight else np.empty(0, np.int64) for group in groups]
+    inputs = Inputs(*sides, keys, settings, seed, rows)
     _check_hard_negatives(groups, inputs)
     identity = {
         "pairs": pairs.fingerprint,
@@ -107,60 +102,75 @@ def build_plan(
         "filter_vectors": filter_vectors.fingerprint,
         "settings": settings.plan_settings(seed),
     }
-    difficulty, content = np.zeros((len(groups), 2, 3)), hashlib.sha256()
+    tally, content = np.zeros((len(groups), 2, 3)), hashlib.sha256()
+    mask_bytes = settings.batch_size * -(-settings.batch_size * (1 + settings.hard_negatives) // 8)
+    folder = Path(directory).absolute().with_name(f".{Path(directory).name}.shards")
     with StoreWriter(directory, "plan") as writer:  # opened first: a folder that cannot be written to is an error now
-        groups = cluster_groups(groups, inputs)
-        for name, array in plan_arrays(groups, inputs, difficulty):
-            writer.append(name, array)
+        source = inputs
+        if map_tasks is not map:
+            source = tasks.share(
+                folder, inputs, [store.directory for store in (pairs, vectors, filter_vectors)], identity
+            )
+        groups = cluster_groups(groups, inputs, source, map_tasks)
+        for name, array in plan_arrays(groups, source, settings, seed, len(pairs.array("domain")), tally, map_tasks):
+            if name == "masks":
+                writer.append_ragged(name, [array], np.uint8)
+                array = decompressed(array, mask_bytes)  # of masks the bits count, not their form on disk
+            else:
+                writer.append(name, array)
             content.update(np.ascontiguousarray(array))
         summary = {
             "fingerprint": fingerprint(identity | {"content": content.hexdigest()}),
             "surrogate": vectors.manifest.get("surrogate"),
             "filter_surrogate": filter_vectors.manifest.get("surrogate"),
         }
-        writer.finish(summary | identity | _summary(groups, names, left_out, inputs, difficulty))
+        writer.finish(summary | identity | summarize(groups, names, left_out, inputs, tally))
+    shutil.rmtree(folder, ignore_errors=True)
     plan = BatchPlan.load(directory)
     if (masked := plan.manifest["difficulty"]["masked_share"] or 0) >= MUCH_MASKED:
         log.warning("%.1f %% of the negatives are masked: equal texts, or too small a filter_margin", 100 * masked)
     return plan
 
 
-def cluster_groups(groups: Sequence[pack.Group], inputs: Inputs) -> list[pack.Group]:
+def cluster_groups(
+    groups: Sequence[pack.Group], inputs: Inputs, source: tasks.Source, map_tasks: shards.MapTasks
+) -> list[pack.Group]:
     """The groups with their clusters, one of weight 0 without; with method "random" a group is one cluster."""
-    settings, rows = inputs.settings, [group.rows for group in groups if group.weight]
-    if settings.method == "random":
-        results = (Clusters(np.zeros(len(each), np.int64), np.zeros((1, 0), np.float32), None) for each in rows)
-    else:
-        results = cluster_domains(inputs.vectors, rows, settings, inputs.seed)
+    chosen = sorted((i for i, group in enumerate(groups) if group.weight), key=lambda i: -len(groups[i].rows))
     clustered = list(groups)
-    for number, group in enumerate(groups):
-        if group.weight:
-            assignments, centroids, objective = next(results)
-            used, assignments = np.unique(assignments, return_inverse=True)
-            group = group._replace(assignments=assignments, empty=len(centroids) - len(used), objective=objective)
-            if settings.packing == "tsp":
-                means = pack.document_centroids(inputs.vectors.documents, assignments, group.rows)
-                group = group._replace(centroids=means)
-            clustered[number] = group
+    made = map_tasks(tasks.cluster, [(source, i) for i in chosen])  # the largest first: they take the longest
+    for i, part in zip(chosen, made, strict=True):
+        found = shards.read(part)
+        used, assignments = np.unique(found["assignments"], return_inverse=True)
+        objective = float(found["objective"][0]) if inputs.settings.method == "clustered" else None
+        group = groups[i]._replace(assignments=assignments, empty=int(found["clusters"][0]) - len(used))
+        if inputs.settings.packing == "tsp":
+            means = pack.document_centroids(inputs.vectors.documents, assignments, group.rows)
+            group = group._replace(centroids=means)
+        clustered[i] = group._replace(objective=objective)
     return clustered
 
 
 def plan_arrays(
-    groups: Sequence[pack.Group], inputs: Inputs, difficulty: Float64[np.ndarray, "groups 2 3"]
+    groups: Sequence[pack.Group],
+    source: tasks.Source,
+    settings: Batching,
+    seed: int,
+    pairs: int,
+    difficulty: Float64[np.ndarray, "groups 2 3"],
+    map_tasks: shards.MapTasks,
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
-    """The arrays of `BatchPlan` in pieces with their names; the sums of `_finish_batch` are added to `difficulty`."""
-    settings, seed, size = inputs.settings, inputs.seed, inputs.settings.batch_size
-    clusters, first = np.full(len(inputs.vectors.queries), -1, np.int32), 0
-    mined: dict[int, Int32[np.ndarray, "rows window"]] = {}
-    for number, group in enumerate(groups):
+    """The arrays of `BatchPlan` in pieces with their names; the sums of the batches are added to `difficulty`."""
+    size, clusters, first = settings.batch_size, np.full(pairs, -1, np.int32), 0
+    for group in groups:
         if group.weight:
             clusters[group.rows] = first + group.assignments
             first += len(group.cluster_sizes)
-            mined[number] = negatives.mine_hard_negatives(
-                inputs.filter_vectors, group.rows, inputs.keys, settings, seed
-            )
     yield "clusters", clusters
+    chosen = [i for i, group in enumerate(groups) if group.weight]
+    mined = dict(zip(chosen, map_tasks(tasks.mine, [(source, i) for i in chosen]), strict=True))
     total, step = settings.epochs * sum(pack.epoch_size(group, size) for group in groups), 0
+    several = max(1, SCORES // (size * size * (1 + settings.hard_negatives)))  # batches of a task
     with tqdm(total=total, desc="batches and masks", delay=BAR_AFTER, leave=False) as bar:
         for epoch in range(settings.epochs):
             random = np.random.default_rng([seed, EPOCH_STREAM, epoch])
@@ -170,106 +180,27 @@ def plan_arrays(
             rows = np.concatenate(batches)[order]
             yield "rows", rows
             yield "groups", numbers
-            # More threads gain little on small matrices, and cost much on a busy machine.
-            with negatives.threads().limit(limits=1):
-                for batch, number in zip(rows, numbers.tolist(), strict=True):
-                    pool, random = groups[number].rows, np.random.default_rng([seed, NEGATIVES_STREAM, step])
-                    candidates = mined[number][np.searchsorted(pool, batch)]  # [B, window]
-                    hard, keep, sums = _finish_batch(batch, candidates, pool, inputs, random)
-                    yield "hard_negatives", hard[None]
-                    yield "keep_bits", np.packbits(keep, axis=-1)[None]
-                    difficulty[number] += sums
-                    step += 1
+            starts = range(0, len(rows), several)
+            parts = [slice(start, start + several) for start in starts]
+            todo = [
+                tasks.Batches(
+                    source,
+                    step + part.start,
+                    rows[part],
+                    numbers[part],
+                    {i: mined[i] for i in set(numbers[part].tolist())},
+                )
+                for part in parts
+            ]
+            for part, made in zip(parts, map_tasks(tasks.finish_batches, todo), strict=True):
+                found = shards.read(made)
+                masks = Ragged(found["masks"], found["offsets"])
+                for i, number in enumerate(numbers[part].tolist()):
+                    yield "hard_negatives", found["hard_negatives"][i : i + 1]
+                    yield "masks", masks.row(i)
+                    difficulty[number] += found["sums"][i]
                     bar.update()
-
-
-def _finish_batch(
-    rows: Int64[np.ndarray, " B"],
-    candidates: Int32[np.ndarray, "B window"],
-    pool: Int64[np.ndarray, " pool"],
-    inputs: Inputs,
-    random: np.random.Generator,
-) -> tuple[Int64[np.ndarray, "B K"], Bool[np.ndarray, "B N"], Float64[np.ndarray, "2 3"]]:
-    """Hard negatives and the mask of a batch; sums and numbers of what `_means` names."""
-    settings, keys = inputs.settings, inputs.keys
-    hard, given = negatives.choose_hard_negatives(rows, settings.hard_negatives, candidates, pool, keys, random)
-    columns = np.concatenate([rows, hard.ravel()])  # [N]
-    queries, documents = inputs.filter_vectors
-    scores = negatives.cosine(queries[rows], documents[columns])  # [B, N]
-    keep = negatives.false_negative_mask(scores, rows, columns, keys, settings.filter_margin, given)
-    batch = len(rows)
-    kept = keep[:, :batch] & ~np.eye(batch, dtype=bool)
-    sums = scores[:, :batch].sum(where=kept), np.trace(scores), np.count_nonzero(~keep)
-    return hard, keep, np.array([sums, (np.count_nonzero(kept), batch, batch * (len(columns) - 1))], np.float64)
-
-
-def _means(sums: Float64[np.ndarray, "2 3"]) -> dict[str, float | None]:
-    """Mean cosine of a query with its in-batch negatives and with its positive; masked share of all negatives."""
-    names = ("in_batch_negative_similarity", "positive_similarity", "masked_share")
-    means = (round(total / number, 6) if number else None for total, number in sums.T.tolist())
-    return dict(zip(names, means, strict=True))
-
-
-def _summary(
-    groups: Sequence[pack.Group],
-    names: Sequence[str],
-    left_out: pack.Group | None,
-    inputs: Inputs,
-    difficulty: Float64[np.ndarray, "groups 2 3"],
-) -> dict[str, Any]:
-    """For a reader of the manifest: what an epoch is made of, what it leaves out, and how hard the batches are.
-
-    "median_cluster_size": half of the pairs are in a cluster of at most that size. It exceeds `cluster_size` where
-    clusters are empty: their centroids are the nearest of rows d⊕q only.
-    """
-    batch_size = inputs.settings.batch_size
-    batches = [pack.epoch_size(group, batch_size) for group in groups]
-    sizes = np.concatenate([group.cluster_sizes for group in groups])
-    powers = np.bincount(np.log2(sizes).astype(np.int64))  # clusters of 2^p … 2^(p+1) − 1 pairs
-    return {
-        "batches": sum(batches) * inputs.settings.epochs,
-        "batches_per_epoch": sum(batches),
-        "groups": [
-            {
-                "name": group.name,
-                "domains": [names[i] for i in group.domains],
-                "rows": len(group.rows),
-                "clusters": len(group.cluster_sizes),
-                "empty_clusters": group.empty,
-                "median_cluster_size": _median_size(group.cluster_sizes),
-                "weight": group.weight,
-                "batches": number,
-                "left_out": max(0, len(group.rows) - number * batch_size),
-                "objective": None if group.objective is None else round(group.objective, 6),
-                "difficulty": (means := _means(sums)),
-                "masked_share": means.pop("masked_share"),
-            }
-            for group, number, sums in zip(groups, batches, difficulty, strict=True)
-        ],
-        "dropped": {
-            "domains": [names[i] for i in left_out.domains] if left_out else [],
-            "rows": len(left_out.rows) if left_out else 0,
-        },
-        "cluster_sizes": {f"{2**p}-{2 ** (p + 1) - 1}": int(n) for p, n in enumerate(powers) if n},
-        "empty_clusters": sum(group.empty for group in groups),
-        "median_cluster_size": _median_size(sizes),
-        "difficulty": _means(difficulty.sum(axis=0)) | {"random_pair_similarity": _random_similarity(inputs)},
-    }
-
-
-def _median_size(sizes: Int64[np.ndarray, " clusters"]) -> float | None:
-    """Of the cluster of a pair."""
-    return float(np.median(np.repeat(sizes, sizes))) if len(sizes) else None
-
-
-def _random_similarity(inputs: Inputs) -> float | None:
-    """Mean cosine of a query with another pair's document, over all domains: what random batches would have."""
-    random = np.random.default_rng([inputs.seed, STATISTICS_STREAM])
-    queries, documents = inputs.filter_vectors
-    q, d = random.integers(len(queries), size=(2, RANDOM_PAIRS))
-    sides = queries[q[q != d]], documents[d[q != d]]
-    cosines = np.prod([negatives.rounded_unit_rows(side) for side in sides], axis=0).sum(axis=1)
-    return round(float(cosines.mean()), 6) if len(cosines) else None
+            step += len(rows)
 
 
 def _check_vectors(pairs: Store, vectors: Store, name: str) -> None:

@@ -13,7 +13,7 @@ number of cores.
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -90,22 +90,21 @@ def paired_kmeans(
     return _cluster(read, np.arange(n), k, settings, np.random.default_rng([seed, CLUSTER_STREAM]))
 
 
-def cluster_domains(
-    vectors: Vectors, groups: Sequence[Int[np.ndarray, "_"]], settings: Batching, seed: int
-) -> Iterator[Clusters]:
-    """Clusters each group of pairs (a domain) separately, into k = ⌈pairs / cluster_size⌉ clusters.
+def cluster_domain(
+    vectors: Vectors, rows: Int[np.ndarray, " r"], number: int, settings: Batching, seed: int
+) -> Clusters:
+    """Clusters `rows`, the pairs of one domain, into k = ⌈pairs / cluster_size⌉ clusters.
 
-    vectors: of all pairs, finite. The assignments of the i-th result follow groups[i]. Wider vectors than
+    vectors: of all pairs, finite. number: of the domain, for its random numbers. Wider vectors than
     `cluster_dimensions` are reduced by an uncentred SVD of the domain's queries and documents (the reference: of the
     queries), then to unit norm. A domain of more than `cluster_rows` pairs is trained on a sample of so many, at least
     TRAINED_PER_CLUSTER · k. Memory: about 12 · cluster_rows · D bytes, and 20 for each pair.
     """
-    for number, rows in enumerate(groups):
-        random, projection = np.random.default_rng([seed, CLUSTER_STREAM, number]), None
-        if 0 < settings.cluster_dimensions < vectors.queries.shape[1]:
-            projection = _projection(vectors, rows, settings.cluster_dimensions, random)
-        read = partial(_read_rows, vectors, projection)
-        yield _cluster(read, rows, -(-len(rows) // settings.cluster_size), settings, random)
+    random, projection = np.random.default_rng([seed, CLUSTER_STREAM, number]), None
+    if 0 < settings.cluster_dimensions < vectors.queries.shape[1]:
+        projection = _projection(vectors, rows, settings.cluster_dimensions, random)
+    read = partial(_read_rows, vectors, projection)
+    return _cluster(read, rows, -(-len(rows) // settings.cluster_size), settings, random)
 
 
 def _read_rows(

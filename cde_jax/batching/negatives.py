@@ -58,6 +58,20 @@ class TextKeys:
         self.count = int(self.documents.max(initial=0)) + 1  # different documents
         self.positives = np.unique(self.queries * self.count + self.documents[: len(queries)])  # (query, document)
 
+    @classmethod
+    def numbered(
+        cls,
+        queries: Int[np.ndarray, " n"],
+        documents: Int[np.ndarray, " m"],
+        positives: Int[np.ndarray, " p"],
+        listed: Ragged,
+    ) -> "TextKeys":
+        """From the arrays of these names that another one has."""
+        self = cls.__new__(cls)
+        self.queries, self.documents, self.positives, self.listed = queries, documents, positives, listed
+        self.count = int(documents.max(initial=0)) + 1
+        return self
+
     def is_positive(self, rows: Int[np.ndarray, " B"], documents: Int[np.ndarray, "rows N"]) -> Bool[np.ndarray, "B N"]:
         """Whether document [i, j] has the text of a positive of pair i's query; documents: B rows, or one for all."""
         if len(documents) == 1 < len(rows):  # few of the B·N are positives: those are looked up, not all

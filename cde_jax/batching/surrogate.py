@@ -4,21 +4,22 @@
 export of this project is passed as plain functions texts → vectors (paper, section 3.1: "a separate model").
 """
 
-import array
+import functools
 import importlib.util
 import logging
 import math
 import shutil
+from array import array as Array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float16, Float32
 
 from cde_jax.config import SURROGATES
+from cde_jax.data import shards
 from cde_jax.data.files import digests, fingerprint
 from cde_jax.data.store import Ragged, Store, StoreWriter, unit_rows
 from cde_jax.data.tokens import as_list
@@ -127,7 +128,7 @@ def _vectorizer(**options: Any) -> Any:
 
         def _count_vocab(self, raw_documents, fixed_vocab):
             vocabulary, analyze = self.vocabulary_ if fixed_vocab else defaultdict(), self.build_analyzer()
-            words, ends = array.array("i"), [0]  # numbers of the words, text after text
+            words, ends = Array("i"), [0]  # numbers of the words, text after text
             if not fixed_vocab:
                 vocabulary.default_factory = vocabulary.__len__
             for text in raw_documents:
@@ -208,6 +209,15 @@ def sentence_transformer(spec: str, prompts: Sequence[str] = ()) -> tuple[Encode
     )
 
 
+def gpus() -> int:
+    """NVIDIA GPUs of this machine that PyTorch sees; 0 without PyTorch."""
+    if importlib.util.find_spec("torch") is None:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def identity(spec: str) -> dict[str, str]:
     """File name → sha256 of a surrogate that is a folder ("KIND:DIR"), for the settings of its vectors; else {}."""
     folder = spec.partition(":")[2]
@@ -230,68 +240,109 @@ def vectors_fingerprint(pairs: Store, name: str, settings: dict[str, Any]) -> st
     return fingerprint({"kind": "vectors", "texts": texts_fingerprint(pairs), "surrogate": model, "settings": settings})
 
 
+class Loaded(NamedTuple):
+    """One of the functions that `load` gives, for queries (0) or documents (1); each process loads them once.
+
+    It can be sent to another process, which the model itself cannot.
+    """
+
+    load: Callable[..., tuple[Encode, Encode]]
+    arguments: tuple[Any, ...]
+    side: int
+
+    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "n D"]:
+        """Vectors of the texts."""
+        return _load(self.load, self.arguments)[self.side](texts)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(load: Callable[..., tuple[Encode, Encode]], arguments: tuple[Any, ...]) -> tuple[Encode, Encode]:
+    return load(*arguments)
+
+
+def load_lsa(directory: str, fingerprint: str) -> tuple[Encode, Encode]:
+    """`Lsa.encode` of a folder, for queries and documents. fingerprint: of the folder, by which `Loaded` knows it."""
+    encode = Lsa.load(directory).encode
+    return encode, encode
+
+
+class _Block(NamedTuple):
+    """Consecutive texts of one side of a pairs store, and the store that gets their vectors."""
+
+    path: Path
+    digest: str
+    pairs: Path
+    text: str  # array of the pairs store
+    rows: range
+    encode: Encode
+    what: str
+    width: int
+
+
+def _write_block(block: _Block) -> int:
+    """Encode a block unless it is there; returns how many texts were encoded."""
+    if block.path.exists():
+        return 0
+    texts = Texts(Store.open(block.pairs, verify=False).ragged(block.text))
+    with StoreWriter(block.path, "block") as writer:
+        writer.append("vectors", _encode(block.encode, texts, block.what, block.rows, block.width))
+        writer.finish({"fingerprint": block.digest})
+    return len(block.rows)
+
+
 def write_vectors(
-    directory: str | Path, pairs: Store, encode: Encode | tuple[Encode, Encode], *, name: str, settings: dict[str, Any]
+    directory: str | Path,
+    pairs: Store,
+    encode: Encode | tuple[Encode, Encode],
+    *,
+    name: str,
+    settings: dict[str, Any],
+    map_tasks: shards.MapTasks = map,
 ) -> Store:
     """Encodes every query and document of a pairs store into a store of kind "vectors".
 
     Arrays: queries float16 [n, D], documents float16 [n + m, D]. `encode` is one function, or one for queries and one
-    for documents. It gets BLOCK consecutive rows at a time, the longest first: always the same texts in the same order,
-    because padding changes the last bits of a vector. Each block is kept as a store of its own until all are there:
-    after a kill or an error the same call continues with the next one. Needs twice the room of the vectors.
+    for documents, `Loaded` where `map_tasks` uses other processes. It gets BLOCK consecutive rows at a time, the
+    longest first: always the same texts in the same order, because padding changes the last bits of a vector. Each
+    block is a task, kept as a store of its own until all are there: after a kill or an error the same call continues
+    with those that are missing. Needs twice the room of the vectors.
 
     Raises ValueError if `encode` gives vectors that are not finite in float16, not one of the same width for each text,
     or only zeros; OSError if there is no room or no right to write.
     """
     from tqdm import tqdm
 
-    folder, width = Path(directory).with_name(f".{Path(directory).name}.blocks"), None
-    sides: dict[str, tuple[Texts, Callable]] = {}
-    encoders = encode if isinstance(encode, tuple) else (encode, encode)
-    for array, side, encoder in zip(("queries", "documents"), ("query_text", "document_text"), encoders, strict=True):
-        texts = Texts(pairs.ragged(side))
-        sides[array] = texts, partial(_encode, encoder, texts, f"surrogate {name}, {array}")
-        width = sides[array][1](range(1), width).shape[1]  # models of two widths are found before anything is written
+    directory, encoders = Path(directory).absolute(), encode if isinstance(encode, tuple) else (encode, encode)
+    folder, width = directory.with_name(f".{directory.name}.blocks"), None
+    sides: dict[str, tuple[str, Encode, int]] = {}
+    for side, text, encoder in zip(("queries", "documents"), ("query_text", "document_text"), encoders, strict=True):
+        texts = Texts(pairs.ragged(text))
+        # One text: models of two widths are found before anything is written.
+        width = _encode(encoder, texts, f"surrogate {name}, {side}", range(1), width).shape[1]
+        sides[side] = text, encoder, len(texts)
     metadata = {"fingerprint": vectors_fingerprint(pairs, name, settings), "width": width}
-    digest = fingerprint(metadata | {"block": BLOCK})
+    digest, store = fingerprint(metadata | {"block": BLOCK}), pairs.directory.absolute()
 
-    def blocks() -> Iterator[tuple[str, range, Path]]:
-        for array, (texts, _) in sides.items():
-            for start in range(0, len(texts), BLOCK):
-                yield array, range(start, min(start + BLOCK, len(texts))), folder / f"{array}-{start}"
+    def blocks() -> Iterator[_Block]:
+        for side, (text, encoder, count) in sides.items():
+            for start in range(0, count, BLOCK):
+                path, rows = folder / f"{side}-{start}", range(start, min(start + BLOCK, count))
+                yield _Block(path, digest, store, text, rows, encoder, f"surrogate {name}, {side}", width)
 
     with StoreWriter(directory, "vectors") as writer:  # opened first: no second process can write this store
-        done = sum(len(rows) for _, rows, block in blocks() if _is_whole(block, digest))
-        total = sum(len(texts) for texts, _ in sides.values())
+        done = sum(len(block.rows) for block in blocks() if shards.is_whole(block.path, "block", digest))
+        total = sum(count for *_, count in sides.values())
         if done:
             log.info("vectors of %s: %d of %d texts are there, continuing", name, done, total)
         with tqdm(total=total, initial=done, desc="vectors", unit=" texts", delay=BAR_AFTER, leave=False) as bar:
-            for array, rows, block in blocks():
-                if not block.exists():
-                    with StoreWriter(block, "block") as block_writer:
-                        block_writer.append("vectors", sides[array][1](rows, width))
-                        block_writer.finish({"fingerprint": digest})
-                    bar.update(len(rows))
-        for array, _, block in blocks():
-            writer.append(array, Store.open(block, kind="block", verify=False).array("vectors"))
+            for count in map_tasks(_write_block, blocks()):
+                bar.update(count)
+        for block in blocks():
+            array = Store.open(block.path, kind="block", verify=False).array("vectors")
+            writer.append(block.path.name.partition("-")[0], array)
         store = writer.finish({"texts": texts_fingerprint(pairs), "surrogate": name, "settings": settings} | metadata)
     shutil.rmtree(folder)
     return store
-
-
-def _is_whole(block: Path, digest: str) -> bool:
-    """Whether a block of these vectors was written before; a broken one and one of others is removed."""
-    if not block.exists():
-        return False
-    try:
-        if (actual := Store.open(block, kind="block").fingerprint) == digest:
-            return True
-        reason = f"of other inputs or settings, fingerprint {actual}"
-    except ValueError as error:
-        reason = str(error)
-    log.warning("a block of vectors is discarded: %s", reason)
-    shutil.rmtree(block)
-    return False
 
 
 def _encode(encode: Encode, texts: Texts, what: str, rows: range, width: int | None) -> Float16[np.ndarray, "rows D"]:

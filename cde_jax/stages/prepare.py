@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan, check_sizes
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import Config
+from cde_jax.data import shards
 from cde_jax.data.files import NewFolder
 from cde_jax.data.pairs import InputLog, Pair, clean, write_pairs
 from cde_jax.data.sources import beir, docstrings, huggingface, jsonl
@@ -25,8 +27,11 @@ from cde_jax.data.tokens import Tokenizer
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.stages import train
 from cde_jax.stages import workdir as work
+from cde_jax.stages.engines import cores, open_engine
 
 log = logging.getLogger(__name__)
+
+FEW = 20_000  # pairs up to which the tasks run in this process: others take seconds to start
 
 
 class Source(NamedTuple):
@@ -77,11 +82,18 @@ def open_source(config: Config, workdir: Path) -> Source:
 
 
 def prepare(
-    config: Config, workdir: Path, source: Source, *, rebuild: bool = False, training: bool = False
+    config: Config,
+    workdir: Path,
+    source: Source,
+    *,
+    rebuild: bool = False,
+    training: bool = False,
+    engine: str = "local",
 ) -> work.Prepared:
     """Keep or make `store/` and `plan/`. Raises ValueError for a part that does not fit, unless it is to be rebuilt.
 
-    training: settings of the training that follows are checked as soon as pairs are counted.
+    training: settings of the training that follows are checked as soon as pairs are counted. engine: who runs the
+    tasks of more than FEW pairs (`engines.py`).
     """
     d, b, keep = config.data, config.batching, partial(_keep, rebuild, workdir)
     recorded = work.read_manifest(workdir / work.PAIRS)
@@ -102,12 +114,19 @@ def prepare(
         beside = [work.LSA] if v.surrogate == "lsa" else []
         stores.append(keep("vectors are there and fit", v.folder, _load_store, "vectors", v.identity, beside))
     plan = keep("the plan is there and fits", work.PLAN, _load_plan, config, pairs, wanted)
-    for i, v in enumerate(wanted):  # only now: a plan that does not fit is refused before hours of work
-        stores[i] = stores[i] or _make_vectors(b.vectors_cache, workdir, pairs, v)
-    if plan is None:
-        log.info("building the batch plan")
-        plan = build_plan(workdir / work.PLAN, pairs, stores[0], b, config.seed, filter_vectors=stores[-1])
+    with _tasks_of(engine, pairs.manifest["pairs"]) as map_tasks:
+        for i, v in enumerate(wanted):  # only now: a plan that does not fit is refused before hours of work
+            stores[i] = stores[i] or _make_vectors(b.vectors_cache, workdir, pairs, v, map_tasks)
+        if plan is None:
+            log.info("building the batch plan")
+            options = {"filter_vectors": stores[-1], "map_tasks": map_tasks}
+            plan = build_plan(workdir / work.PLAN, pairs, stores[0], b, config.seed, **options)
     return work.Prepared(pairs, plan, work.load_tokenizer(workdir, pairs))
+
+
+def _tasks_of(engine: str, pairs: int) -> AbstractContextManager[shards.MapTasks]:
+    """`map` where other processes would take longer to start than the work takes."""
+    return nullcontext(map) if engine == "local" and (pairs < FEW or cores() == 1) else open_engine(engine)
 
 
 def _keep(rebuild: bool, workdir: Path, fits: str, name: str, load: Callable[..., Any], *identity: Any) -> Any:
@@ -207,7 +226,7 @@ def _surrogates(config: Config, workdir: Path, pairs: Store) -> list[_Vectors]:
     return vectors
 
 
-def _make_vectors(cache: str, workdir: Path, pairs: Store, vectors: _Vectors) -> Store:
+def _make_vectors(cache: str, workdir: Path, pairs: Store, vectors: _Vectors, map_tasks: shards.MapTasks) -> Store:
     """The vectors of all pairs: from the cache where they are there, else by the surrogate."""
     folder, name, identity = workdir / vectors.folder, vectors.surrogate, vectors.identity
     copies = {folder: Path(cache).expanduser() / identity["fingerprint"]}
@@ -220,7 +239,7 @@ def _make_vectors(cache: str, workdir: Path, pairs: Store, vectors: _Vectors) ->
         return Store.open(folder, kind="vectors")
     log.info("surrogate vectors: %s", name)
     encode, settings = _encoders(workdir, pairs, name, identity["settings"]), identity["settings"]
-    store = surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings)
+    store = surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings, map_tasks=map_tasks)
     for made, copy in copies.items() if cache else ():
         _copy_store(made, copy)
     return store
@@ -232,7 +251,9 @@ def _encoders(workdir: Path, pairs: Store, name: str, settings: dict[str, Any]) 
         texts = (surrogate.Texts(pairs.ragged(side)) for side in ("query_text", "document_text"))
         lsa = surrogate.lsa(*texts, **settings)
         lsa.save(workdir / work.LSA)
-        return lsa.encode
+        saved = str((workdir / work.LSA).absolute())
+        arguments = saved, Store.open(saved, verify=False).fingerprint
+        return tuple(surrogate.Loaded(surrogate.load_lsa, arguments, side) for side in (0, 1))
     if name.startswith("checkpoint:"):
         embedder = Embedder.from_pretrained(name.removeprefix("checkpoint:"), progress=False)
         return embedder.encode_queries, embedder.encode_documents

@@ -31,18 +31,21 @@ CACHED_PROGRAMS = 10 * 2**30  # bytes of compiled programs that are kept; the ol
 _LIBRARIES = "jax flax optax orbax-checkpoint numpy scikit-learn tokenizers faiss-cpu faiss-gpu"
 
 
-def run(config: Any, workdir: Path, stage: str = "all", *, rebuild: bool = False) -> Iterator[str]:
+def run(
+    config: Any, workdir: Path, stage: str = "all", *, rebuild: bool = False, engine: str = "local"
+) -> Iterator[str]:
     """Run one stage or all, in order; yields what each reports, as text. Stops after an interrupted training.
 
     `config` is a ConfigDict or a nested dict with every key. What the configuration and a first look at the inputs can
-    tell is checked before anything is written. A second process in the same work directory gets a ValueError.
+    tell is checked before anything is written. A second process in the same work directory gets a ValueError. engine:
+    who prepares, "local" or "ray" (`engines.py`).
     """
     if stage not in ("all", *STAGES):
         raise ValueError(f"unknown stage {stage!r}: choose all, {', '.join(STAGES)}")
     stages = STAGES if stage == "all" else (stage,)
     config = from_config_dict(config)
     cache_programs()
-    make = _check_inputs(config, workdir, stages, rebuild)
+    make = _check_inputs(config, workdir, stages, rebuild, engine)
     with work.locked(workdir):
         prepared = _prepared(config, workdir, make, stages, rebuild)
         if "prepare" in stages:
@@ -91,16 +94,19 @@ def cache_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _check_inputs(config: Config, workdir: Path, stages: Sequence[str], rebuild: bool) -> Callable[[], work.Prepared]:
+def _check_inputs(
+    config: Config, workdir: Path, stages: Sequence[str], rebuild: bool, engine: str
+) -> Callable[[], work.Prepared]:
     """Raises ValueError for what these stages could not use, before anything is written; makes what they read."""
     make = partial(work.load_prepared, config, workdir)
     if unused := config.unused():
         log.warning("these settings have no effect with the other ones: %s", ", ".join(unused))
     if "prepare" in stages:
-        from cde_jax.stages import prepare
+        from cde_jax.stages import engines, prepare
 
-        source = prepare.open_source(config, workdir)
-        make = partial(prepare.prepare, config, workdir, source, rebuild=rebuild, training="train" in stages)
+        engines.check_engine(engine)
+        options = {"rebuild": rebuild, "training": "train" in stages, "engine": engine}
+        make = partial(prepare.prepare, config, workdir, prepare.open_source(config, workdir), **options)
     if {"prepare", "evaluate"} & set(stages):
         beir.read_sets(config.data.evaluation)
     if "train" in stages:
