@@ -9,6 +9,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from cde_jax.data.tokens import Tokenizer, has_text, text_key
 
 BAR_AFTER = 3.0  # seconds of work before a progress bar shows
 MANY_UNKNOWN = 0.05  # of the tokens: more that are unknown to the tokenizer are warned of
-_EQUAL = "negatives equal to the positive"
+EQUAL = "negatives equal to the positive"
 _BLOCK = 4096  # texts tokenized and written at a time
 _log = logging.getLogger(__name__)
 
@@ -67,18 +68,18 @@ def clean(pairs: Iterable[Pair], counts: MutableMapping[str, int], *, folder: st
     equal to the positive are dropped too. `counts` gains "read", "duplicate pairs", "negatives equal to the positive"
     and "kept" as it goes. The keys are in a temporary database in `folder`. A pair without text is a ValueError.
     """
-    counts |= {name: counts.get(name, 0) for name in ("read", "duplicate pairs", _EQUAL, "kept")}
+    counts |= {name: counts.get(name, 0) for name in ("read", "duplicate pairs", EQUAL, "kept")}
     with temporary_database(folder) as execute:
         execute("CREATE TABLE seen (query BLOB, document BLOB, PRIMARY KEY (query, document)) WITHOUT ROWID")
         for number, pair in enumerate(pairs):
-            _check_text(pair, number)
+            check_text(pair, number)
             counts["read"] += 1
-            query, document = _key(pair.query), _key(pair.document)
+            query, document = key_of(pair.query), key_of(pair.document)
             if not execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", [query, document]).rowcount:
                 counts["duplicate pairs"] += 1
                 continue
-            negatives = tuple(text for text in pair.negatives if _key(text) != document)
-            counts[_EQUAL] += len(pair.negatives) - len(negatives)
+            negatives = tuple(text for text in pair.negatives if key_of(text) != document)
+            counts[EQUAL] += len(pair.negatives) - len(negatives)
             counts["kept"] += 1
             yield pair._replace(negatives=negatives)
 
@@ -111,44 +112,99 @@ def write_pairs(
     are in the manifest, not in the fingerprint (of pairs, prefixes, lengths and tokenizer). No pairs, or one without
     text, is a ValueError; a full disk an OSError. Neither leaves anything.
     """
-    sizes, stream = Counter(), hashlib.sha256()  # pairs by domain, in the order of the domains' numbers; their digest
-    with StoreWriter(directory, "pairs") as writer, temporary_database(writer.path) as execute:
-        execute("CREATE TABLE negatives (prefix TEXT, key BLOB, text TEXT, UNIQUE (prefix, key))")
-        execute("CREATE TABLE rows (numbers BLOB)")
-        queries = _Side(writer, "query", query_length, tokenizer)
-        documents = _Side(writer, "document", document_length, tokenizer)
+    rules = Rules(tokenizer, (query_prefix, document_prefix), dict(prefixes), (query_length, document_length))
+    with PairWriter(directory, rules) as writer:
         for block in _blocks(pairs, "tokenizing"):
-            for number, pair in enumerate(block, queries.count):
-                _check_text(pair, number)
-                stream.update(json.dumps(pair).encode() + b"\n")
-            sizes.update(pair.domain for pair in block)
-            numbers = {name: number for number, name in enumerate(sizes)}
-            writer.append("domain", np.array([numbers[pair.domain] for pair in block], np.int32))
-            before = [(*prefixes.get(pair.domain, (query_prefix, document_prefix)), pair) for pair in block]
-            queries.append([(prefix, pair.query) for prefix, _, pair in before])
-            documents.append([(prefix, pair.document) for _, prefix, pair in before])
-            for _, prefix, pair in before:
-                execute("INSERT INTO rows VALUES (?)", [_insert(execute, prefix, pair.negatives)])
-        if not sizes:
+            writer.add(block)
+        return writer.finish(source, counts or {}, inputs or InputLog())
+
+
+class Rules(NamedTuple):
+    """How texts become tokens."""
+
+    tokenizer: Tokenizer
+    prefix: tuple[str, str]  # of queries, of documents
+    prefixes: dict[str, tuple[str, str]]  # of the domains that have their own
+    lengths: tuple[int, int]  # of queries, of documents
+
+
+class PairWriter:
+    """Writes the store that `write_pairs` describes, block by block; nothing is left where `finish` is not reached."""
+
+    def __init__(self, directory: str | Path, rules: Rules):
+        self.store, self.rules, self.stack = StoreWriter(directory, "pairs"), rules, ExitStack()
+        self.sizes: Counter[str] = Counter()  # pairs by domain, in the order of the domains' numbers
+        self.stream = hashlib.sha256()  # of all pairs
+        sides = zip(("query", "document"), rules.lengths, strict=True)
+        self.queries, self.documents = (Side(self.store, name, length, rules.tokenizer) for name, length in sides)
+
+    def __enter__(self) -> "PairWriter":
+        self.stack.enter_context(self.store)
+        self.execute = self.stack.enter_context(temporary_database(self.store.path))
+        self.execute("CREATE TABLE negatives (prefix TEXT, key BLOB, text TEXT, UNIQUE (prefix, key))")
+        self.execute("CREATE TABLE rows (numbers BLOB)")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.__exit__(*error)
+
+    def add(self, block: Sequence[Pair]) -> None:
+        """Tokenize and write pairs. ValueError for one without text."""
+        for number, pair in enumerate(block, self.queries.count):
+            check_text(pair, number)
+            self.stream.update(line(pair))
+        self.add_domains([pair.domain for pair in block])
+        append_texts(self.queries, self.documents, block, self.rules)
+        self.add_negatives(block)
+
+    def add_domains(self, domains: Sequence[str]) -> None:
+        """The domains of the next pairs."""
+        self.sizes.update(domains)
+        numbers = {name: number for number, name in enumerate(self.sizes)}
+        self.store.append("domain", np.array([numbers[domain] for domain in domains], np.int32))
+
+    def add_negatives(self, block: Sequence[Pair]) -> None:
+        """The hard negatives of the next pairs."""
+        for pair in block:
+            prefix = self.rules.prefixes.get(pair.domain, self.rules.prefix)[1]
+            self.execute("INSERT INTO rows VALUES (?)", [_insert(self.execute, prefix, pair.negatives)])
+
+    def finish(self, source: dict[str, Any], counts: Mapping[str, int], inputs: InputLog) -> Store:
+        """Put the store in place and open it. ValueError if there are no pairs."""
+        rules = self.rules
+        if not self.sizes:
             raise ValueError("expected pairs, there are none; look at the data source's settings")
-        _append_negatives(writer, documents, queries.count, execute)
-        own = {name: _named(prefixes[name]) for name in sizes if name in prefixes}
+        _append_negatives(self.store, self.documents, self.queries.count, self.execute)
+        own = {name: _named(rules.prefixes[name]) for name in self.sizes if name in rules.prefixes}
         settings = {
-            "prefixes": _named((query_prefix, document_prefix)) | {"domains": own},
-            "lengths": _named((query_length, document_length)),
-            "tokenizer": tokenizer.fingerprint,
+            "prefixes": _named(rules.prefix) | {"domains": own},
+            "lengths": _named(rules.lengths),
+            "tokenizer": rules.tokenizer.fingerprint,
         }
-        digest = fingerprint({"pairs": stream.hexdigest()} | settings)
-        origin = {"counts": dict(counts or {}), "inputs": asdict(inputs or InputLog()), "source": source}
-        sides = _described(queries, documents, sizes) | {"vocab_size": tokenizer.vocab_size}
-        return writer.finish({"fingerprint": digest} | sides | origin | settings)
+        digest = fingerprint({"pairs": self.stream.hexdigest()} | settings)
+        origin = {"counts": dict(counts), "inputs": asdict(inputs), "source": source}
+        sides = _described(self.queries, self.documents, self.sizes) | {"vocab_size": rules.tokenizer.vocab_size}
+        return self.store.finish({"fingerprint": digest} | sides | origin | settings)
 
 
-def _key(text: str) -> bytes:
+def line(pair: Pair) -> bytes:
+    """A pair as a line of JSON, by which the fingerprint knows it."""
+    return json.dumps(pair).encode() + b"\n"
+
+
+def append_texts(queries: "Side", documents: "Side", block: Sequence[Pair], rules: Rules) -> None:
+    """Tokenize the queries and documents of the pairs, each with its prefix."""
+    before = [(*rules.prefixes.get(pair.domain, rules.prefix), pair) for pair in block]
+    queries.append([(prefix, pair.query) for prefix, _, pair in before])
+    documents.append([(prefix, pair.document) for _, prefix, pair in before])
+
+
+def key_of(text: str) -> bytes:
+    """The text's `text_key` as bytes."""
     return text_key(text).to_bytes(8)
 
 
-def _described(queries: "_Side", documents: "_Side", sizes: Mapping[str, int]) -> dict[str, Any]:
+def _described(queries: "Side", documents: "Side", sizes: Mapping[str, int]) -> dict[str, Any]:
     """Of the manifest: counts, domains and token statistics."""
     return {
         "pairs": queries.count,
@@ -158,7 +214,7 @@ def _described(queries: "_Side", documents: "_Side", sizes: Mapping[str, int]) -
     }
 
 
-def _append_negatives(writer: StoreWriter, documents: "_Side", first: int, execute: Callable[..., Any]) -> None:
+def _append_negatives(writer: StoreWriter, documents: "Side", first: int, execute: Callable[..., Any]) -> None:
     """The numbers of each pair's hard negatives, from `first` on, and their texts as documents after the positives."""
     for rows in _blocks(execute("SELECT numbers FROM rows ORDER BY rowid"), "listing hard negatives"):
         writer.append_ragged("negatives", [np.frombuffer(row, np.int64) + first for (row,) in rows])
@@ -170,8 +226,8 @@ def _insert(execute: Callable[..., Any], prefix: str, texts: Iterable[str]) -> b
     """Insert the negatives that are new; returns the int64 numbers of all, each once: the order of first appearance."""
     numbers = {}
     for text in texts:
-        execute("INSERT OR IGNORE INTO negatives VALUES (?, ?, ?)", [prefix, _key(text), text])
-        row = execute("SELECT rowid FROM negatives WHERE prefix = ? AND key = ?", [prefix, _key(text)]).fetchone()
+        execute("INSERT OR IGNORE INTO negatives VALUES (?, ?, ?)", [prefix, key_of(text), text])
+        row = execute("SELECT rowid FROM negatives WHERE prefix = ? AND key = ?", [prefix, key_of(text)]).fetchone()
         numbers[row[0] - 1] = None
     return np.array(list(numbers), np.int64).tobytes()
 
@@ -180,7 +236,7 @@ def _named(values: tuple[Any, Any]) -> dict[str, Any]:
     return {"query": values[0], "document": values[1]}
 
 
-class _Side:
+class Side:
     """Writes the arrays of one side and counts its texts by their number of tokens."""
 
     def __init__(self, writer: StoreWriter, name: str, length: int, tokenizer: Tokenizer):
@@ -200,6 +256,19 @@ class _Side:
         self.count += len(texts)
         self.tokens += sum(map(len, rows))
         self.unknown += sum(np.count_nonzero(row == self.tokenizer.unknown_id) for row in rows)
+
+    def add(self, store: Store, counted: Mapping[str, Any]) -> None:
+        """Add the texts of a shard that another `Side` has written, and what that one has `counted`."""
+        for name in (f"{self.name}_tokens", f"{self.name}_text"):
+            self.writer.append_rows(name, store.ragged(name))
+        self.writer.append(f"{self.name}_key", store.array(f"{self.name}_key"))
+        self.lengths.update({int(length): number for length, number in counted["lengths"].items()})
+        self.count, self.tokens = self.count + counted["count"], self.tokens + counted["tokens"]
+        self.unknown += counted["unknown"]
+
+    def counted(self) -> dict[str, Any]:
+        """Counts of texts by tokens before cutting, of texts, tokens and unknown tokens."""
+        return {"lengths": self.lengths, "count": self.count, "tokens": self.tokens, "unknown": self.unknown}
 
     def statistics(self) -> dict[str, float]:
         """Token counts before cutting, special tokens and prefix included, and the share that was cut.
@@ -235,7 +304,8 @@ def _blocks(items: Iterable[Any], what: str) -> Iterator[list[Any]]:
             bar.update(len(block))
 
 
-def _check_text(pair: Pair, number: int) -> None:
+def check_text(pair: Pair, number: int) -> None:
+    """Raises ValueError for a pair with a text that is none; number: what the user knows it by."""
     texts = (("query", pair.query), ("document", pair.document), *(("hard negative", t) for t in pair.negatives))
     if missing := [name for name, text in texts if not has_text(text)]:
         raise ValueError(

@@ -154,6 +154,13 @@ class StoreWriter(NewFolder):
         self.append(f"{name}.offsets", ends[1:] if before else ends)
         self.append(f"{name}.values", np.concatenate(rows) if rows else np.zeros(0, dtype))
 
+    def append_rows(self, name: str, ragged: Ragged) -> None:
+        """Add all rows of another ragged array at the end of the ragged array `name`."""
+        before = self._arrays.get(f"{name}.values")
+        ends = ragged.offsets + (before["shape"][0] if before else 0)
+        self.append(f"{name}.offsets", ends[1:] if before else ends)
+        self.append(f"{name}.values", ragged.values)
+
     def finish(self, manifest_extra: dict[str, Any] | None = None) -> "Store":
         """Write the manifest, sync everything and put the store in its place; returns it opened.
 

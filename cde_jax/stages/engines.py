@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -45,19 +45,9 @@ def open_engine(name: str, *, devices: int = 0) -> Iterator[MapTasks]:
     raised as it is.
     """
     check_engine(name)
-    if name == "ray":
-        with _ray_cluster(devices) as submit:
-            yield functools.partial(_in_order, *submit)
-        return
-    context = multiprocessing.get_context("forkserver")  # this process has threads, of JAX among others
-    workers, numbers = devices or cores(), context.Queue()
-    for number in range(devices):
-        numbers.put(number)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (numbers if devices else None,))
-    try:
-        yield functools.partial(_in_order, pool.submit, lambda future: future.result(), workers)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ExitStack() as stack:
+        start = functools.cache(lambda: stack.enter_context((_ray if name == "ray" else _pool)(devices)))
+        yield lambda function, tasks: _in_order(*start(), function, tasks)
 
 
 def _in_order(
@@ -77,6 +67,20 @@ def _in_order(
         yield result(waiting.popleft())
 
 
+@contextmanager
+def _pool(devices: int) -> Iterator[tuple[Callable[..., Any], Callable[[Any], Any], int]]:
+    """What `_in_order` needs: a function that submits, one that waits for a result, and the number of workers."""
+    context = multiprocessing.get_context("forkserver")  # this process has threads, of JAX among others
+    workers, numbers = devices or cores(), context.Queue()
+    for number in range(devices):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (numbers if devices else None,))
+    try:
+        yield pool.submit, lambda future: future.result(), workers
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _start_worker(numbers: Any) -> None:
     """One thread for each library, or one GPU: there is a worker for each. It ends with the process that started it."""
     if numbers is None:
@@ -88,8 +92,8 @@ def _start_worker(numbers: Any) -> None:
 
 
 @contextmanager
-def _ray_cluster(devices: int) -> Iterator[tuple[Callable[..., Any], Callable[[Any], Any], int]]:
-    """What `_in_order` needs: a function that submits, one that waits for a result, and the number of workers."""
+def _ray(devices: int) -> Iterator[tuple[Callable[..., Any], Callable[[Any], Any], int]]:
+    """As `_pool`, on a cluster."""
     import ray
 
     ours = not ray.is_initialized()

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,20 +18,22 @@ from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan, check_sizes
 from cde_jax.batching.plan import BatchPlan
 from cde_jax.config import Config
-from cde_jax.data import shards
-from cde_jax.data.files import NewFolder
-from cde_jax.data.pairs import InputLog, Pair, clean, write_pairs
+from cde_jax.data import parts, shards
+from cde_jax.data.files import NewFolder, fingerprint
+from cde_jax.data.pairs import InputLog, Pair, Rules, clean, write_pairs
 from cde_jax.data.sources import beir, docstrings, huggingface, jsonl
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.stages import train
 from cde_jax.stages import workdir as work
-from cde_jax.stages.engines import cores, open_engine
+from cde_jax.stages.engines import open_engine
 
 log = logging.getLogger(__name__)
 
-FEW = 20_000  # pairs up to which the tasks run in this process: others take seconds to start
+# From these on local tasks run in other processes, which take seconds to start:
+MUCH = 2**23  # bytes of the source's files
+MANY = 20_000  # pairs
 
 
 class Source(NamedTuple):
@@ -41,6 +43,8 @@ class Source(NamedTuple):
     inputs: dict[str, Any]  # what is read, by content: a changed file or package makes other pairs
     prefixes: Mapping[str, tuple[str, str]]  # of queries and documents, of the domains that have their own
     counts: Counter[str]  # of what reading and cleaning leave out
+    parts: Callable[[InputLog], list[parts.Read]] | None  # what `read` yields, part by part, where it has parts
+    size: int  # bytes of its files, where it has parts
 
 
 class _Vectors(NamedTuple):
@@ -57,6 +61,7 @@ def open_source(config: Config, workdir: Path) -> Source:
     Models whose work is done (vectors, tokenizer of the work directory) need not be there any more.
     """
     d, b, prefixes, counts = config.data, config.batching, {}, Counter()
+    divided, files = None, []
     if not (workdir / work.VECTORS).exists():
         surrogate.check_surrogate(b.surrogate, b.surrogate_prompts)
     if not (b.filter_is_surrogate or (workdir / work.FILTER_VECTORS).exists()):
@@ -65,6 +70,7 @@ def open_source(config: Config, workdir: Path) -> Source:
         _check_vocabulary(config, Tokenizer.load(d.tokenizer).vocab_size)
     if d.source == "jsonl":
         read, inputs = partial(jsonl.read_pairs, d.paths), jsonl.identity(d.paths)
+        divided, files = partial(jsonl.parts, d.paths), jsonl.find(d.paths).values()
     elif d.source == "huggingface":
         read, inputs = partial(huggingface.read_pairs, d.paths, d.columns), huggingface.identity(d.paths)
     elif d.source == "tfds":
@@ -72,13 +78,16 @@ def open_source(config: Config, workdir: Path) -> Source:
 
         read = partial(tfds_pairs.read_pairs, d.collections, d.paths[0], workdir / work.COLLECTIONS)
         inputs, prefixes = tfds_pairs.identity(d.collections, d.paths[0]), collections.prefixes(d.collections)
+        cache = (workdir / work.COLLECTIONS).absolute()
+        divided = partial(tfds_pairs.parts, d.collections, d.paths[0], cache)
+        files = tfds_pairs.files_of(d.collections, d.paths[0])
     else:
         packages = docstrings.core_packages() if d.packages == "core" else docstrings.installed_packages()
         if missing := sorted(set(d.held_out) - set(packages)):
             raise ValueError(f"data.held_out names {missing}, which are not among the {d.packages} packages {packages}")
         read = partial(docstrings.read_pairs, packages, standard_library=d.standard_library, counts=counts)
         inputs = docstrings.identity(packages, d.standard_library)
-    return Source(read, inputs, prefixes, counts)
+    return Source(read, inputs, prefixes, counts, divided, sum(file.stat().st_size for file in files))
 
 
 def prepare(
@@ -93,14 +102,23 @@ def prepare(
     """Keep or make `store/` and `plan/`. Raises ValueError for a part that does not fit, unless it is to be rebuilt.
 
     training: settings of the training that follows are checked as soon as pairs are counted. engine: who runs the
-    tasks of more than FEW pairs (`engines.py`).
+    tasks of much work (`engines.py`).
     """
+    with open_engine(engine) as run:
+        return _prepare(config, workdir, source, rebuild, training, engine, run)
+
+
+def _prepare(
+    config: Config, workdir: Path, source: Source, rebuild: bool, training: bool, engine: str, run: shards.MapTasks
+) -> work.Prepared:
     d, b, keep = config.data, config.batching, partial(_keep, rebuild, workdir)
     recorded = work.read_manifest(workdir / work.PAIRS)
     identity = {"settings": work.pairs_settings(config, recorded), "inputs": source.inputs}
     beside = [work.TOKENIZER, *(f"{work.SETS}/{name}" for name in d.held_out if d.source == "docstrings")]
     pairs = keep("pairs are there and fit", work.PAIRS, _load_store, "pairs", {"source": identity}, beside)
-    pairs = pairs or _make_pairs(config, workdir, source, identity)
+    if not pairs:
+        divided = source.parts and (engine == "ray" or source.size >= MUCH)
+        pairs = (partial(_make_parts, run) if divided else _make_pairs)(config, workdir, source, identity)
     vocab_size = pairs.manifest["vocab_size"]
     _check_vocabulary(config, vocab_size)
     batches = check_sizes(b, {domain["name"]: domain["pairs"] for domain in pairs.manifest["domains"]})
@@ -114,19 +132,14 @@ def prepare(
         beside = [work.LSA] if v.surrogate == "lsa" else []
         stores.append(keep("vectors are there and fit", v.folder, _load_store, "vectors", v.identity, beside))
     plan = keep("the plan is there and fits", work.PLAN, _load_plan, config, pairs, wanted)
-    with _tasks_of(engine, pairs.manifest["pairs"]) as map_tasks:
-        for i, v in enumerate(wanted):  # only now: a plan that does not fit is refused before hours of work
-            stores[i] = stores[i] or _make_vectors(b.vectors_cache, workdir, pairs, v, map_tasks)
-        if plan is None:
-            log.info("building the batch plan")
-            options = {"filter_vectors": stores[-1], "map_tasks": map_tasks}
-            plan = build_plan(workdir / work.PLAN, pairs, stores[0], b, config.seed, **options)
+    map_tasks = run if engine == "ray" or pairs.manifest["pairs"] >= MANY else map
+    for i, v in enumerate(wanted):  # only now: a plan that does not fit is refused before hours of work
+        stores[i] = stores[i] or _make_vectors(b.vectors_cache, workdir, pairs, v, engine, map_tasks)
+    if plan is None:
+        log.info("building the batch plan")
+        options = {"filter_vectors": stores[-1], "map_tasks": map_tasks}
+        plan = build_plan(workdir / work.PLAN, pairs, stores[0], b, config.seed, **options)
     return work.Prepared(pairs, plan, work.load_tokenizer(workdir, pairs))
-
-
-def _tasks_of(engine: str, pairs: int) -> AbstractContextManager[shards.MapTasks]:
-    """`map` where other processes would take longer to start than the work takes."""
-    return nullcontext(map) if engine == "local" and (pairs < FEW or cores() == 1) else open_engine(engine)
 
 
 def _keep(rebuild: bool, workdir: Path, fits: str, name: str, load: Callable[..., Any], *identity: Any) -> Any:
@@ -195,6 +208,28 @@ def _make_pairs(config: Config, workdir: Path, source: Source, identity: dict[st
     )
 
 
+def _make_parts(run: shards.MapTasks, config: Config, workdir: Path, source: Source, identity: dict[str, Any]) -> Store:
+    """As `_make_pairs`, part by part of a source that has parts; shards that are there are kept."""
+    d, inputs, folder = config.data, InputLog(), (workdir / work.PAIRS).absolute().with_name(".pairs.shards")
+    log.info("reading pairs: %s", d.source)
+    paths = parts.read_parts(folder, source.parts(inputs), identity["inputs"], run)
+    if d.tokenizer != "wordpiece":
+        tokenizer = Tokenizer.load(d.tokenizer)
+    else:
+        trained = folder / f"wordpiece-{fingerprint([identity['inputs'], d.vocab_size])}"
+        if not (trained / "tokenizer_config.json").exists():  # the last file that is written
+            Tokenizer.train(parts.Texts(paths), d.vocab_size).save(trained)
+        tokenizer = Tokenizer.load(trained)
+    target = (workdir / work.TOKENIZER).absolute()
+    tokenizer.save(target)
+    prefix, lengths = (d.query_prefix, d.document_prefix), (d.query_length, d.document_length)
+    rules = Rules(tokenizer, prefix, dict(source.prefixes), lengths)
+    options = {"source": identity, "counts": source.counts, "inputs": inputs, "map_tasks": run}
+    store = parts.write_parts(workdir / work.PAIRS, folder, paths, target, rules, **options)
+    shutil.rmtree(folder)
+    return store
+
+
 class _Texts:
     """The queries and documents of a source, read anew each time they are gone through."""
 
@@ -226,7 +261,9 @@ def _surrogates(config: Config, workdir: Path, pairs: Store) -> list[_Vectors]:
     return vectors
 
 
-def _make_vectors(cache: str, workdir: Path, pairs: Store, vectors: _Vectors, map_tasks: shards.MapTasks) -> Store:
+def _make_vectors(
+    cache: str, workdir: Path, pairs: Store, vectors: _Vectors, engine: str, map_tasks: shards.MapTasks
+) -> Store:
     """The vectors of all pairs: from the cache where they are there, else by the surrogate."""
     folder, name, identity = workdir / vectors.folder, vectors.surrogate, vectors.identity
     copies = {folder: Path(cache).expanduser() / identity["fingerprint"]}
@@ -238,26 +275,33 @@ def _make_vectors(cache: str, workdir: Path, pairs: Store, vectors: _Vectors, ma
             _copy_store(copy, target)
         return Store.open(folder, kind="vectors")
     log.info("surrogate vectors: %s", name)
-    encode, settings = _encoders(workdir, pairs, name, identity["settings"]), identity["settings"]
-    store = surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings, map_tasks=map_tasks)
+    settings = identity["settings"]
+    with ExitStack() as stack:
+        if name == "lsa":
+            encode = _lsa(workdir, pairs, settings)
+        elif name.startswith("checkpoint:"):  # which uses all local devices by itself
+            embedder, map_tasks = Embedder.from_pretrained(name.removeprefix("checkpoint:"), progress=False), map
+            encode = embedder.encode_queries, embedder.encode_documents
+        else:
+            arguments, devices = (name, tuple(settings["prompts"])), surrogate.gpus()
+            encode = tuple(surrogate.Loaded(surrogate.sentence_transformer, arguments, side) for side in (0, 1))
+            if devices > 1 or engine == "ray":
+                map_tasks = stack.enter_context(open_engine(engine, devices=devices))
+            else:  # PyTorch uses all cores by itself
+                map_tasks = map
+        store = surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings, map_tasks=map_tasks)
     for made, copy in copies.items() if cache else ():
         _copy_store(made, copy)
     return store
 
 
-def _encoders(workdir: Path, pairs: Store, name: str, settings: dict[str, Any]) -> Any:
-    """The function texts → vectors of a surrogate, or one for queries and one for documents."""
-    if name == "lsa":
-        texts = (surrogate.Texts(pairs.ragged(side)) for side in ("query_text", "document_text"))
-        lsa = surrogate.lsa(*texts, **settings)
-        lsa.save(workdir / work.LSA)
-        saved = str((workdir / work.LSA).absolute())
-        arguments = saved, Store.open(saved, verify=False).fingerprint
-        return tuple(surrogate.Loaded(surrogate.load_lsa, arguments, side) for side in (0, 1))
-    if name.startswith("checkpoint:"):
-        embedder = Embedder.from_pretrained(name.removeprefix("checkpoint:"), progress=False)
-        return embedder.encode_queries, embedder.encode_documents
-    return surrogate.sentence_transformer(name, settings["prompts"])
+def _lsa(workdir: Path, pairs: Store, settings: dict[str, Any]) -> tuple[surrogate.Loaded, surrogate.Loaded]:
+    """The functions of an LSA fitted on the pairs, which is saved."""
+    folder = (workdir / work.LSA).absolute()
+    texts = (surrogate.Texts(pairs.ragged(side)) for side in ("query_text", "document_text"))
+    surrogate.lsa(*texts, **settings).save(folder)
+    arguments = str(folder), Store.open(folder, verify=False).fingerprint
+    return tuple(surrogate.Loaded(surrogate.load_lsa, arguments, side) for side in (0, 1))
 
 
 def _copy_store(source: Path, target: Path) -> None:

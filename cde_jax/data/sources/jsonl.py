@@ -11,7 +11,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def read_pairs(paths: str | Path | Iterable[str | Path], log: InputLog | None = 
     """
     log = InputLog() if log is None else log
     return _read(find(paths, log), log)
+
+
+def parts(paths: str | Path | Iterable[str | Path], log: InputLog) -> list[Callable[..., Iterator[Pair]]]:
+    """`read_pairs` file by file: functions of a log that other processes can call."""
+    return [partial(_read, {name: file}) for name, file in find(paths, log).items()]
 
 
 def identity(paths: str | Path | Iterable[str | Path]) -> dict[str, str]:

@@ -100,11 +100,21 @@ def read_pairs(
     return _read(chosen, folder, cache, InputLog() if log is None else log)
 
 
+def parts(names: Iterable[str], folder: str | Path, cache: str | Path) -> list[Callable[..., Iterator[Pair]]]:
+    """`read_pairs` set by set: functions of a log that other processes can call."""
+    folder, cache = given_path(folder), given_path(cache)
+    return [partial(_read, {name: domain}, folder, cache) for name, domain in domains(names).items()]
+
+
 def identity(names: Iterable[str], folder: str | Path) -> dict[str, str]:
     """File name (relative to the folder) → sha256 of its bytes, and the version of the reader."""
     folder = given_path(folder)
-    paths = dict.fromkeys(path for name in select(names) for path in find(name, folder))
-    return {"(rules)": str(READER_VERSION)} | files.digests(paths, folder)
+    return {"(rules)": str(READER_VERSION)} | files.digests(files_of(names, folder), folder)
+
+
+def files_of(names: Iterable[str], folder: str | Path) -> list[Path]:
+    """The published files of the collections, each once."""
+    return list(dict.fromkeys(path for name in select(names) for path in find(name, given_path(folder))))
 
 
 def _shards(name: str, folder: Path) -> list[list[Path]]:
