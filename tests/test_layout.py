@@ -86,7 +86,7 @@ def test_models_and_steps_run_on_a_bare_image(file):
         ("faiss", {"batching/negatives.py"}),
         ("tensorflow_datasets", {"data/sources/tfds_pairs.py"}),
         ("datasets", {"data/sources/huggingface.py"}),
-        ("pyarrow", {"data/sources/huggingface.py", "evaluation/results.py", "retrieval/vectors.py"}),
+        ("pyarrow", {"data/parts.py", "data/sources/huggingface.py", "evaluation/results.py", "retrieval/vectors.py"}),
         ("matplotlib", {"stages/report.py", "stages/adapt.py", "evaluation/plots.py"}),
         ("orbax", {"training/checkpoint.py"}),
         ("mteb", {"evaluation/mteb.py"}),

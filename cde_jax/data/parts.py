@@ -91,20 +91,17 @@ def lines(part: Store, block: int) -> list[bytes]:
     return pa.decompress(compressed, decompressed_size=size, codec="zstd", asbytes=True).splitlines(keepends=True)
 
 
-class Texts(NamedTuple):
+class Texts:
     """Queries and documents of all parts, in order, read anew each time they are gone through."""
 
-    paths: Sequence[Path]
+    def __init__(self, paths: Sequence[Path]):
+        self.parts = [Store.open(path, verify=False) for path in paths]
 
     def __iter__(self) -> Iterator[str]:
-        return _texts(self.paths)
-
-
-def _texts(paths: Sequence[Path]) -> Iterator[str]:
-    for part in (Store.open(path, verify=False) for path in paths):
-        for block in range(part.ragged("lines").count()):
-            for text in lines(part, block):
-                yield from json.loads(text)[1:3]
+        for part in self.parts:
+            for block in range(part.ragged("lines").count()):
+                for text in lines(part, block):
+                    yield from json.loads(text)[1:3]
 
 
 def first_ones(paths: Sequence[Path]) -> Bool[np.ndarray, " n"]:
@@ -197,8 +194,9 @@ def write_parts(
         part = Store.open(path, verify=False)
         dropped = part.array("dropped")
         kept, first = first[: len(dropped)], first[len(dropped) :]
-        found = {"read": len(kept), "kept": np.count_nonzero(kept), EQUAL: dropped[kept].sum()}
-        for name, count in (found | {"duplicate pairs": np.count_nonzero(~kept)}).items():
+        found = {"read": len(kept), EQUAL: dropped[kept].sum(), "kept": np.count_nonzero(kept)}
+        found |= {"duplicate pairs": len(kept) - found["kept"]} if not kept.all() else {}
+        for name, count in found.items():
             counts[name] = counts.get(name, 0) + int(count)
         for name, entries in part.manifest["log"].items():
             getattr(inputs, name).update(entries)
