@@ -114,6 +114,8 @@ class Batching(_Section, prefix="batching.", affects="plan"):
     surrogate_prompts: tuple[str, ...] = setting((), affects="vectors")  # of queries and documents; (): the model's own
     filter_surrogate: str = setting("", affects="vectors")  # scores false and hard negatives; "": the surrogate
     filter_prompts: tuple[str, ...] = setting((), affects="vectors")  # its prompts (of queries, of documents)
+    # of sentence-transformers models; "auto": as saved; bfloat16 takes less time on GPUs
+    surrogate_dtype: Literal["auto", "bfloat16"] = setting("auto", affects="vectors")
     surrogate_width: int = setting(128, 2, 2**16, affects="vectors")  # dimensions of the LSA vectors
     vectors_cache: str = setting("", affects="nothing")  # folder by which work directories share surrogate vectors
     method: Literal["clustered", "random"] = "clustered"  # batches of clusters, or random ones of a domain
@@ -315,6 +317,7 @@ class Config(_Section, prefix="", affects="training"):
             "data.columns": d.source == "huggingface",
             "data.vocab_size": d.tokenizer == "wordpiece",
             "batching.surrogate_width": "lsa" in (b.surrogate, b.filter_surrogate),
+            "batching.surrogate_dtype": "sentence-transformers:" in b.surrogate + b.filter_surrogate,
             "batching.mine_first batching.mine_last batching.mine_margin": b.hard_negatives > 0,
             "train.sequence_dropout train.context_dropout": self.model.kind == "contextual",
         }

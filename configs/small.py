@@ -33,6 +33,7 @@ def paper(c) -> None:
     c.batching.surrogate = "sentence-transformers:sentence-transformers/gtr-t5-base"
     c.batching.filter_surrogate = "sentence-transformers:nomic-ai/nomic-embed-text-v1"
     c.batching.filter_prompts = ("search_query: ", "search_document: ")
+    c.batching.surrogate_dtype = "bfloat16"
     c.model.vocab_size = 30528  # NomicBERT pads the 30,522 tokens of its tokenizer to a multiple of 64
     c.model.init.first_stage = c.model.init.second_stage = NOMIC_BERT
     c.model.slot_bias = None  # no gates: why is in configs/minilm.py

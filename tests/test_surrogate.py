@@ -200,6 +200,18 @@ def test_a_sentence_transformer_gives_unit_vectors_with_the_prompts_of_the_model
     np.testing.assert_allclose([queries(["read file"])[0], documents(["read file"])[0]], plain[[1, 0]], atol=1e-6)
 
 
+def test_bfloat16_vectors_are_near_those_of_the_saved_weights(tmp_path):
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    from sentence_transformers import SentenceTransformer
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "read": 1, "file": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    SentenceTransformer(modules=[modules.StaticEmbedding(words, embedding_dim=64)], device="cpu").save(str(tmp_path))
+    saved, half = (sentence_transformer(f"sentence-transformers:{tmp_path}", dtype=d)[0] for d in ("auto", "bfloat16"))
+    texts = ["read file", "file"]
+    assert 0 < np.abs(saved(texts) - half(texts)).max() < 0.01
+
+
 @pytest.mark.slow  # imports torch
 def test_minilm_vectors_are_those_of_the_library_and_go_on_after_an_error(tmp_path, monkeypatch):
     sentence_transformers = pytest.importorskip("sentence_transformers", reason="not installed: MiniLM was not run")

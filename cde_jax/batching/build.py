@@ -88,13 +88,7 @@ def build_plan(
     filter_vectors = filter_vectors or vectors
     names = [domain["name"] for domain in pairs.manifest["domains"]]
     groups, left_out = plan_groups(pairs.array("domain"), names, settings)
-    _check_vectors(pairs, vectors, "vectors")
-    if filter_vectors.fingerprint != vectors.fingerprint:
-        _check_vectors(pairs, filter_vectors, "the filter's vectors")
-    sides = [negatives.Vectors(*map(store.array, negatives.Vectors._fields)) for store in (vectors, filter_vectors)]
-    keys = negatives.TextKeys(pairs.array("query_key"), pairs.array("document_key"), pairs.ragged("negatives"))
-    rows = [group.rows if group.weight else np.empty(0, np.int64) for group in groups]
-    inputs = Inputs(*sides, keys, settings, seed, rows)
+    inputs = _inputs(groups, pairs, vectors, filter_vectors, settings, seed)
     _check_hard_negatives(groups, inputs)
     identity = {
         "pairs": pairs.fingerprint,
@@ -201,6 +195,18 @@ def plan_arrays(
                     difficulty[number] += found["sums"][i]
                     bar.update()
             step += len(rows)
+
+
+def _inputs(
+    groups: Sequence[pack.Group], pairs: Store, vectors: Store, filter_vectors: Store, settings: Batching, seed: int
+) -> Inputs:
+    _check_vectors(pairs, vectors, "vectors")
+    if filter_vectors.fingerprint != vectors.fingerprint:
+        _check_vectors(pairs, filter_vectors, "the filter's vectors")
+    sides = [negatives.Vectors(*map(store.array, negatives.Vectors._fields)) for store in (vectors, filter_vectors)]
+    keys = negatives.TextKeys(pairs.array("query_key"), pairs.array("document_key"), pairs.ragged("negatives"))
+    rows = [group.rows if group.weight else np.empty(0, np.int64) for group in groups]
+    return Inputs(*sides, keys, settings, seed, rows)
 
 
 def _check_vectors(pairs: Store, vectors: Store, name: str) -> None:

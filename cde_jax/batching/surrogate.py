@@ -187,17 +187,20 @@ def _missing_model(model: str) -> str:
     return reason
 
 
-def sentence_transformer(spec: str, prompts: Sequence[str] = ()) -> tuple[Encode, Encode]:
+def sentence_transformer(spec: str, prompts: Sequence[str] = (), dtype: str = "auto") -> tuple[Encode, Encode]:
     """The functions (queries → unit vectors, documents → unit vectors) of "sentence-transformers:NAME".
 
     prompts: put before queries and documents; (): those that are saved with the model, if any. Give them where the
     model's card says that they are part of the text (nomic-embed-text-v1: "search_query: ", "search_document: "). Texts
-    are cut to 512 tokens. Runs on the device that the library chooses. Raises ValueError as `check_surrogate`.
+    are cut to 512 tokens. dtype: "auto", as saved, or "bfloat16". Runs on the device that the library chooses. Raises
+    ValueError as `check_surrogate`.
     """
     check_surrogate(spec, prompts)
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(spec.partition(":")[2])
+    if dtype == "bfloat16":
+        model.bfloat16()
     if LONGEST < (model.max_seq_length or 0) < math.inf:  # some models have no limit, and take none
         model.max_seq_length = LONGEST
     batch_size = BATCH["cpu" if model.device.type == "cpu" else "other"]

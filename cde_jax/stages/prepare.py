@@ -248,6 +248,8 @@ def _surrogates(config: Config, workdir: Path, pairs: Store) -> list[_Vectors]:
     for folder, name, prompts in roles:
         prompts = prompts if name.startswith("sentence-transformers:") else ()
         settings = {"files": surrogate.identity(name), "prompts": prompts}
+        if b.surrogate_dtype != "auto" and name.startswith("sentence-transformers:"):
+            settings["dtype"] = b.surrogate_dtype
         recorded = work.read_manifest(workdir / folder)
         if not settings["files"] and recorded.get("surrogate") == name:  # its folder may be gone: the vectors are there
             settings["files"] = recorded["settings"].get("files", {})
@@ -283,7 +285,7 @@ def _make_vectors(
             embedder, map_tasks = Embedder.from_pretrained(name.removeprefix("checkpoint:"), progress=False), map
             encode = embedder.encode_queries, embedder.encode_documents
         else:
-            arguments, devices = (name, tuple(settings["prompts"])), surrogate.gpus()
+            arguments, devices = (name, tuple(settings["prompts"]), settings.get("dtype", "auto")), surrogate.gpus()
             encode = tuple(surrogate.Loaded(surrogate.sentence_transformer, arguments, side) for side in (0, 1))
             if devices > 1 or engine == "ray":
                 map_tasks = stack.enter_context(open_engine(engine, devices=devices))
