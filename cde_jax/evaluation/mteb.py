@@ -148,7 +148,7 @@ def register(path: str | Path, name: str | None = None) -> ModelMeta:
 
 
 def load(name: str, revision: str | None = None, device: str | None = None, *, path: str, **options: Any) -> MtebModel:
-    """The loader of `register`ed models. Runs on all local devices, whatever `device` says."""
+    """The loader of `register`ed models. Runs on JAX's first device, whatever `device` says."""
     embedder = Embedder.from_pretrained(path)
     if "context" not in options and not embedder.contextual:
         options["context"] = "none"

@@ -84,7 +84,7 @@ class FileEncoder:
             raise ValueError("these weights have no null embedding: give a --context")
         width = next(self.embedder.encode_stream([], context, side=side)).shape[1]
         transformed = adapter is not None or (context is not None and (context.whitening or context.hybrid) is not None)
-        trained = () if transformed else embedder.config.matryoshka
+        trained = () if transformed else getattr(embedder.config, "matryoshka", ())
         if dimensions not in (None, width, *trained):
             raise ValueError(
                 f"--dimensions: expected {' or '.join(map(str, (*trained, width)))}, got {dimensions}: only vectors of "

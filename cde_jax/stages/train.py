@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -396,12 +396,14 @@ def choose_placement(config: Config, workdir: Path, prepared: work.Prepared) -> 
     return chosen(remat, dict.fromkeys(auto, chunk))
 
 
-def lower_step(config: Config, vocab_size: int, batch: dict[str, Any]) -> jax.stages.Lowered:
+def lower_step(
+    config: Config, vocab_size: int, batch: dict[str, Any], devices: Sequence[jax.Device] | None = None
+) -> jax.stages.Lowered:
     """The training step, traced with the shapes of `batch` as the loader gives it; nothing is put on a device."""
-    t, mesh = config.train, sharding.make_mesh(config.train.mesh)
+    t, mesh = config.train, sharding.make_mesh(config.train.mesh, devices)
     optimizer, schedule = make_optimizer(t, steps=t.warmup_steps + 1)
     graph, params = nnx.split(_abstract(config, vocab_size), nnx.Param)
-    state = jax.eval_shape(lambda params: init_state(nnx.merge(graph, params), optimizer, t)[1], params)
+    state = jax.eval_shape(lambda params: init_state(nnx.merge(graph, params), optimizer)[1], params)
     step = make_train_step(graph, optimizer, schedule, t, mesh)
     batch = sharding.batch_shapes(mesh, batch, t.batches_per_step)
     return step.lower(sharding.state_shapes(mesh, state), batch, jax.eval_shape(lambda: stream(0, "dropout")))

@@ -21,12 +21,13 @@ from jaxtyping import Array, Int, Shaped
 _DATA, _FSDP, _GROUP, _MEMBER = "data", "fsdp", "group", "member"
 
 
-def make_mesh(shape: Sequence[int] = (-1, 1)) -> Mesh:
-    """The devices of all processes as (data, fsdp), −1: the rest; ValueError where they are too few or left over.
+def make_mesh(shape: Sequence[int] = (-1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """These devices (None: of all processes) as (data, fsdp), −1: the rest; ValueError if too few or left over.
 
     A single process may leave devices unused: (1, 1) is its first device.
     """
-    there, known = len(jax.devices()), math.prod(size for size in shape if size != -1)
+    devices = jax.devices() if devices is None else devices
+    there, known = len(devices), math.prod(size for size in shape if size != -1)
     data, fsdp = (max(there // known, 1) if size == -1 else size for size in shape)
     used = data * fsdp
     if used > there or (used < there and (-1 in shape or jax.process_count() > 1)):
@@ -34,8 +35,7 @@ def make_mesh(shape: Sequence[int] = (-1, 1)) -> Mesh:
             f"train.mesh is {tuple(shape)}, {used} devices, and there are {there} in {jax.process_count()} "
             "process(es): choose (data, fsdp) whose product is the number of devices, -1 for the rest"
         )
-    devices = None if used == there else jax.devices()[:used]
-    return jax.make_mesh((data, fsdp), (_DATA, _FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh((data, fsdp), (_DATA, _FSDP), axis_types=(AxisType.Auto,) * 2, devices=devices[:used])
 
 
 # --- state
