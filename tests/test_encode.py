@@ -177,19 +177,6 @@ def test_an_adapter_goes_through_the_command(made, tmp_path):
         main([*command(made, tmp_path)[:2], *command(made, tmp_path / "none", *more)[4:]])
 
 
-def test_vectors_are_cut_only_where_the_model_was_trained_for_it(made, tmp_path):
-    trained = embedder(matryoshka=(8,))
-    options = {"tokenizer": made[0] / "tokenizer", "settings": SETTINGS}
-    save_pretrained(trained.model, tmp_path / "model", **options)
-    given = ["--model", str(tmp_path / "model"), *command(made, tmp_path / "out", pattern="a*")[4:]]
-    main([*given, "--dimensions", "8"])
-    cut = trained.encode_documents(TEXTS[:30])[:, :8]
-    expected = cut / np.linalg.norm(cut, axis=1, keepdims=True)
-    np.testing.assert_allclose(read_vectors(tmp_path / "out").vectors, expected, atol=1e-6)
-    with pytest.raises(SystemExit, match="--dimensions: expected 8 or 16, got 4: only vectors of a model that was"):
-        main([*given, "--dimensions", "4"])
-
-
 def test_a_cut_vector_is_a_unit_vector_of_the_first_dimensions(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
     write_vectors(tmp_path / "x.parquet", [(list("abcde"), vectors)], {"dtype": "float32", "dimensions": 4}, "s")

@@ -98,8 +98,7 @@ def test_a_run_says_what_it_chose_and_keeps_it_where_it_is(data, tmp_path, caplo
 
 
 def test_the_step_is_measured_from_shapes_as_it_will_run(data, prepared):
-    changes = {"mesh": (2, 2), "batches_per_step": 2, "text_lengths": 1, "learn_temperature": True, "ema_decay": 0.9}
-    config = from_config_dict(config_of(data, **{f"train__{name}": value for name, value in changes.items()}))
+    config = from_config_dict(config_of(data, train__mesh=(2, 2), train__batches_per_step=2, train__text_lengths=1))
     pairs, plan, _ = load_prepared(config, prepared)
     batch = stage.make_loader(config, plan, pairs).batch(0)
     del batch["plan_batch"]
