@@ -4,11 +4,13 @@ The names below are what most users hold; they are imported on first use, so tha
 """
 
 import os
+import re
 import sys
 import warnings
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 _MODULES = {
     "Adapter": "cde_jax.adapters.adder",
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
+_GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin")
 
 
 def __getattr__(name: str):
@@ -62,6 +66,21 @@ def _disable_ynn_fusions() -> None:
             f"numbers on CPU in this jaxlib: import cde_jax first, or set XLA_FLAGS={_YNN_FLAG}=",
             stacklevel=3,
         )
+
+
+def deterministic_gpu() -> None:
+    """Where JAX has a GPU plugin, have XLA compile programs whose results are the same in every run (docs/speed.md).
+
+    A training that goes on from a checkpoint ends in the same bytes only then: gradients of embeddings are scattered by
+    atomic additions otherwise, and kernels are chosen by their measured time. To be called before JAX is used; a choice
+    of the user's in XLA_FLAGS stays.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if not any(map(find_spec, _GPU_PLUGINS)) or re.search(
+        "xla_gpu_(deterministic|exclude_nondeterministic)_ops", flags
+    ):
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
 _disable_ynn_fusions()

@@ -13,6 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from cde_jax import deterministic_gpu
 from cde_jax.config import from_config_dict, is_setting, unknown_setting
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py:isolated,clustered")
@@ -20,6 +21,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where every artefact is written
 _STAGE = flags.DEFINE_string("stage", "all", "all, prepare, train, rank, evaluate or export")
 _ENGINE = flags.DEFINE_string("engine", "local", "Who prepares: local (processes of this machine) or ray (a cluster)")
 _REBUILD = flags.DEFINE_bool("rebuild", False, "Make again what does not fit; checkpoints are moved aside")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "This is one of several processes: docs/scaling.md")
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -42,6 +44,14 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unknown arguments {argv[1:]}: every setting is a flag, --config.SECTION.KEY=VALUE")
     try:
         config = from_config_dict(_CONFIG.value)  # checked before JAX is loaded
+        if _STAGE.value in ("all", "train"):
+            deterministic_gpu()
+        if _DISTRIBUTED.value:
+            from cde_jax.training import processes
+
+            processes.start()
+            if not processes.is_first():
+                logging.getLogger("cde_jax").setLevel(logging.WARNING)
         from cde_jax.stages import run
 
         for text in run.run(config, Path(_WORKDIR.value), _STAGE.value, rebuild=_REBUILD.value, engine=_ENGINE.value):

@@ -50,6 +50,24 @@ def test_importing_too_late_warns():
     assert run("import jax; import cde_jax; jax.devices()") == ""
 
 
+@pytest.mark.parametrize(
+    ("plugin", "before", "after"),
+    [
+        (None, "--xla_foo=1", "--xla_foo=1"),
+        ("jax_cuda13_plugin", "--xla_foo=1", "--xla_foo=1 --xla_gpu_deterministic_ops=true"),
+        ("jax_cuda13_plugin", "--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
+        ("jax_cuda12_plugin", "--xla_gpu_exclude_nondeterministic_ops", "--xla_gpu_exclude_nondeterministic_ops"),
+    ],
+)
+def test_training_is_deterministic_where_there_is_a_gpu_and_the_user_said_nothing(plugin, before, after, tmp_path):
+    if plugin:
+        (tmp_path / f"{plugin}.py").touch()
+    code = (
+        f"import sys, os; sys.path.insert(0, {str(tmp_path)!r}); import cde_jax; os.environ['XLA_FLAGS'] = {before!r}"
+    )
+    assert run(f"{code}; cde_jax.deterministic_gpu(); print(os.environ['XLA_FLAGS'])") == after
+
+
 # The loss and the norm of each gradient for each kind of model, over 16,384 tokens.
 MODELS = """
 import jax, numpy as np

@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cde_jax.data.sources import beir
 from cde_jax.evaluation import metrics
 from cde_jax.stages import evaluate, export, report, train
 from cde_jax.stages import workdir as work
+from cde_jax.training.processes import is_first, lost, together
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ def run(
     """Run one stage or all, in order; yields what each reports, as text. Stops after an interrupted training.
 
     `config` is a ConfigDict or a nested dict with every key. What the configuration and a first look at the inputs can
-    tell is checked before anything is written. A second process in the same work directory gets a ValueError. engine:
+    tell is checked before anything is written. A second process in the same work directory gets a ValueError, unless
+    both belong to one run (`training.processes`): then all train, and the first one does the rest and reports. engine:
     who prepares, "local" or "ray" (`engines.py`).
     """
     if stage not in ("all", *STAGES):
@@ -45,25 +47,35 @@ def run(
     stages = STAGES if stage == "all" else (stage,)
     config = from_config_dict(config)
     cache_programs()
-    make = _check_inputs(config, workdir, stages, rebuild, engine)
-    with work.locked(workdir):
-        prepared = _prepared(config, workdir, make, stages, rebuild)
-        if "prepare" in stages:
-            yield report.write(prepared.pairs, prepared.plan, workdir)
-        if "train" in stages and not train.train(config, workdir, prepared):
-            return
-        if not {"rank", "evaluate", "export"} & set(stages):
-            return
-        embedder = evaluate.trained(config, workdir, prepared)
-        if not evaluate.reported_sets(config) and stage == "all":
-            yield evaluate.NOTHING
-        elif "evaluate" in stages:
-            means = evaluate.evaluate(config, embedder, workdir, prepared)
-            yield metrics.table(means, f"NDCG@{config.evaluate.cutoff}")
-        elif "rank" in stages:
-            evaluate.rank(config, embedder, workdir, prepared)
-        if "export" in stages:
-            yield f"exported to {export.export(config, embedder, workdir, prepared)}"
+    with lost(), ExitStack() as held:
+        with together():  # of several processes the first one prepares
+            if is_first():
+                make = _check_inputs(config, workdir, stages, rebuild, engine)
+                held.enter_context(work.locked(workdir))
+                prepared = _prepared(config, workdir, make, stages, rebuild)
+                if "prepare" in stages:
+                    yield report.write(prepared.pairs, prepared.plan, workdir)
+        if "train" in stages:
+            prepared = prepared if is_first() else work.load_prepared(config, workdir)
+            if not train.train(config, workdir, prepared):
+                return
+        with together():
+            if is_first() and {"rank", "evaluate", "export"} & set(stages):
+                yield from _use(config, workdir, prepared, stages)
+
+
+def _use(config: Config, workdir: Path, prepared: work.Prepared, stages: Sequence[str]) -> Iterator[str]:
+    """Evaluate and export the trained model."""
+    embedder = evaluate.trained(config, workdir, prepared)
+    if not evaluate.reported_sets(config) and stages == STAGES:
+        yield evaluate.NOTHING
+    elif "evaluate" in stages:
+        means = evaluate.evaluate(config, embedder, workdir, prepared)
+        yield metrics.table(means, f"NDCG@{config.evaluate.cutoff}")
+    elif "rank" in stages:
+        evaluate.rank(config, embedder, workdir, prepared)
+    if "export" in stages:
+        yield f"exported to {export.export(config, embedder, workdir, prepared)}"
 
 
 def cache_programs() -> None:

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from cde_jax.stages import workdir as work
 from cde_jax.training import loop, sharding
 from cde_jax.training.accounting import GIB, choose_chunk, device_limit, program_bytes
 from cde_jax.training.checkpoint import Checkpoints
+from cde_jax.training.processes import is_first, of_first, together
 from cde_jax.training.step import TrainState, init_state, make_optimizer, make_train_step, stream
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,6 @@ CHUNKS = ("document_chunk", "context_chunk")
 USEFUL_POSITIONS = 8192  # of a chunk that keeps an accelerator busy
 # What the layers may compute again, least first. On a CPU keeping everything is slower than "dots" (models/encoder.py).
 REMATS = {"cpu": ("dots", "full"), "other": ("none", "dots", "full")}
-TRAINING_BYTES = 16  # of a parameter: its value, its gradient and Adam's two moments, in float32
 Encoder = Biencoder | ContextualEncoder
 
 
@@ -59,7 +60,7 @@ def train(config: Config, workdir: Path, prepared: work.Prepared) -> bool:
     """Train to the end, from the newest checkpoint if there is one; False if asked to stop before the end."""
     checkpoints = Checkpoints(workdir / work.CHECKPOINTS, run_identity(config, prepared.plan))
     try:
-        steps, newest = check_steps(config.train, len(prepared.plan)), checkpoints.newest()
+        steps, newest = check_steps(config.train, len(prepared.plan)), of_first(checkpoints.newest())
         if newest is not None and newest >= steps:
             log.info("all %d steps are done: training is skipped", steps)
             return True
@@ -128,6 +129,9 @@ def _run(
     mesh, graph, state, step, steps = training
     encoder, device = nnx.merge(graph, state.params).encoder.config, jax.local_devices()[0]
     loader = make_loader(config, prepared.plan, prepared.pairs, layouts_file=workdir / work.LAYOUTS)
+    with together():
+        if is_first():
+            loader.layouts  # noqa: B018  (computed by one process, which keeps them in a file)
     chosen = {
         "steps": steps,
         "devices": f"{mesh.size} x {device.platform} {device.device_kind}",
@@ -137,7 +141,8 @@ def _run(
         "chunks": {name: getattr(config.train, name) for name in CHUNKS},
         "layouts": {name: layout._asdict() for name, layout in loader.layouts.items()},
     }
-    write_json(workdir / work.TRAINING, record | chosen)
+    if is_first():
+        write_json(workdir / work.TRAINING, record | chosen)
     log.info("%s", ", ".join(f"{name} {value}" for name, value in chosen.items()))
 
     def batches(start: int, stop: int) -> Iterator[dict[str, Any]]:
@@ -150,37 +155,57 @@ def _run(
         log.warning("pytrec_eval is not installed: development sets get no score, the newest checkpoint counts as best")
 
     def validate(state: TrainState) -> dict[str, float]:
-        embedder = make_embedder(config, workdir, nnx.merge(graph, state.weights), prepared.tokenizer)
-        batch_size, temperature = config.batching.batch_size, state.temperature(config.train)
-        return validation.validate(embedder, sets, config.seed, config.evaluate.cutoff, batch_size, temperature)
+        weights, temperature, measured = state.weights, state.temperature(config.train), {}
+        if jax.process_count() > 1:
+            weights = jax.tree.map(sharding.on_host, weights)
+        with together():
+            if is_first():
+                embedder = make_embedder(config, workdir, nnx.merge(graph, weights), prepared.tokenizer)
+                size, cutoff = config.batching.batch_size, config.evaluate.cutoff
+                measured = validation.validate(embedder, sets, config.seed, cutoff, size, temperature)
+        return of_first(measured)
 
     key, evaluate = sharding.replicate(mesh, stream(config.seed, "dropout")), validate if sets else None
+    if jax.process_count() > 1:  # compiled before they meet: what devices do together must not begin 30 s apart
+        with together():
+            batch = {name: part for name, part in loader.batch(0).items() if name != "plan_batch"}
+            step = step.lower(state, sharding.batch_shapes(mesh, batch, config.train.batches_per_step), key).compile()
     options = {"steps": steps, "train": config.train, "checkpoints": checkpoints, "workdir": workdir}
-    return int(loop.run(step, state, batches, key, **options, evaluate=evaluate).step) >= steps
+    options |= {"evaluate": evaluate, "any_process": partial(sharding.any_process, mesh)}
+    return int(loop.run(step, state, batches, key, **options).step) >= steps
 
 
 def check_runtime(config: Config) -> None:
     """Raise ValueError for what this machine cannot train, before anything is written: devices, kernel, model size."""
     t = config.train
-    sharding.make_mesh(t.mesh)
+    fsdp = sharding.make_mesh(t.mesh).devices.shape[1]
     if AUTO in (t.document_chunk, t.context_chunk):
         device_limit(jax.local_devices()[0], t.memory_gib)
     model = _abstract(config, config.data.vocab_size)
     encoder = model.encoder.config
     select_kernel(encoder.attention, encoder.dtype, encoder.head_dim)
-    each = TRAINING_BYTES + 4 * (t.ema_decay > 0)
+    each = training_bytes(fsdp, averaged=t.ema_decay > 0)
     needed = each * (parameters := sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model))))
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host)
     if needed > memory:
         raise ValueError(
-            f"the model has {parameters:,} parameters: to train it takes at least {each} bytes each, "
-            f"{needed / GIB:.1f} GiB, and there are {memory / GIB:.1f}; make model.* smaller"
+            f"the model has {parameters:,} parameters: to train it takes at least {each:g} bytes each, "
+            f"{needed / GIB:.1f} GiB of a device, and there are {memory / GIB:.1f}; split them over more devices by "
+            "train.mesh, or make model.* smaller"
         )
     if t.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("train.wandb needs Weights & Biases: pip install 'cde_jax[wandb]', or leave it empty")
     if t.evaluate_every and not config.evaluate.development:
         log.warning("train.evaluate_every has no effect: evaluate.development names no evaluation set")
+
+
+def training_bytes(fsdp: int, *, averaged: bool) -> float:
+    """Of a parameter on each device, in float32: its value, its gradient, Adam's two moments and its average, if any.
+
+    `fsdp` devices split all but the gradient, and gather a copy of the values.
+    """
+    return 4 + (12 + 4 * averaged) / fsdp + 4 * (fsdp > 1)
 
 
 def check_steps(train: Train, batches: int) -> int:

@@ -20,12 +20,15 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from cde_jax.training.processes import is_first
+from cde_jax.training.sharding import on_host, put
 from cde_jax.training.step import TrainState
 
 
 class Checkpoints:
     """A folder of checkpoints of the run with this `identity`, e.g. {"config": fingerprint, "plan": fingerprint}.
 
+    Where several processes hold the arrays, all of them call `save`, `wait` and `restore`; the first one alone removes.
     Those of another run are refused with a ValueError, as are files that are truncated or altered.
     """
 
@@ -57,9 +60,10 @@ class Checkpoints:
         metadata["digests"] = {name: _digest(part) for name, part in parts.items()}
         self.wait()
         with self._writing():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.directory.glob("[0-9]*tmp*"):  # left by a killed run
-                shutil.rmtree(unfinished)
+            if is_first():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for unfinished in self.directory.glob("[0-9]*tmp*"):  # left by a killed run
+                    shutil.rmtree(unfinished)
             try:
                 self._finish_writing = _write_orbax(folder, parts, metadata)
             except ImportError:
@@ -72,6 +76,8 @@ class Checkpoints:
             return
         with self._writing():
             finish()
+            if not is_first():
+                return
             with suppress(ValueError):  # of a damaged one: nothing is removed
                 for step in set(self.steps()[:-2]) - {self.best()}:
                     shutil.rmtree(self.directory / str(step))
@@ -168,16 +174,26 @@ def _read_orbax(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     items = {name: ocp.args.StandardRestore(part) for name, part in like.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    processes = ocp.options.MultiprocessingOptions()
+    if all(leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(like)):  # read by this process alone
+        index = jax.process_index()
+        processes = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    handlers = {name: ocp.StandardCheckpointHandler(multiprocessing_options=processes) for name in like}
+    handler = ocp.CompositeCheckpointHandler(**handlers)
+    with ocp.Checkpointer(handler, multiprocessing_options=processes) as reader:
         return dict(reader.restore(folder, args=ocp.args.Composite(**items)).items())
 
 
 def _write_files(folder: Path, parts: dict[str, Any], metadata: dict[str, Any]) -> Callable[[], None]:
     """Write under a temporary name, and rename when it is on disk; nothing is left to wait for."""
     temporary = folder.with_name(f"{folder.name}.tmp")
+    arrays = {
+        name: {key: np.asarray(on_host(leaf), order="C") for key, leaf in _named(part)} for name, part in parts.items()
+    }
+    if not is_first():
+        return lambda: None
     (temporary / "metadata").mkdir(parents=True)
-    for name, part in parts.items():
-        tensors = {key: np.asarray(leaf, order="C") for key, leaf in _named(part)}
+    for name, tensors in arrays.items():
         save_file(tensors, temporary / f"{name}.safetensors")
     (temporary / "metadata" / "metadata").write_text(json.dumps(metadata))
     for path in filter(Path.is_file, temporary.rglob("*")):
@@ -191,7 +207,7 @@ def _read_files(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
     parts = {}
     for name, part in like.items():
         tensors = load_file(folder / f"{name}.safetensors")
-        leaves = [jax.device_put(tensors[key], leaf.sharding) for key, leaf in _named(part)]
+        leaves = [put(tensors[key], leaf.sharding) for key, leaf in _named(part)]
         parts[name] = jax.tree.unflatten(jax.tree.structure(part), leaves)
     return parts
 
@@ -212,5 +228,5 @@ def _digest(tree: Any) -> str:
     digest = hashlib.sha256()
     for key, leaf in _named(tree):
         digest.update(key.encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1))
+        digest.update(np.ascontiguousarray(on_host(leaf)).view(np.uint8).reshape(-1))
     return digest.hexdigest()

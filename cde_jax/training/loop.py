@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from cde_jax.config import Train
 from cde_jax.training.accounting import utilisation
 from cde_jax.training.checkpoint import Checkpoints
+from cde_jax.training.processes import is_first
 from cde_jax.training.step import Batch, TrainState
 from cde_jax.training.tracking import wandb_writer
 
@@ -37,8 +38,12 @@ def run(
     checkpoints: Checkpoints,
     workdir: Path,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    any_process: Callable[[bool], Any] = bool,
 ) -> TrainState:
     """Train from `state.step` to `steps`, or until SIGINT/SIGTERM, which ends after the current step; the last state.
+
+    Of several processes, `any_process` tells all at the same step that one was asked to stop, and they do after the
+    next one at the latest.
 
     `batches(start, stop)` yields device batches in step order with their `plan_batch` numbers; `evaluate` gives values
     to be written, "score" among them if the best checkpoint is to be kept. `train` says how often things happen; the
@@ -51,13 +56,15 @@ def run(
         pending = None  # the step before: its metrics are fetched while the next one runs, so that no device idles
         for done, batch in enumerate(batches(start, steps), start + 1):
             _trace(trace, workdir / "profile", done - start, train.profile_steps, state)
+            asked = any_process(stop())  # known when the step before is done
             with metrics.compilation(batch):
                 state, values = train_step(state, {k: v for k, v in batch.items() if k != "plan_batch"}, key)
             if pending is not None:
                 metrics.record(*pending)
             pending = (done, values, batch)
             due = _due(done, steps, train)
-            if due or stop():
+            stopping = bool(asked)
+            if due or stopping:
                 metrics.record(*pending)
                 pending = None
                 with metrics.not_training():
@@ -65,7 +72,7 @@ def run(
                     if measured:
                         metrics.write(done, measured)
                     checkpoints.save(done, state, measured.get("score"))
-            if stop() and pending is None and done < steps:
+            if stopping and done < steps:
                 log.warning("stopped after step %d of %d, as asked; the same command goes on from there", done, steps)
                 break
         checkpoints.wait()
@@ -80,7 +87,7 @@ def _due(done: int, steps: int, train: Train) -> set[str]:
 
 def _trace(trace: ExitStack, folder: Path, step: int, steps: int, state: TrainState) -> None:
     """Called before each step, counted from 1: profile `steps` steps after the first ones, while `trace` is open."""
-    if steps and step in (WARM + 1, WARM + 1 + steps):
+    if steps and step in (WARM + 1, WARM + 1 + steps) and is_first():
         jax.block_until_ready(state.step)  # whole steps only
         if step == WARM + 1:
             trace.callback(log.info, "%s holds the profiler's trace: open it with TensorBoard or xprof", folder)
@@ -112,19 +119,20 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 class Metrics:
     """metrics.jsonl; TensorBoard and a progress bar where their libraries are installed, else plain log lines.
 
-    Weights & Biases where `train.wandb` names a project.
+    Weights & Biases where `train.wandb` names a project. Every process checks the numbers; the first one writes.
     """
 
     def __init__(self, workdir: Path, start: int, steps: int, train: Train, exit: ExitStack):
         self._file, self._steps, self._train = workdir / "metrics.jsonl", steps, train
         self._shapes: set[str] = set()
-        self._compile_seconds = 0.0
-        workdir.mkdir(parents=True, exist_ok=True)
-        _drop_lines_after(self._file, start)
-        self._writers = [_tensorboard(workdir / "tensorboard", start, exit)]
-        if train.wandb:
-            self._writers.append(wandb_writer(train.wandb, workdir, start, exit))
-        self._bar = _progress_bar(start, steps, exit)
+        self._compile_seconds, self._bar = 0.0, None
+        if is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
+            _drop_lines_after(self._file, start)
+            self._writers = [_tensorboard(workdir / "tensorboard", start, exit)]
+            if train.wandb:
+                self._writers.append(wandb_writer(train.wandb, workdir, start, exit))
+            self._bar = _progress_bar(start, steps, exit)
         self._restart()
 
     @contextmanager
@@ -181,6 +189,8 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of JSON, and the same elsewhere. Raises OSError, e.g. on a full disk, with whole lines left."""
+        if not is_first():
+            return
         rounded = {name: v if isinstance(v, int) else float(f"{v:.6g}") for name, v in values.items()}
         try:
             _append(self._file, json.dumps({"step": step} | rounded) + "\n")

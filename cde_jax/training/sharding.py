@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Shaped
@@ -67,7 +68,7 @@ def _split_axis(mesh: Mesh, leaf: Any) -> int | None:
 
 def shard_state(mesh: Mesh, tree: Any) -> Any:
     """Put arrays, the same in all processes, on the devices as `state_shardings` says."""
-    return jax.tree.map(_put, tree, state_shardings(mesh, tree))
+    return jax.tree.map(put, tree, state_shardings(mesh, tree))
 
 
 def keep_sharding(mesh: Mesh, tree: Any) -> Any:
@@ -82,16 +83,35 @@ def copied(mesh: Mesh, tree: Any) -> Any:
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """Copy a tree of arrays, the same in all processes, to every device."""
-    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, P())), tree)
+    return jax.tree.map(lambda leaf: put(leaf, NamedSharding(mesh, P())), tree)
 
 
-def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def put(leaf: Any, sharding: Any) -> jax.Array:
+    """Put an array, the same in all processes, on the devices of a sharding."""
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+        return jax.random.wrap_key_data(put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """An array in this process's memory, gathered where other processes hold parts of it: called by all of them."""
+    return np.asarray(leaf if _is_here(leaf) else multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def _is_here(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+
+
+def any_process(mesh: Mesh, flag: bool) -> Any:
+    """Whether `flag` is set in any process; on the devices, computed after the steps that run already."""
+    if jax.process_count() == 1:
+        return flag
+    everywhere = NamedSharding(mesh, P((_DATA, _FSDP)))
+    flags = jax.make_array_from_callback((mesh.size,), everywhere, lambda _: np.full(1, flag))
+    return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))(flags)
 
 
 # --- batches
@@ -116,7 +136,7 @@ def shard_batch(mesh: Mesh, batch: dict[str, Any], batches: int | None = None) -
     count = len(jax.tree.leaves(batch)[0]) if batches is None else batches
     row = {number: row for row, number in enumerate(plan_batches(mesh, count))}
 
-    def put(spec: P, array: Any) -> jax.Array:
+    def place(spec: P, array: Any) -> jax.Array:
         def part(index: tuple[slice, ...]) -> Any:
             held = range(count)[index[0]]
             return array[(slice(row[held[0]], row[held[-1]] + 1), *index[1:])]
@@ -125,7 +145,7 @@ def shard_batch(mesh: Mesh, batch: dict[str, Any], batches: int | None = None) -
         shape, sharding = (count, *array.shape[1:]), _batch_sharding(mesh, count, spec)
         return jax.make_array_from_callback(shape, sharding, whole)
 
-    return jax.tree.map(put, _batch_specs(batch), batch, is_leaf=lambda node: isinstance(node, P))
+    return jax.tree.map(place, _batch_specs(batch), batch, is_leaf=lambda node: isinstance(node, P))
 
 
 def batch_shapes(mesh: Mesh, batch: dict[str, Any], batches: int) -> dict[str, Any]:
