@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,7 +17,12 @@ from tiny_run import write_data
 
 from cde_jax.config import Config, Data, Evaluate, Model, Train, from_config_dict
 from cde_jax.data.files import read_json, write_json
+from cde_jax.interop.modules import TextSettings
+from cde_jax.interop.write import save_pretrained
+from cde_jax.models.contextual import Biencoder, BiencoderConfig
+from cde_jax.models.encoder import EncoderConfig
 from cde_jax.stages import train as stage
+from cde_jax.stages.run import run as run_stage
 from cde_jax.stages.workdir import load_prepared
 from cde_jax.training import sharding
 from cde_jax.training.accounting import choose_chunk, program_bytes
@@ -326,3 +332,25 @@ def test_a_model_is_restored_without_optimiser_or_mesh(kind, tmp_path, monkeypat
     for path, value in saved.items():
         np.testing.assert_array_equal(restored[path], value)
     assert model.embed(np.ones((2, 4), int), np.ones((2, 4), bool)).shape == (2, 8)
+
+
+def test_what_one_device_trained_goes_on_and_is_exported_on_eight_without_the_initial_encoder(data, tmp_path):
+    start, work = tmp_path / "start", tmp_path / "work"
+
+    def run(workdir: Path, name: str, mesh: tuple[int, int]):
+        config = config_of(data, train__text_lengths=1, train__checkpoint_every=2, train__mesh=mesh)
+        config.model.init.first_stage = str(start)
+        list(run_stage(config, workdir, name))
+
+    go(data, work, "prepare")
+    model = Biencoder(BiencoderConfig(EncoderConfig(150, 16, 1, 2, 32, max_positions=32)), rngs=nnx.Rngs(0))
+    save_pretrained(model, start, tokenizer=work / "store/tokenizer", settings=TextSettings("", "", 8, 16))
+    shutil.copytree(work, tmp_path / "new")
+    run(work, "train", (1, 1))
+    shutil.rmtree(work / "checkpoints/6")
+    start.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="start"):
+        run(tmp_path / "new", "train", (1, 1))
+    run(work, "train", (2, 4))
+    run(work, "export", (-1, 1))
+    assert (work / "checkpoints/6").exists() and (work / "export/model.safetensors").exists()
