@@ -3,12 +3,15 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_prepare_killed import artefacts
+from test_resume import wait_for
 from test_stages import go
 from tiny_pairs import PLAN, tiny_pairs, tiny_vectors
 from tiny_run import SIZES, texts, write_data, write_lines
@@ -171,6 +174,34 @@ def test_a_plan_with_uncompressed_masks_of_an_earlier_version_is_read(stores, tm
     assert old.fingerprint == plan.fingerprint
     for step in range(len(plan)):
         np.testing.assert_array_equal(old.keep(step), plan.keep(step))
+
+
+RUN = """
+import sys
+from pathlib import Path
+from tiny_run import get_config
+from cde_jax.stages import prepare, run
+
+if __name__ == "__main__":
+    prepare.MUCH = prepare.MANY = 0
+    config = get_config(sys.argv[1])
+    config.data.paths = (f"{sys.argv[1]}/pairs",)
+    list(run.run(config, Path(sys.argv[2]), "prepare"))
+"""
+
+
+@pytest.mark.slow
+def test_killed_with_its_processes_it_goes_on_with_the_shards_that_are_missing(data, tmp_path):
+    (tmp_path / "run.py").write_text(RUN)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command, work = [sys.executable, tmp_path / "run.py", data, tmp_path / "work"], tmp_path / "work"
+    for shard in ("store/.pairs.shards/read-0", "store/.vectors.blocks/documents-0", ".plan.shards/clusters-0"):
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            wait_for(lambda path=work / shard: path.exists(), process)
+            process.kill()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "discarded" not in done.stderr, done.stderr[-3000:]
+    assert artefacts(work) == artefacts(data / "whole")
 
 
 def square(task):

@@ -153,3 +153,17 @@ def test_the_most_frequent_characters_get_a_token_of_their_own(monkeypatch):
         Tokenizer.train(["aaa bb z"], 9)
     vocabulary = Tokenizer.train(["aaa bb z"], 10).backend.get_vocab()
     assert {"a", "b", "##a", "##b"} < set(vocabulary) and "z" not in vocabulary
+
+
+def test_words_encoded_each_once_give_the_ids_of_whole_texts(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens, "_MOST_WORDS", 300)
+    odd = "aé ü中\t\n\r\x0b\x1c\x85\u00a0\u3000\u200b\u0301\u0323\ud7a3İß.-A\x00\ufffd"
+    random = np.random.default_rng(0)
+    mixed = ["".join(random.choice([*odd, "[MASK]", "sum ", "mean"], 30)) for _ in range(200)]
+    for text in (mixed, mixed[::-1], TEXTS, [""]):
+        whole = [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(text)]
+        assert [row.tolist() for row in tokenizer.encode(text, 200)] == whole
+    assert tokenizer._words and len(tokenizer._words) <= 300 + 200 * 30
+    library = Tokenizer(type(tokenizer.backend).from_str(tokenizer.backend.to_str()), tokenizer.specials)
+    library.backend.add_tokens(["two words"])  # which lie on both sides of a space
+    assert not Tokenizer(library.backend, tokenizer.specials)._word_by_word

@@ -12,7 +12,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls
 LONGEST_WORD = 1000  # characters; longer ones are no words, and training takes a time quadratic in the length
 MOST_TOKENS = 2**24  # of a vocabulary: the trainer reserves memory for all of them
 _ALPHABET = 1000  # characters that get a token of their own in a trained vocabulary; rarer ones are [UNK]
+_SPACES = {ord(space): " " for space in "\t\n\r"}  # that BERT's normalizer takes for spaces
+_MOST_WORDS = 2**20  # different ones whose ids are kept
 _TEXTS = 4096  # texts whose characters are counted at a time
 _log = logging.getLogger(__name__)
 _BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs"}  # Unicode categories: spaces, control, zero-width, lone surrogates
@@ -92,9 +94,13 @@ class Tokenizer:
         self.specials = dict(specials)
         self.pad_id = backend.token_to_id(pad)
         self.unknown_id = backend.token_to_id(specials["unk_token"]) if "unk_token" in specials else None
-        marks = backend.encode("a").special_tokens_mask
+        one = backend.encode("a")
+        marks = one.special_tokens_mask
         self._before = next((i for i, mark in enumerate(marks) if not mark), len(marks))
         self._after = next((i for i, mark in enumerate(reversed(marks)) if not mark), len(marks))
+        self._ends = one.ids[: self._before], one.ids[len(marks) - self._after :]  # of every text
+        self._words: dict[str, list[int]] = {}  # ids of what stands between spaces
+        self._word_by_word = _is_bert(backend)
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> "Tokenizer":
@@ -159,12 +165,11 @@ class Tokenizer:
                 *(vocab_size, smallest, vocab_size - smallest, 10 * smallest),
             )
         model = tokenizers.Tokenizer(models.WordPiece(unk_token=SPECIALS["unk_token"]))
-        overlong = pre_tokenizers.Split(tokenizers.Regex(rf"^.{{{LONGEST_WORD + 1},}}$"), "removed")
-        model.normalizer, model.pre_tokenizer = normalizer, pre_tokenizers.Sequence([pieces, overlong])
+        model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         fixed = [*SPECIALS.values(), *sorted(alphabet), *(f"##{c}" for c in sorted(alphabet))]
         settings = {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet), "show_progress": False}
         trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, **settings)
-        model.train_from_iterator(iter(texts), trainer)
+        model.train_from_iterator(_words(texts, normalizer, pieces), trainer)
         return cls(_bert(model.get_vocab()), SPECIALS)
 
     @property
@@ -188,12 +193,27 @@ class Tokenizer:
         if max_length <= self._before + self._after:
             specials = self._before + self._after
             raise ValueError(f"max_length {max_length}: expected more than the {specials} special tokens")
-        encodings = self.backend.encode_batch_fast(as_list(texts, "texts"))
-        rows = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        rows = self._encode_whole(as_list(texts, "texts"))
         lengths = np.array([len(ids) for ids in rows], np.int64)
         for i in np.flatnonzero(lengths > max_length):
             rows[i] = np.concatenate([rows[i][: max_length - self._after], rows[i][lengths[i] - self._after :]])
         return rows, lengths
+
+    def _encode_whole(self, texts: list[str]) -> list[Int32[np.ndarray, "_"]]:
+        """Ids of each text. Where words are encoded each by itself, the library gets each different one once."""
+        if not self._word_by_word:
+            return [np.array(encoding.ids, np.int32) for encoding in self.backend.encode_batch_fast(texts)]
+        split = [text.translate(_SPACES).split(" ") for text in texts]
+        if missing := set().union(*split) - self._words.keys():
+            if len(self._words) + len(missing) > _MOST_WORDS:
+                self._words.clear()
+                missing = set().union(*split)
+            words = list(missing)
+            encodings = self.backend.encode_batch_fast(words, add_special_tokens=False)
+            self._words.update(zip(words, (encoding.ids for encoding in encodings), strict=True))
+        first, last = self._ends
+        ids = (chain(first, chain.from_iterable(map(self._words.__getitem__, words)), last) for words in split)
+        return [np.fromiter(each, np.int32) for each in ids]
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json; `load` and `AutoTokenizer` read the same tokenizer."""
@@ -201,6 +221,33 @@ class Tokenizer:
         write_json(directory / "tokenizer.json", json.loads(self.backend.to_str()))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.specials}
         write_json(directory / "tokenizer_config.json", config)
+
+
+def _is_bert(backend: "tokenizers.Tokenizer") -> bool:
+    """Whether it encodes what stands between spaces without regard to its surroundings: BERT's WordPiece does."""
+    parts = json.loads(backend.to_str())
+    kinds = [(parts[name] or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")]
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    whole = all(content.split() == [content] for content in added)
+    return kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and parts["normalizer"]["clean_text"] and whole
+
+
+def _words(texts: Iterable[str], normalizer: Any, pieces: Any) -> Iterator[str]:
+    """Each text as its normalised words with spaces between them; overlong ones are left out.
+
+    What stands between two spaces gives the same words anywhere, so each different one is normalised once.
+    """
+    texts, known = iter(texts), {}
+    while block := [text.translate(_SPACES).split(" ") for text in islice(texts, _TEXTS)]:
+        missing = set().union(*block) - known.keys()
+        if len(known) + len(missing) > _MOST_WORDS:
+            known.clear()
+            missing = set().union(*block)
+        for part in missing:
+            words = (word for word, _ in pieces.pre_tokenize_str(normalizer.normalize_str(part)))
+            known[part] = " ".join(word for word in words if len(word) <= LONGEST_WORD)
+        for parts in block:
+            yield " ".join(map(known.__getitem__, parts))
 
 
 def _count_characters(texts: Iterable[str], normalize: Callable[[str], str]) -> Counter[str]:
