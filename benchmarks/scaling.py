@@ -40,7 +40,8 @@ from harness import emit
 from jax.experimental import topologies
 
 from cde_jax.config import Config, from_config_dict, with_changes
-from cde_jax.stages.train import REMATS, USEFUL_POSITIONS, lower_step, model_config, run_slots
+from cde_jax.stages.assemble import USEFUL_POSITIONS, model_config, run_slots
+from cde_jax.stages.placement import REMATS, lower_step
 from cde_jax.training import sharding
 from cde_jax.training.accounting import GIB, STEP_FRACTION, choose_chunk, program_bytes, step_flops
 
@@ -79,7 +80,7 @@ def main() -> None:
 
 
 def chosen(config: Config, compiler: Compiler, limit: int) -> tuple[str, int]:
-    """Recomputation and chunk, as training chooses them (`stages.train.choose_placement`)."""
+    """Recomputation and chunk, as training chooses them (`stages.placement.choose_placement`)."""
     queries, positions = config.batching.batch_size, config.data.document_length + run_slots(config.model)
     useful = -(-USEFUL_POSITIONS // positions)
     return choose_chunk(lambda *choice: needed(compiler(*choice, queries)), limit, REMATS["other"], useful, 2 * queries)

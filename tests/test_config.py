@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from cde_jax.config import Batching, flatten, from_config_dict, with_changes
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextualEncoder
-from cde_jax.stages.train import model_config
+from cde_jax.stages.assemble import model_config
 from cde_jax.stages.workdir import check_same_run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

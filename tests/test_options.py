@@ -16,7 +16,7 @@ from tiny_batches import in_layout, plain_batch
 from tiny_models import biencoder, contextual
 
 from cde_jax.config import TEMPERATURES, Train
-from cde_jax.stages import train as stage
+from cde_jax.stages import assemble
 from cde_jax.training import sharding
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.losses import info_nce, matryoshka_info_nce
@@ -126,7 +126,7 @@ def test_options_that_cannot_be_used_are_named(changes, words):
 def test_a_learned_temperature_is_a_parameter_without_weight_decay(tmp_path):
     _, plain, _, fixed = trained_step(temperature=0.5)
     config = config_with(learn_temperature=True, weight_decay=1.0)
-    training = stage.make_training(config, stage.build_model(config, 50), STEPS)
+    training = assemble.make_training(config, assemble.build_model(config, 50), STEPS)
     batch = sharding.shard_batch(training.mesh, {name: part for name, part in BATCH.items() if name != "context"})
     state, metrics = training.step(training.state, batch, sharding.replicate(training.mesh, stream(0, "dropout")))
     assert metrics["loss"] == fixed["loss"] and metrics["temperature"] == pytest.approx(0.5)

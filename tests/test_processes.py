@@ -18,8 +18,8 @@ from tiny_run import write_data
 
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json
+from cde_jax.stages import assemble
 from cde_jax.stages import run as stages
-from cde_jax.stages import train as stage
 from cde_jax.stages.workdir import load_prepared
 from cde_jax.training.checkpoint import Checkpoints
 
@@ -81,8 +81,8 @@ def outcome(data: Path, workdir: Path, step: int = STEPS) -> tuple[list[float], 
     """Losses of all steps, and the parameters of a checkpoint."""
     settings = from_config_dict(config(data))
     prepared = load_prepared(settings, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", stage.run_identity(settings, prepared.plan))
-    model = stage.restore_model(settings, prepared.vocab_size, checkpoints, step)
+    checkpoints = Checkpoints(workdir / "checkpoints", assemble.run_identity(settings, prepared.plan))
+    model = assemble.restore_model(settings, prepared.vocab_size, checkpoints, step)
     params = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     written = lines(workdir)
     assert [line["step"] for line in written] == list(range(1, step + 1))  # each once
@@ -114,7 +114,7 @@ def workdir(data, tmp_path):
 def expected(data):
     losses, params = outcome(data, data / "whole")
     settings = from_config_dict(config(data))
-    first = nnx.state(stage.build_model(settings, load_prepared(settings, data / "whole").vocab_size), nnx.Param)
+    first = nnx.state(assemble.build_model(settings, load_prepared(settings, data / "whole").vocab_size), nnx.Param)
     moved = [np.abs(np.asarray(leaf[...]) - params[path]).max() for path, leaf in nnx.to_flat_state(first)]
     assert np.median(moved) > 3e-4  # far more than the tolerance
     return losses, params

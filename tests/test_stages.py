@@ -21,8 +21,8 @@ from cde_jax.evaluation import beir
 from cde_jax.evaluation.metrics import Scores
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.stages import run as stages
+from cde_jax.stages.assemble import build_model, initial_model
 from cde_jax.stages.evaluate import trained as restore
-from cde_jax.stages.train import build_model, initial_model
 from cde_jax.stages.workdir import load_prepared
 
 ROOT = Path(__file__).resolve().parents[1]

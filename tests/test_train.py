@@ -21,6 +21,7 @@ from cde_jax.interop.modules import TextSettings
 from cde_jax.interop.write import save_pretrained
 from cde_jax.models.contextual import Biencoder, BiencoderConfig
 from cde_jax.models.encoder import EncoderConfig
+from cde_jax.stages import assemble, placement
 from cde_jax.stages import train as stage
 from cde_jax.stages.run import run as run_stage
 from cde_jax.stages.workdir import load_prepared
@@ -29,7 +30,7 @@ from cde_jax.training.accounting import choose_chunk, program_bytes
 from cde_jax.training.checkpoint import Checkpoints
 from cde_jax.training.step import stream
 
-AUTO = {f"train__{name}": -1 for name in stage.CHUNKS}
+AUTO = {f"train__{name}": -1 for name in placement.CHUNKS}
 GIB = 2**30
 
 
@@ -46,11 +47,11 @@ def prepared(data, tmp_path_factory) -> Path:
 
 
 def chosen(config, workdir):
-    return stage.choose_placement(config, workdir, load_prepared(config, workdir))
+    return placement.choose_placement(config, workdir, load_prepared(config, workdir))
 
 
 def chunks(config):
-    return [getattr(config.train, name) for name in stage.CHUNKS]
+    return [getattr(config.train, name) for name in placement.CHUNKS]
 
 
 @pytest.mark.parametrize("lengths", [1, 3])
@@ -63,7 +64,7 @@ def test_chunks_and_what_is_computed_again_are_chosen_by_the_compiled_step(data,
         assert needs("dots", 8) < needs("dots", 16) < needs("dots", 32)
         return choose_chunk(needs, needs("dots", 32) - 1, remats, 8, texts)
 
-    monkeypatch.setattr(stage, "choose_chunk", choose)
+    monkeypatch.setattr(placement, "choose_chunk", choose)
     config = from_config_dict(config_of(data, train__text_lengths=lengths, train__memory_gib=1.0, **AUTO))
     config = chosen(config, prepared)
     assert chunks(config) == [16, 16] and config.model.remat == "dots"
@@ -84,14 +85,14 @@ def test_a_run_says_what_it_chose_and_keeps_it_where_it_is(data, tmp_path, caplo
         for name in ("prepare", "train"):
             go(data, tmp_path, name, **changes)
     record = read_json(tmp_path / "training.json")
-    assert record["chunks"] == dict.fromkeys(stage.CHUNKS, 32)
+    assert record["chunks"] == dict.fromkeys(placement.CHUNKS, 32)
     assert (record["attention"], record["remat"], record["dtype"]) == ("blocks", "dots", "float32")
     assert record["devices"].startswith("1 x cpu") and record["layouts"]["texts"]["lengths"][-1] == 16
     assert "remat dots, chunks of 32 texts: " in caplog.text and " of 1.00 GiB" in caplog.text
     # What was chosen before is used again by the same run in the same place, whatever would be chosen now.
     config = from_config_dict(config_of(data, **changes))
-    monkeypatch.setattr(stage, "choose_chunk", lambda *_: ("full", 7))
-    changed = {"chunks": dict.fromkeys(stage.CHUNKS, 4)}
+    monkeypatch.setattr(placement, "choose_chunk", lambda *_: ("full", 7))
+    changed = {"chunks": dict.fromkeys(placement.CHUNKS, 4)}
     other_place = changed | {"placement": record["placement"] | {"devices": "4 x gpu H100"}}
     for update, remat, chunk in (
         (changed, "dots", 4),
@@ -106,17 +107,17 @@ def test_a_run_says_what_it_chose_and_keeps_it_where_it_is(data, tmp_path, caplo
 def test_the_step_is_measured_from_shapes_as_it_will_run(data, prepared):
     config = from_config_dict(config_of(data, train__mesh=(2, 2), train__batches_per_step=2, train__text_lengths=1))
     pairs, plan, _ = load_prepared(config, prepared)
-    batch = stage.make_loader(config, plan, pairs).batch(0)
+    batch = assemble.make_loader(config, plan, pairs).batch(0)
     del batch["plan_batch"]
-    training = stage.make_training(config, stage.build_model(config, 150), STEPS)
+    training = assemble.make_training(config, assemble.build_model(config, 150), STEPS)
     arrays = (training.state, sharding.shard_batch(training.mesh, batch, 2), stream(0, "dropout"))
-    measured = stage.lower_step(config, 150, batch)
+    measured = placement.lower_step(config, 150, batch)
     assert measured.in_avals == training.step.lower(*arrays).in_avals
     assert program_bytes(measured.compile()) == program_bytes(training.step.lower(*arrays).compile())
 
 
 def test_a_step_that_cannot_fit_is_an_error_before_training(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "choose_chunk", lambda needs, limit, *_: choose_chunk(needs, limit, ["full"], 1, 1))
+    monkeypatch.setattr(placement, "choose_chunk", lambda needs, limit, *_: choose_chunk(needs, limit, ["full"], 1, 1))
     with pytest.raises(ValueError, match=r"even one text at a time the step needs 0\.0. GiB, and there are 0\.00"):
         go(data, tmp_path, "all", train__memory_gib=1e-6, train__text_lengths=1, **AUTO)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -149,8 +150,8 @@ def config_with(
 def trained_step(kind: str = "biencoder", **train):
     """Parameters before and after the first step, its metrics, and Adam's first moment."""
     config = config_with(kind, **train)
-    model = stage.build_model(config, 50)
-    training = stage.make_training(config, model, STEPS)
+    model = assemble.build_model(config, 50)
+    training = assemble.make_training(config, model, STEPS)
     before = jax.device_get(training.state.params)
     batch = {name: part for name, part in BATCH.items() if name != "context" or kind != "biencoder"}
     batch = sharding.shard_batch(training.mesh, batch)
@@ -247,23 +248,23 @@ def test_batches_per_step_devices_and_lengths_reach_mesh_and_loader(data, prepar
         )
     )
     pairs, plan, _ = load_prepared(config, prepared)
-    loader = stage.make_loader(config, plan, pairs)
+    loader = assemble.make_loader(config, plan, pairs)
     batch = loader.batch(0)
     assert batch["plan_batch"].tolist() == [0, 1, 2, 3] and len(batch["texts"]["ids"]) == 1
     assert (loader.context_source, loader.context_size, loader.seed) == ("domain", 4, 0)
     assert loader.chunk_positions == 8 * 16 and loader.context_chunk_positions == 0
-    assert stage.make_loader(config, plan, pairs, platform="tpu").context_chunk_positions == 8192
-    training = stage.make_training(config, stage.build_model(config, 150), STEPS)
+    assert assemble.make_loader(config, plan, pairs, platform="tpu").context_chunk_positions == 8192
+    training = assemble.make_training(config, assemble.build_model(config, 150), STEPS)
     assert training.mesh.size == 2 and training.steps == STEPS
     none = from_config_dict(config_of(data, model__kind="biencoder"))
-    assert "context" not in stage.make_loader(none, plan, pairs).batch(0)
+    assert "context" not in assemble.make_loader(none, plan, pairs).batch(0)
 
 
 @pytest.mark.parametrize(("kind", "attention", "slots"), [("contextual", "joint", 6), ("contextual", "isolated", 0)])
 def test_chunks_are_counted_in_positions_that_are_run(data, prepared, kind, attention, slots):
     config = from_config_dict(config_of(data, model__kind=kind, model__context_attention=attention))
     pairs, plan, _ = load_prepared(config, prepared)
-    loader = stage.make_loader(config, plan, pairs)
+    loader = assemble.make_loader(config, plan, pairs)
     assert (loader.slots, loader.chunk_positions) == (slots, 8 * (16 + slots))
     layout = loader.layouts["texts"]
     assert max(np.multiply(layout.texts, np.add(layout.lengths, slots))) <= 8 * (16 + slots)
@@ -279,7 +280,7 @@ def test_chunks_are_counted_in_positions_that_are_run(data, prepared, kind, atte
     ],
 )
 def test_compute_is_bfloat16_off_the_cpu(dtype, platform, expected):
-    assert stage.compute_dtype(config_with(model={"dtype": dtype}), platform) == expected
+    assert assemble.compute_dtype(config_with(model={"dtype": dtype}), platform) == expected
 
 
 # --- before anything is written
@@ -319,14 +320,14 @@ def test_scores_without_a_development_set_are_warned_of(caplog):
 @pytest.mark.parametrize("kind", ["contextual", "biencoder"])
 def test_a_model_is_restored_without_optimiser_or_mesh(kind, tmp_path, monkeypatch):
     config = config_with(kind, mesh=(2, 4))
-    training = stage.make_training(config, stage.build_model(config, 50), STEPS)
+    training = assemble.make_training(config, assemble.build_model(config, 50), STEPS)
     checkpoints = Checkpoints(tmp_path, {"plan": "p"})
     checkpoints.save(1, training.state)
     checkpoints.wait()
     for name in ("make_optimizer", "make_train_step", "build_model", "stream"):
         monkeypatch.delattr(stage, name)
     monkeypatch.delattr(sharding, "make_mesh")
-    model = stage.restore_model(config, 50, Checkpoints(tmp_path, {"plan": "p"}), 1)
+    model = assemble.restore_model(config, 50, Checkpoints(tmp_path, {"plan": "p"}), 1)
     restored, saved = flat(nnx.state(model)), flat(training.state.params)
     assert restored.keys() == saved.keys()
     for path, value in saved.items():

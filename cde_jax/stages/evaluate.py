@@ -17,7 +17,7 @@ from cde_jax.data.store import Store
 from cde_jax.evaluation import beir, metrics
 from cde_jax.retrieval.embedder import Embedder
 from cde_jax.stages import workdir as work
-from cde_jax.stages.train import make_embedder, restore_model, run_identity, text_settings
+from cde_jax.stages.assemble import make_embedder, restore_model, run_identity, text_settings
 from cde_jax.training.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from cde_jax.data.sources import beir, docstrings, huggingface, jsonl
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.retrieval.embedder import Embedder
-from cde_jax.stages import train
+from cde_jax.stages import assemble, train
 from cde_jax.stages import workdir as work
 from cde_jax.stages.engines import open_engine
 
@@ -125,7 +125,7 @@ def _prepare(
     if training:
         train.check_steps(config.train, batches)
         if not work.has_checkpoint(workdir) or rebuild:
-            train.check_initial_encoders(config, vocab_size)
+            assemble.check_initial_encoders(config, vocab_size)
 
     wanted, stores = _surrogates(config, workdir, pairs), []
     for v in wanted:

@@ -20,7 +20,7 @@ from cde_jax.config import Config, from_config_dict
 from cde_jax.data.files import fingerprint, write_json
 from cde_jax.data.sources import beir
 from cde_jax.evaluation import metrics
-from cde_jax.stages import evaluate, export, report, train
+from cde_jax.stages import assemble, evaluate, export, report, train
 from cde_jax.stages import workdir as work
 from cde_jax.training.processes import is_first, lost, together
 
@@ -124,7 +124,7 @@ def _check_inputs(
     if "train" in stages:
         train.check_runtime(config)
         if rebuild or not work.has_checkpoint(workdir):
-            train.check_initial_encoders(config)
+            assemble.check_initial_encoders(config)
     if list(stages) in (["rank"], ["evaluate"]) and not evaluate.reported_sets(config):
         raise ValueError(evaluate.NOTHING)
     return make
@@ -145,7 +145,7 @@ def _prepared(
         identity = None
         with suppress(ValueError):  # another file of that name
             identity = (work.read_record(workdir / work.TRAINING, identity=dict) or {}).get("identity")
-        if identity != train.run_identity(config, prepared.plan):
+        if identity != assemble.run_identity(config, prepared.plan):
             work.move_aside(checkpoints)
     if prepared.tokenizer and {"prepare", "evaluate"} & set(stages):
         evaluate.write_token_sets(config, workdir, prepared)
