@@ -51,9 +51,11 @@ def spectrum(centered, *, scale, covariance=None):
     return directions * scale(np.maximum(values, 1e-9)) @ directions.T
 
 
-def library(queries, documents, sample_queries, sample_documents, *, strength):
-    """`cde_jax.whitening`."""
+def library(queries, documents, sample_queries, sample_documents, *, strength, asked=False):
+    """`cde_jax.whitening`; asked: the mean of queries is that of the ones that are scored, which needs no labels."""
     fitted = whitening(sample_queries, sample_documents, strength)
+    if asked:
+        fitted = fitted._replace(query_mean=queries.mean(axis=0))
     return fitted.transform_queries(queries), fitted.transform_documents(documents), 0.0
 
 
@@ -98,6 +100,7 @@ for x in (0.1, 0.2, 0.3):
     FORMS[f"power {x}"] = partial(linear, matrix=partial(spectrum, scale=lambda v, x=x: v**-x))
 for x in (4.0, 8.0, 16.0, 32.0, 64.0):
     FORMS[f"library {x:.0f}"] = partial(library, strength=x)
+FORMS["library 16, mean of queries asked"] = partial(library, strength=16.0, asked=True)
 for n in (4, 16, 64):
     FORMS[f"NNN {n} 0.5"] = partial(nearest_neighbour_normalisation, neighbours=n, fraction=0.5)
 FORMS["NNN 16 0.75"] = partial(nearest_neighbour_normalisation, neighbours=16, fraction=0.75)
