@@ -93,7 +93,7 @@ def idf_shifts(workdir: Path) -> dict[str, float]:
     run = workdir / next(iter(read_json(workdir / SWEEP)["runs"]))
     pairs = Store.open(run / PAIRS, kind="pairs", verify=False).ragged("document_tokens")
     training = [pairs.row(i) for i in range(pairs.count())]
-    sets = {folder.name: list(read_tokens(folder).corpus.values()) for folder in (run / TOKENS).glob("*")}
+    sets = {folder.name: list(read_tokens(folder).corpus.values()) for folder in (run / TOKENS).glob("[!.]*")}
     size = 1 + max(int(row.max()) for rows in (training, *sets.values()) for row in rows if len(row))
     rates = document_rates(training, size)
     return {name: idf_shift(rates, len(training), document_rates(c, size), len(c)) for name, c in sets.items()}

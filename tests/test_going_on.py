@@ -133,6 +133,7 @@ def started_from(data, exported: Path, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_an_initial_encoder_may_move_or_go_once_a_checkpoint_is_there(data, done, tmp_path):
     first, moved, other = (Path(shutil.copytree(done / "export", tmp_path / name)) for name in ("a", "b", "c"))
     workdir = Path(shutil.copytree(done, tmp_path / "work"))
@@ -153,6 +154,7 @@ def test_an_initial_encoder_may_move_or_go_once_a_checkpoint_is_there(data, done
         list(stages.run(started_from(data, other), workdir, "train"))
 
 
+@pytest.mark.slow
 def test_a_surrogate_and_a_tokenizer_may_move_and_go(data, done, tmp_path):
     def changes(folder: str) -> dict[str, str]:
         return {

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +102,12 @@ def compiled_bytes(texts: int, *chunks: tuple[int, int, int], attention: str = "
 
 
 @functools.cache
+@cache
 def step_bytes(chunk: int) -> int:
     return compiled_bytes(64, (128 // chunk, chunk, 128))
 
 
+@pytest.mark.slow
 def test_short_texts_in_joint_attention_need_no_more_memory_than_long_ones():
     """Each drags all slots along, so a chunk holds fewer of them than its tokens alone would allow."""
     slots, longest, counted = 66, 64, count_lengths([np.repeat([8, 64], 64)])

@@ -34,6 +34,7 @@ def artefacts(workdir: Path) -> dict[str, bytes]:
     return {str(p.relative_to(workdir)): p.read_bytes() for p in sorted(files) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_killed_while_pairs_vectors_and_plan_are_written(data, tmp_path):
     folder, expected = data
     workdir = tmp_path / "work"

@@ -139,6 +139,7 @@ def test_two_processes_stop_together_and_one_goes_on_to_the_same_end(data, expec
     assert list(stages.run(config(data, mesh=(-1, 1)), workdir, "export")) == [f"exported to {workdir / 'export'}"]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others_with_a_message(data, workdir):
     processes = start(data, workdir, 2, 1, mesh="(-1,1)", steps=10**6)
     wait_for_step(workdir, 3, processes)

@@ -36,7 +36,7 @@ TINY = [
     "batching.surrogate_width=8", "batching.batch_size=16", "batching.cluster_size=16", "batching.iterations=5",
     "batching.tries=1", "model.backbone=nomic", "model.width=16", "model.layers=1", "model.init.layers=1",
     "model.heads=2", "model.mlp_width=32", "model.max_positions=32", "model.context_size=4", "model.soft_prompt=2",
-    "train.learning_rate=0.01", "train.mesh=(1,1)", "train.text_lengths=1", "train.log_every=1",
+    "train.learning_rate=0.01", "train.mesh=[1,1]", "train.text_lengths=1", "train.log_every=1",
 ]  # fmt: skip
 
 # A machine that has only what models and training need. (Flax itself imports absl and rich.)
