@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -19,12 +18,12 @@ from tiny_run import SIZES, texts, write_data, write_lines
 from cde_jax.batching import build, tasks
 from cde_jax.batching.plan import BatchPlan, compressed, decompressed
 from cde_jax.config import Batching
-from cde_jax.data import parts, shards
+from cde_jax.data import parts
 from cde_jax.data.pairs import InputLog
 from cde_jax.data.sources import jsonl
 from cde_jax.data.store import StoreWriter
 from cde_jax.stages import prepare
-from cde_jax.stages.engines import check_engine, open_engine
+from cde_jax.stages.engines import check_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,28 +203,41 @@ def test_killed_with_its_processes_it_goes_on_with_the_shards_that_are_missing(d
     assert artefacts(work) == artefacts(data / "whole")
 
 
+ON_RAY = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np, ray
+from tiny_run import get_config
+from cde_jax.data import shards
+from cde_jax.stages import engines, run
+
+
 def square(task):
-    """Squares a number into a file; the first time its worker is killed in the middle of the number 7."""
     folder, number = task
     if number == 7 and not (folder / "killed").exists():
         (folder / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    shards.make(folder / str(number), "digest", lambda: {"square": np.array([number**2])})
-    return folder / str(number)
+    return shards.make(folder / str(number), "digest", lambda: {"square": np.array([number**2])})
+
+
+data, folder = map(Path, sys.argv[1:])
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+with engines.open_engine("ray") as map_tasks:
+    made = list(map_tasks(square, [(folder, number) for number in range(20)]))
+assert [int(shards.read(path)["square"][0]) for path in made] == [number**2 for number in range(20)]
+assert (folder / "killed").exists()
+config = get_config(data)
+config.data.paths = (f"{data}/pairs",)
+list(run.run(config, folder / "work", "prepare", engine="ray"))
+"""
 
 
 @pytest.mark.slow
-def test_ray_makes_the_plan_of_one_process_although_a_worker_is_killed(data, tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths})
-    try:
-        with open_engine("ray") as map_tasks:
-            made = list(map_tasks(square, [(tmp_path, number) for number in range(20)]))
-        assert [int(shards.read(path)["square"][0]) for path in made] == [number**2 for number in range(20)]
-        assert (tmp_path / "killed").exists()
-        go(data, tmp_path / "work", "prepare", data__paths=(f"{data}/pairs",), engine="ray")
-    finally:
-        ray.shutdown()
+def test_ray_makes_the_plan_of_one_process_although_a_worker_is_killed(data, tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "on_ray.py").write_text(ON_RAY)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, tmp_path / "on_ray.py", data, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert artefacts(tmp_path / "work") == artefacts(data / "whole")
