@@ -1,12 +1,12 @@
 """A training step compiled ahead of time for devices that are not here: one JSON line a mesh. Nothing is run.
 
-    python benchmarks/scaling.py [--config configs/large.py:isolated] [--topology h100:8] [--batches 8] [--largest]
+    python benchmarks/scaling.py [--config configs/large.py:isolated] [--topology h100:8] [--batches 8] [--doublings 6]
 
 Recomputation and chunk are those that training would choose, for the first mesh, by the memory of a device. Memory is
 that of one device, as its compiler plans it: `arguments_gib` (state and batch), `temporaries_gib`, `step_gib` (both,
 and results that are not in their place). `flops` are the model FLOPs of a step, of all devices. `collectives`: how many
-a step has of each kind, and GB that a device sends by them as rings. `largest_batch`: the largest of B, 2 B,
-4 B, … whose step fits. All texts have the longest length: no step needs more.
+a step has of each kind, and GB that a device sends by them as rings. All texts have the longest length: no
+step needs more.
 
 `--topology` is `h100:N` or `h100:HOSTSxN` (with the packages jax-cuda13-pjrt, jax-cuda13-plugin, nvidia-cuda-nvcc), a
 TPU slice such as `v5e:2x4` or `v6e:8x8` (with libtpu), or `cpu:N`, fake CPU devices. None needs the hardware. Without a
@@ -17,14 +17,13 @@ about accelerators.
 
 import argparse
 import dataclasses
-import functools
 import importlib
 import math
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,13 @@ from cde_jax.stages.placement import REMATS, lower_step
 from cde_jax.training import sharding
 from cde_jax.training.accounting import GIB, STEP_FRACTION, choose_chunk, program_bytes, step_flops
 
-Compiler = Callable[[str, int, int], jax.stages.Compiled | None]  # of recomputation, chunk and B
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 COLLECTIVE = re.compile(r" = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\((.*)")
 
 
 def main() -> None:
-    """Compile the step on each mesh, and for ever larger batches if asked to."""
+    """Compile the step on each mesh, and for larger batches if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/large.py:isolated", help="a config file with its variant")
     parser.add_argument("--topology", default="h100:8", help="h100:8, h100:8x8, v5e:2x4, cpu:8, …")
@@ -61,35 +59,35 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="G, plan batches of a step; fewer than devices: spread")
     parser.add_argument("--remat", choices=REMATS["other"], help="with --chunk: not as training would choose")
     parser.add_argument("--chunk", type=int, help="texts of the longest length encoded at once")
-    parser.add_argument("--largest", action="store_true", help="find the largest B too")
+    parser.add_argument("--queries", type=int, help="B of a plan batch, instead of the config's")
+    parser.add_argument("--doublings", type=int, default=0, help="twice as large a B so many times, while it fits")
     args = parser.parse_args()
     limit = int(STEP_FRACTION * args.memory * 1e9)
     devices, choice = topology_devices(args.topology), (args.remat, args.chunk) if args.chunk else None
     for mesh in args.meshes:
         config = read_config(args.config, mesh, args.batches)
-        line = {"benchmark": "scaling", "mesh": mesh, "queries": (queries := config.batching.batch_size)}
-        line |= {name: getattr(args, name) for name in ("config", "topology", "memory", "batches")}
-        compiler = functools.cache(functools.partial(compile_step, config, devices))
-        remat, chunk = choice = choice or chosen(config, compiler, limit)
-        line |= {"remat": remat, "chunk": chunk}
-        if compiled := compiler(remat, chunk, queries):
-            line |= measure(config, compiled)
-        if args.largest:
-            line["largest_batch"] = largest_batch(functools.partial(compiler, remat, chunk), limit, queries)
-        emit(line, "jax", "flax", "libtpu", "jax-cuda13-pjrt")
+        queries = args.queries or config.batching.batch_size
+        remat, chunk = choice = choice or chosen(config, devices, queries, limit)
+        for size in (queries << doublings for doublings in range(args.doublings + 1)):
+            compiled = compile_step(config, devices, remat, chunk, size)
+            line = {"benchmark": "scaling", "mesh": mesh, "queries": size, "remat": remat, "chunk": chunk}
+            line |= {name: getattr(args, name) for name in ("config", "topology", "memory", "batches")}
+            line["fits"] = needed(compiled) <= limit
+            if compiled:
+                line |= measure(config, compiled, size)
+            emit(line, "jax", "flax", "libtpu", "jax-cuda13-pjrt")
+            if not line["fits"]:
+                break
 
 
-def chosen(config: Config, compiler: Compiler, limit: int) -> tuple[str, int]:
+def chosen(config: Config, devices: Sequence[jax.Device], queries: int, limit: int) -> tuple[str, int]:
     """Recomputation and chunk, as training chooses them (`stages.placement.choose_placement`)."""
-    queries, positions = config.batching.batch_size, config.data.document_length + run_slots(config.model)
-    useful = -(-USEFUL_POSITIONS // positions)
-    return choose_chunk(lambda *choice: needed(compiler(*choice, queries)), limit, REMATS["other"], useful, 2 * queries)
+    useful = -(-USEFUL_POSITIONS // (config.data.document_length + run_slots(config.model)))
 
+    def needs(remat: str, chunk: int) -> float:
+        return needed(compile_step(config, devices, remat, chunk, queries))
 
-def largest_batch(compiler: Callable[[int], jax.stages.Compiled | None], limit: int, queries: int) -> int:
-    """The largest of B = `queries`, 2 B, 4 B, … whose step needs at most `limit` bytes; 0: not even the first."""
-    fits = needed(compiler(queries)) <= limit
-    return max(queries, largest_batch(compiler, limit, 2 * queries)) if fits else 0
+    return choose_chunk(needs, limit, REMATS["other"], useful, 2 * queries)
 
 
 def read_config(name: str, mesh: str, batches: int) -> Config:
@@ -101,9 +99,9 @@ def read_config(name: str, mesh: str, batches: int) -> Config:
     return from_config_dict(with_changes(config, changes))
 
 
-def measure(config: Config, compiled: jax.stages.Compiled) -> dict[str, Any]:
+def measure(config: Config, compiled: jax.stages.Compiled, queries: int) -> dict[str, Any]:
     """Memory, FLOPs and collectives of the step."""
-    memory, queries, length = compiled.memory_analysis(), config.batching.batch_size, config.data.document_length
+    memory, length = compiled.memory_analysis(), config.data.document_length
     batches, context = config.train.batches_per_step, config.model.context_size
     texts, contexts = np.full((batches, 2 * queries), length), np.full((batches, context), length)
     model = model_config(config.model, config.model.vocab_size, config.model.dtype)
