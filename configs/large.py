@@ -1,7 +1,7 @@
 """The paper's large setting: NomicBERT base twice, 512 tokens, 512 context documents (arXiv 2410.02525, section 5).
 
 Command: python -m cde_jax.main --config=configs/large.py --workdir=DIR --config.data.paths="('pairs/',)"
-Hardware: one 80 GB accelerator or more; `train.batches_per_step` is a multiple of their number.
+Hardware: one 80 GB accelerator or more; which settings change with their number is in docs/scaling.md.
 Time and score: not measured yet. The surrogates, and the variant `:lsa`, are those of configs/small.py.
 """
 

@@ -4,9 +4,12 @@
         --config=configs/large.py:isolated --workdir=/shared/large
     … --hosts=4 --tpu=TPU-V6E:4x4 …     (a slice of that topology, 4 chips a host)
 
-The other flags are those of `python -m cde_jax.main`. Needs the extra [ray], and a workdir that all hosts can write to.
+The other flags are those of `python -m cde_jax.main`, but for --rebuild. Needs the extra [ray], and a workdir that all
+hosts can write to.
 """
 
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from absl import app, flags
 
+from cde_jax import deterministic_gpu
 from cde_jax import main as command
 from cde_jax.config import from_config_dict
 
@@ -26,19 +30,25 @@ RESTARTS = 10
 
 def train(arguments: dict[str, Any]) -> None:
     """What each worker runs; Ray has called `jax.distributed.initialize` before."""
+    deterministic_gpu()
     from cde_jax.stages import run
+    from cde_jax.training.processes import is_first
 
-    for text in run.run(arguments["config"], Path(arguments["workdir"]), arguments["stage"]):
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("cde_jax").setLevel(logging.INFO if is_first() else logging.WARNING)
+    for text in run.run(**arguments):
         print(text, flush=True)
 
 
 def main(argv: list[str]) -> None:
     """Start the workers and wait for them."""
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # else relative paths of the configuration name nothing
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.jax import JaxConfig, JaxTrainer
 
     given = flags.FLAGS
     config, workdir = from_config_dict(given.config).as_dict(), Path(given.workdir).absolute()
+    arguments = {"config": config, "workdir": workdir, "stage": given.stage, "engine": given.engine}
     kind, _, topology = given.tpu.partition(":")
     if topology:
         devices = {"use_tpu": True, "accelerator_type": kind, "topology": topology, "resources_per_worker": {"TPU": 4}}
@@ -49,7 +59,7 @@ def main(argv: list[str]) -> None:
     platform = "tpu" if topology else "cuda" if given.gpus else "cpu"
     JaxTrainer(
         train,
-        train_loop_config={"config": config, "workdir": str(workdir), "stage": given.stage},
+        train_loop_config=arguments,
         jax_config=JaxConfig(use_tpu=bool(topology), use_gpu=not topology),  # of CPUs too: else JAX is not initialised
         scaling_config=ScalingConfig(num_workers=given.hosts, placement_strategy="STRICT_SPREAD", **devices),
         run_config=RunConfig(
