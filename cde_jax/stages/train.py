@@ -154,10 +154,9 @@ def _run(
         return of_first(measured)
 
     key, evaluate = sharding.replicate(mesh, stream(config.seed, "dropout")), validate if sets else None
-    if jax.process_count() > 1:  # compiled before they meet: what devices do together must not begin 30 s apart
-        with together():
-            batch = {name: part for name, part in loader.batch(0).items() if name != "plan_batch"}
-            step = step.lower(state, sharding.batch_shapes(mesh, batch, config.train.batches_per_step), key).compile()
+    if jax.process_count() > 1:  # compiled before they meet in the loop: CPUs wait 30 s for the first collective
+        batch = {name: part for name, part in loader.batch(0).items() if name != "plan_batch"}
+        step = step.lower(state, sharding.batch_shapes(mesh, batch, config.train.batches_per_step), key).compile()
     options = {"steps": steps, "train": config.train, "checkpoints": checkpoints, "workdir": workdir}
     options |= {"evaluate": evaluate, "any_process": partial(sharding.any_process, mesh)}
     return int(loop.run(step, state, batches, key, **options).step) >= steps
