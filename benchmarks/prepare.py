@@ -28,16 +28,16 @@ from cde_jax.data.tokens import Tokenizer
 # CPU seconds of one core, by `--measure` on the largest shared file (AMD EPYC): a pair; an entry of a mask; a
 # multiply-add of k-means; a byte that is copied and hashed.
 RATES = {
-    "read": 4.62e-05,
-    "duplicates": 2.14e-07,
-    "assemble": 1.04e-05,
-    "tokenize": 0.00028,
+    "read": 4.26e-05,
+    "duplicates": 1.87e-07,
+    "assemble": 9.5e-06,
+    "tokenize": 0.000151,
     "bytes of a pair's shards": 183.0,
     "bytes of a pair": 1120.0,
-    "mask entry": 5.24e-08,
-    "mask byte read": 1.23e-09,
+    "mask entry": 4.77e-08,
+    "mask byte read": 1.22e-09,
     "bytes of a mask's entry": 0.0213,
-    "multiply-add": 5.9e-11,
+    "multiply-add": 3.41e-11,
 }
 ASSUMED = {"texts/s of a GPU (110 M parameters, bfloat16)": 3000, "machine's disk, bytes/s": 2e9}
 PAIRS, DOMAINS, LARGEST, WIDTH, SURROGATES = 235_000_000, 29, 0.25, 768, 2
