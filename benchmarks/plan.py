@@ -17,7 +17,7 @@ import synthetic
 from harness import emit, peak_bytes
 
 from cde_jax.batching import build
-from cde_jax.batching.surrogate import texts_fingerprint
+from cde_jax.batching.vectors import texts_fingerprint
 from cde_jax.config import Batching
 from cde_jax.data.store import Store, StoreWriter
 

@@ -56,7 +56,7 @@ def measure(path: Path) -> dict[str, float]:
         n = len(part.array("query_key"))
         found["read"] = (clock() - start) / n
         start = clock()
-        parts.first_ones(read)
+        parts.first_occurrences(read)
         found["duplicates"] = (clock() - start) / n
         tokenizer = Tokenizer.train(list(parts.Texts(read))[:20_000], 8192)
         tokenizer.save(folder / "tokenizer")

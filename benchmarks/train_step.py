@@ -18,7 +18,7 @@ from flax import nnx
 from harness import emit, speed_ratio, take_turns
 from shapes import KINDS, PACKAGES, SHAPES, Shape, Texts, arguments, build, config_of, random_batch
 
-from cde_jax.batching.loader import choose_layout, count_lengths, to_chunks
+from cde_jax.batching.layout import choose_layout, count_lengths, to_chunks
 from cde_jax.config import Train
 from cde_jax.training import sharding
 from cde_jax.training.accounting import step_flops, utilisation

@@ -4,12 +4,12 @@ python -m cde_jax.adapt --data=BEIR_FOLDER (--vectors=DIR | --model=NAME_OR_DIR)
 """
 
 import logging
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 from absl import app, flags
 
+from cde_jax.commands import exit_with_message
 from cde_jax.config import AdapterSettings
 
 _DATA = flags.DEFINE_string("data", None, "Folder of queries.jsonl, corpus.jsonl and qrels; .gz or not")
@@ -36,12 +36,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.getLogger("cde_jax").setLevel(logging.INFO)
     settings = {flag.name: flag.value for flag in _SETTINGS}
-    try:
+    with exit_with_message():
         sources = {"vectors": _VECTORS.value, "model": _MODEL.value, "qrels": _QRELS.value}
         print(adapt(Path(_DATA.value), Path(_OUT.value), **sources, export=_EXPORT.value, **settings), flush=True)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import logging
 import sys
 from pathlib import Path
 
+from cde_jax.commands import exit_with_message
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m cde_jax.encode")
@@ -28,14 +30,11 @@ def main(argv: list[str]) -> None:
     """User errors exit with a message, no traceback."""
     logging.basicConfig(format="%(message)s")
     flags = vars(_parser().parse_args(argv))
-    try:
+    with exit_with_message():
         from cde_jax.stages.encode import encode
 
         for line in encode(flags.pop("input"), flags.pop("output"), engine=flags.pop("engine"), **flags):
             print(line, flush=True)
-    except (ValueError, OSError, ImportError) as error:
-        logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

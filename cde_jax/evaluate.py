@@ -10,6 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
+from cde_jax.commands import exit_with_message
+
 KINDS = "corpus, whitened, statistics, random, none"
 
 
@@ -49,7 +51,7 @@ def _comparison_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
     """User errors exit with a message, no traceback."""
     logging.basicConfig(format="%(message)s")
-    try:
+    with exit_with_message():
         if argv[:1] == ["compare"]:
             from cde_jax.evaluation.results import compare_runs
 
@@ -63,9 +65,6 @@ def main(argv: list[str]) -> None:
         options = {"kinds": flags.pop("context"), "seeds": flags.pop("context_seeds")}
         for text in evaluate(**flags, **options):
             print(text, flush=True)
-    except (ValueError, OSError, ImportError) as error:
-        logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 python -m cde_jax.export --workdir=DIR --out=DIR [--corpus=FILE] [--seed=0] [--noonnx]
 """
 
-import logging
-import sys
 from pathlib import Path
 
 from absl import app, flags
+
+from cde_jax.commands import exit_with_message
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished run: its export/ is read")
 _OUT = flags.DEFINE_string("out", None, "Directory to write; an older export there is replaced")
@@ -23,11 +23,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     corpus = None if _CORPUS.value is None else Path(_CORPUS.value)
-    try:
+    with exit_with_message():
         print(export_run(Path(_WORKDIR.value), Path(_OUT.value), corpus, _SEED.value, _ONNX.value))
-    except (ValueError, OSError, ImportError) as error:
-        logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ python -m cde_jax.figures NAME --model EXPORT --data BEIR_FOLDER... --out DIR [-
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
+
+from cde_jax.commands import exit_with_message
 
 
 def main(argv: list[str]) -> None:
@@ -28,12 +29,9 @@ def main(argv: list[str]) -> None:
     add("--out", required=True, type=Path, help="where NAME.svg and NAME.csv are written")
     add("--seeds", type=int, default=3, help="samples of context documents")
     a = parser.parse_args(argv)
-    try:
+    with exit_with_message():
         figure, path = make(a.name, a.out, a.model, a.data, a.workdir, a.seeds)
         print(f"{figure.title}\n{path}")
-    except (ValueError, OSError, ImportError) as error:
-        logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

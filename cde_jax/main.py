@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from cde_jax import deterministic_gpu
+from cde_jax.commands import exit_with_message
 from cde_jax.config import from_config_dict, is_setting, unknown_setting
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/demo.py:isolated,clustered")
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     logging.getLogger("cde_jax").setLevel(logging.INFO)
     if len(argv) > 1:
         sys.exit(f"error: unknown arguments {argv[1:]}: every setting is a flag, --config.SECTION.KEY=VALUE")
-    try:
+    with exit_with_message():
         config = from_config_dict(_CONFIG.value)  # checked before JAX is loaded
         if _STAGE.value in ("all", "train"):
             deterministic_gpu()
@@ -56,9 +57,6 @@ def main(argv: list[str]) -> None:
 
         for text in run.run(config, Path(_WORKDIR.value), _STAGE.value, rebuild=_REBUILD.value, engine=_ENGINE.value):
             print(text, flush=True)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        logging.getLogger("cde_jax").debug("the traceback", exc_info=True)
-        sys.exit(f"error: {error}")
 
 
 def _message(error: Exception) -> str:

@@ -35,3 +35,11 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"../shared/{relative} is not here: the reference numbers were not compared")
     return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The pairs and evaluation set of `tiny_run`."""
+    from tiny_run import write_data
+
+    return write_data(tmp_path_factory.mktemp("data"))

@@ -70,8 +70,8 @@ def data(tmp_path_factory):
 @pytest.fixture
 def divided(monkeypatch):
     """Local work of any size is divided."""
-    monkeypatch.setattr(prepare, "MUCH", 0)
-    monkeypatch.setattr(prepare, "MANY", 0)
+    monkeypatch.setattr(prepare, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(prepare, "PARALLEL_PAIRS", 0)
 
 
 @pytest.mark.parametrize("mined", [0, 5])
@@ -182,7 +182,7 @@ from tiny_run import get_config
 from cde_jax.stages import prepare, run
 
 if __name__ == "__main__":
-    prepare.MUCH = prepare.MANY = 0
+    prepare.PARALLEL_BYTES = prepare.PARALLEL_PAIRS = 0
     config = get_config(sys.argv[1])
     config.data.paths = (f"{sys.argv[1]}/pairs",)
     list(run.run(config, Path(sys.argv[2]), "prepare"))

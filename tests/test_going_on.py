@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_stages import bytes_of, config_of, go
-from tiny_run import write_data
 
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json
 from cde_jax.stages import run as stages
 from cde_jax.stages.evaluate import trained
 from cde_jax.stages.workdir import load_prepared
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cde_jax.batching.loader import _sizes, choose_layout, choose_lengths, count_lengths, split_by_length, to_chunks
+from cde_jax.batching.layout import choose_layout, choose_lengths, count_lengths, split_by_length, to_chunks
+from cde_jax.batching.loader import _sizes
 from cde_jax.data.store import Ragged
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=30).map(np.array)

@@ -309,7 +309,7 @@ def test_a_folder_that_may_not_be_written_is_no_obstacle(made, file, caplog, mon
     def full(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(loader_module, "write_json", full)
+    monkeypatch.setattr("cde_jax.batching.layout.write_json", full)
     assert Loader(*made, **OPTIONS, layouts_file=file).layouts
     assert "layouts are not kept for the next start: the disk is full" in caplog.text
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_batches import chunk_shapes
 from tiny_models import contextual_config
 
-from cde_jax.batching.loader import choose_layout, count_lengths
+from cde_jax.batching.layout import choose_layout, count_lengths
 from cde_jax.config import Train
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.training import sharding

@@ -13,7 +13,7 @@ from tiny_pairs import PLAN, bag_of_letters, tiny_pairs, tiny_plan, tiny_vectors
 from cde_jax.batching import build, tasks
 from cde_jax.batching.build import check_sizes
 from cde_jax.batching.plan import ARRAYS, BatchPlan
-from cde_jax.batching.surrogate import texts_fingerprint
+from cde_jax.batching.vectors import texts_fingerprint
 from cde_jax.config import Batching
 from cde_jax.data.store import StoreWriter
 

@@ -11,18 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_published
 from test_stages import ROOT, bytes_of, config_of, go
-from tiny_run import write_data
 
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import read_json
 from cde_jax.data.store import Store
 from cde_jax.data.tokens import Tokenizer
 from cde_jax.stages.workdir import load_prepared
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tiny_run import SIZES, get_config, texts, write_data, write_lines
 
 from cde_jax import Embedder
 from cde_jax.batching.plan import BatchPlan
-from cde_jax.batching.surrogate import texts_fingerprint
+from cde_jax.batching.vectors import texts_fingerprint
 from cde_jax.config import from_config_dict
 from cde_jax.data.files import fingerprint, read_json, write_json
 from cde_jax.data.store import Store
@@ -26,11 +26,6 @@ from cde_jax.stages.evaluate import trained as restore
 from cde_jax.stages.workdir import load_prepared
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def go(data, workdir, stage="all", *, rebuild=False, engine="local", **changes) -> list[str]:

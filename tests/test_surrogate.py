@@ -14,15 +14,8 @@ from tiny_pairs import tiny_pairs
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cde_jax.batching import surrogate
-from cde_jax.batching.surrogate import (
-    Lsa,
-    Texts,
-    check_surrogate,
-    identity,
-    lsa,
-    sentence_transformer,
-    write_vectors,
-)
+from cde_jax.batching.surrogate import Lsa, check_surrogate, identity, lsa, sentence_transformer
+from cde_jax.batching.vectors import Texts, write_vectors
 
 QUERIES = ["read a csv file", "write json to disk", "where the cat sat", "open a file", "plot a graph of nodes"]
 DOCUMENTS = ["csv: parses a file", "json: dumps to disk", "the dog and the cat sat", "opens files", "graph and nodes"]
@@ -50,6 +43,18 @@ def test_repeated_words_are_damped():
     vectors = lsa([], ["cat", "dog"], width=2, seed=0).encode(["cat dog", "cat cat cat cat cat cat dog"])
     count = 1 + np.log(6)
     assert vectors[0] @ vectors[1] == pytest.approx((count + 1) / np.sqrt(2 * (count**2 + 1)), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_features": 7}, {"vocabulary": ["file", "json", "nothing", "the"]}])
+def test_words_are_counted_as_scikit_learn_counts_them(options):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts = [*QUERIES, "", "the the the", *DOCUMENTS]
+    ours = surrogate._vectorizer(**options)
+    theirs = TfidfVectorizer(lowercase=True, sublinear_tf=True, dtype=np.float32, **options)
+    for ours_of, theirs_of in ((ours.fit_transform, theirs.fit_transform), (ours.transform, theirs.transform)):
+        np.testing.assert_array_equal(ours_of(texts).toarray(), theirs_of(texts).toarray())
+    assert ours.get_feature_names_out().tolist() == theirs.get_feature_names_out().tolist()
 
 
 def test_fitting_is_repeatable():
@@ -220,7 +225,7 @@ def test_minilm_vectors_are_those_of_the_library_and_go_on_after_an_error(tmp_pa
     spec = f"sentence-transformers:{folder}"
     pairs = tiny_pairs(tmp_path / "pairs")
     encoders = sentence_transformer(spec)
-    monkeypatch.setattr(surrogate, "BLOCK", 10)
+    monkeypatch.setattr("cde_jax.batching.vectors.BLOCK", 10)
     whole = write_vectors(tmp_path / "whole", pairs, encoders, name=spec, settings={})
     expected = sentence_transformers.SentenceTransformer(folder, device="cpu").encode(
         list(Texts(pairs.ragged("document_text"))), normalize_embeddings=True

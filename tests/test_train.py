@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 from test_stages import config_of, go
 from tiny_batches import step_batch
-from tiny_run import write_data
 
 from cde_jax.config import Config, Data, Evaluate, Model, Train, from_config_dict
 from cde_jax.data.files import read_json, write_json
@@ -32,11 +31,6 @@ from cde_jax.training.step import stream
 
 AUTO = {f"train__{name}": -1 for name in placement.CHUNKS}
 GIB = 2**30
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

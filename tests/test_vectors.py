@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny_pairs import bag_of_words, tiny_pairs
 
-from cde_jax.batching import surrogate
-from cde_jax.batching.surrogate import Texts, texts_fingerprint, vectors_fingerprint, write_vectors
+from cde_jax.batching import vectors as vectors_module
+from cde_jax.batching.vectors import Texts, texts_fingerprint, vectors_fingerprint, write_vectors
 from cde_jax.data.store import Store, StoreWriter
 
 TESTS = str(Path(__file__).parent)
@@ -47,7 +47,7 @@ def noting(encode, calls):
 @pytest.fixture
 def pairs(tmp_path, monkeypatch):
     """36 queries and 42 documents, in blocks of 5."""
-    monkeypatch.setattr(surrogate, "BLOCK", 5)
+    monkeypatch.setattr(vectors_module, "BLOCK", 5)
     return tiny_pairs(tmp_path / "pairs")
 
 
@@ -110,7 +110,7 @@ def test_the_fingerprint_covers_texts_model_and_settings_and_nothing_else(tmp_pa
 
 @pytest.mark.parametrize("zeros", [16, 15])
 def test_vectors_of_zeros_are_warned_of_and_refused_where_there_are_no_others(tmp_path, monkeypatch, caplog, zeros):
-    monkeypatch.setattr(surrogate, "BLOCK", 16)
+    monkeypatch.setattr(vectors_module, "BLOCK", 16)
     pairs = tiny_pairs(tmp_path / "pairs")
     empty = set(Texts(pairs.ragged("query_text"))[:zeros])
 
@@ -152,7 +152,7 @@ def test_models_of_two_widths_are_refused_before_anything_is_written(tmp_path, p
 
 
 def test_memory_stays_flat(tmp_path, monkeypatch):
-    monkeypatch.setattr(surrogate, "BLOCK", 64)
+    monkeypatch.setattr(vectors_module, "BLOCK", 64)
     peaks = []
     for size in (200, 1600):
         pairs = tiny_pairs(tmp_path / f"pairs{size}", (size,))
@@ -167,7 +167,7 @@ def test_memory_stays_flat(tmp_path, monkeypatch):
 
 
 def test_an_error_keeps_what_is_encoded_and_the_next_run_goes_on(tmp_path, pairs, capsys, monkeypatch):
-    monkeypatch.setattr(surrogate, "BAR_AFTER", 0)
+    monkeypatch.setattr(vectors_module, "BAR_AFTER", 0)
     whole = write(tmp_path / "whole", pairs)
     with pytest.raises(RuntimeError):
         write(tmp_path / "v", pairs, failing(padded_words, after=2 + 10))
@@ -240,7 +240,7 @@ import os, random, resource, signal
 from pathlib import Path
 from test_vectors import padded_words
 from tiny_pairs import tiny_pairs
-from cde_jax.batching import surrogate
+from cde_jax.batching import vectors as vectors_module
 from cde_jax.data import files, store
 
 def dying(function):
@@ -264,14 +264,14 @@ def write(folder, kill_at=0):
     child = os.fork()
     if child == 0:
         left = kill_at
-        surrogate.write_vectors(folder, pairs, padded_words, name="words", settings={})
+        vectors_module.write_vectors(folder, pairs, padded_words, name="words", settings={})
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     assert status in (0, signal.SIGKILL), status
     return status == 0
 
 folder = Path(sys.argv[1])
-surrogate.BLOCK = int(sys.argv[2])
+vectors_module.BLOCK = int(sys.argv[2])
 pairs = store.Store.open(folder / "pairs")
 """
 
@@ -302,7 +302,7 @@ print([write(folder / "v", random.randrange(20, 60)) for _ in range(20)].index(T
     done = run(KILLED + more, tmp_path, 9)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3
-    monkeypatch.setattr(surrogate, "BLOCK", 9)
+    monkeypatch.setattr(vectors_module, "BLOCK", 9)
     assert bytes_of(tmp_path / "v") == bytes_of(write(tmp_path / "whole", pairs).directory)
 
 
@@ -314,13 +314,13 @@ def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, pairs, monkeypat
     more = f"""
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    surrogate.write_vectors(folder / "v", pairs, padded_words, name="words", settings=dict())
+    vectors_module.write_vectors(folder / "v", pairs, padded_words, name="words", settings=dict())
 except OSError as error:
     print(error)
 """
     said = run(KILLED + more, tmp_path, 9).stdout
     assert "free some space" in said and file in said
-    monkeypatch.setattr(surrogate, "BLOCK", 9)
+    monkeypatch.setattr(vectors_module, "BLOCK", 9)
     calls = []
     store = write(tmp_path / "v", pairs, noting(padded_words, calls))
     assert sum(map(len, calls[2:])) == encoded

@@ -13,17 +13,11 @@ import pytest
 from test_stages import ROOT, bytes_of, config_of, go
 from tiny_run import write_data, write_lines
 
-from cde_jax.batching import surrogate
 from cde_jax.config import Train, from_config_dict
 from cde_jax.data.files import read_json, write_json
 from cde_jax.stages.assemble import run_identity
 from cde_jax.stages.train import check_steps
 from cde_jax.stages.workdir import load_prepared, locked, read_record
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +137,7 @@ def test_checkpoints_stay_where_a_rebuild_changes_nothing_they_are_tied_to(data,
 def test_work_directories_share_vectors_by_their_content(data, done, tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     go(data, tmp_path / "first", "prepare", batching__vectors_cache=cache)
-    monkeypatch.setattr(surrogate, "write_vectors", lambda *_, **__: pytest.fail("vectors are encoded again"))
+    monkeypatch.setattr(prepare, "write_vectors", lambda *_, **__: pytest.fail("vectors are encoded again"))
     go(data, tmp_path / "second", "prepare", batching__vectors_cache=cache, batching__batch_size=8)
     for name in ("store/vectors", "store/lsa"):
         assert bytes_of(tmp_path / "second" / name) == bytes_of(done / name)
@@ -242,7 +236,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(data, workdir, tmp_path):
 
 
 def test_pairs_are_checked_as_soon_as_they_are_counted(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(surrogate, "write_vectors", lambda *_, **__: pytest.fail("vectors are encoded"))
+    monkeypatch.setattr(prepare, "write_vectors", lambda *_, **__: pytest.fail("vectors are encoded"))
     cases = [
         ({"batching__batch_size": 500}, "500"),
         ({"batching__cluster_size": 500}, "cluster_size"),

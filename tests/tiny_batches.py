@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_models import VOCABULARY
 
-from cde_jax.batching.loader import Layout, choose_layout, count_lengths, to_chunks
+from cde_jax.batching.layout import Layout, choose_layout, count_lengths, to_chunks
 
 G, B, HARD, J, LONGEST = 8, 4, 1, 3, 24
 STEPS = 4  # all of one layout

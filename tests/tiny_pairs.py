@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 
 from cde_jax.batching.build import build_plan
-from cde_jax.batching.surrogate import write_vectors
+from cde_jax.batching.vectors import write_vectors
 from cde_jax.config import Batching
 from cde_jax.data.files import fingerprint
 from cde_jax.data.store import StoreWriter

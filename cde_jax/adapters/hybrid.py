@@ -167,8 +167,8 @@ class HybridVectors:
         corpus, nothing, scores = Corpus(documents), np.full((len(grades), 1), -1), []
         for weight in (weights := (None, *WEIGHTS, *LARGER_WEIGHTS)):
             queries = self.with_weight(weight).transform_queries(vectors, texts)
-            found = corpus.hardest({"query": None}, queries, nothing, CUTOFFS[-1], "linear")
-            scores.append(ndcg(found, list(grades.values()))[:, -1])
+            best = corpus.hardest({"query": None}, queries, nothing, CUTOFFS[-1], "linear")
+            scores.append(ndcg(best, list(grades.values()))[:, -1])
         return self.with_weight(weights[best_choice(np.stack(scores, axis=1))])
 
     def save(self, path: str | Path) -> None:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from cde_jax.batching import negatives, pack, tasks
 from cde_jax.batching.plan import BatchPlan, decompressed
 from cde_jax.batching.summary import summarize
-from cde_jax.batching.surrogate import texts_fingerprint
 from cde_jax.batching.tasks import Inputs
+from cde_jax.batching.vectors import texts_fingerprint
 from cde_jax.config import Batching
 from cde_jax.data import shards
 from cde_jax.data.files import fingerprint
@@ -134,10 +134,10 @@ def cluster_groups(
     clustered = list(groups)
     made = map_tasks(tasks.cluster, [(source, i) for i in chosen])  # the largest first: they take the longest
     for i, part in zip(chosen, made, strict=True):
-        found = shards.read(part)
-        used, assignments = np.unique(found["assignments"], return_inverse=True)
-        objective = float(found["objective"][0]) if inputs.settings.method == "clustered" else None
-        group = groups[i]._replace(assignments=assignments, empty=int(found["clusters"][0]) - len(used))
+        arrays = shards.read(part)
+        used, assignments = np.unique(arrays["assignments"], return_inverse=True)
+        objective = float(arrays["objective"][0]) if inputs.settings.method == "clustered" else None
+        group = groups[i]._replace(assignments=assignments, empty=int(arrays["clusters"][0]) - len(used))
         if inputs.settings.packing == "tsp":
             means = pack.document_centroids(inputs.vectors.documents, assignments, group.rows)
             group = group._replace(centroids=means)
@@ -187,12 +187,12 @@ def plan_arrays(
                 for part in parts
             ]
             for part, made in zip(parts, map_tasks(tasks.finish_batches, todo), strict=True):
-                found = shards.read(made)
-                masks = Ragged(found["masks"], found["offsets"])
+                arrays = shards.read(made)
+                masks = Ragged(arrays["masks"], arrays["offsets"])
                 for i, number in enumerate(numbers[part].tolist()):
-                    yield "hard_negatives", found["hard_negatives"][i : i + 1]
+                    yield "hard_negatives", arrays["hard_negatives"][i : i + 1]
                     yield "masks", masks.row(i)
-                    difficulty[number] += found["sums"][i]
+                    difficulty[number] += arrays["sums"][i]
                     bar.update()
             step += len(rows)
 

@@ -83,14 +83,14 @@ class TextKeys:
     def _positives_among(
         self, rows: Int[np.ndarray, " B"], documents: Int[np.ndarray, " N"]
     ) -> Bool[np.ndarray, "B N"]:
-        found = np.zeros((len(rows), len(documents)), bool)
+        positive = np.zeros((len(rows), len(documents)), bool)
         queries, texts = self.queries[rows], self.documents[documents]
         order = np.argsort(texts, kind="stable")
-        row, positive = _ranges(np.searchsorted(self.positives, [queries * self.count, (queries + 1) * self.count]))
-        texts_of = self.positives[positive] % self.count
+        row, index = _ranges(np.searchsorted(self.positives, [queries * self.count, (queries + 1) * self.count]))
+        texts_of = self.positives[index] % self.count
         at, place = _ranges(np.stack([np.searchsorted(texts, texts_of, s, sorter=order) for s in ("left", "right")]))
-        found[row[at], order[place]] = True
-        return found
+        positive[row[at], order[place]] = True
+        return positive
 
     def positive_texts(self, rows: Int[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         """The number of different texts among the positives of each pair's query."""

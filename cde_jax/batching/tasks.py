@@ -95,12 +95,12 @@ def cluster(task: tuple[Source, int]) -> shards.Arrays | Path:
 
 def _cluster(inputs: Inputs, group: int) -> shards.Arrays:
     rows = inputs.groups[group]
-    found = Clusters(np.zeros(len(rows), np.int64), np.zeros((1, 0), np.float32), np.nan)
+    clusters = Clusters(np.zeros(len(rows), np.int64), np.zeros((1, 0), np.float32), np.nan)
     if inputs.settings.method == "clustered":
         number = sum(len(each) > 0 for each in inputs.groups[:group])
-        found = cluster_domain(inputs.vectors, rows, number, inputs.settings, inputs.seed)
-    arrays = {"clusters": np.array([len(found.centroids)]), "objective": np.array([found.objective], np.float64)}
-    return arrays | {"assignments": found.assignments}
+        clusters = cluster_domain(inputs.vectors, rows, number, inputs.settings, inputs.seed)
+    arrays = {"clusters": np.array([len(clusters.centroids)]), "objective": np.array([clusters.objective], np.float64)}
+    return arrays | {"assignments": clusters.assignments}
 
 
 def mine(task: tuple[Source, int]) -> shards.Arrays | Path:
@@ -110,8 +110,8 @@ def mine(task: tuple[Source, int]) -> shards.Arrays | Path:
 
 def _mine(inputs: Inputs, group: int) -> shards.Arrays:
     rows = inputs.groups[group]
-    found = negatives.mine_hard_negatives(inputs.filter_vectors, rows, inputs.keys, inputs.settings, inputs.seed)
-    return {"mined": found}
+    mined = negatives.mine_hard_negatives(inputs.filter_vectors, rows, inputs.keys, inputs.settings, inputs.seed)
+    return {"mined": mined}
 
 
 def finish_batches(task: Batches) -> shards.Arrays | Path:

@@ -104,19 +104,19 @@ class Texts:
                     yield from json.loads(text)[1:3]
 
 
-def first_ones(paths: Sequence[Path]) -> Bool[np.ndarray, " n"]:
+def first_occurrences(paths: Sequence[Path]) -> Bool[np.ndarray, " n"]:
     """Of the pairs of all parts, in order: False where both texts were there before, as `clean` compares them."""
     parts = [Store.open(path, verify=False) for path in paths]
     sizes = [len(part.array("query_key")) for part in parts]
-    first, several = np.ones(sum(sizes), bool), np.uint64(-(-sum(sizes) // KEYS) or 1)
+    first, residues = np.ones(sum(sizes), bool), np.uint64(-(-sum(sizes) // KEYS) or 1)
     starts = np.cumsum([0, *sizes])
-    for residue in range(int(several)):  # equal pairs have equal residues
-        found = [np.flatnonzero(part.array("query_key") % several == residue) for part in parts]
+    for residue in range(int(residues)):  # equal pairs have equal residues
+        rows = [np.flatnonzero(part.array("query_key") % residues == residue) for part in parts]
         queries, documents = (
-            np.concatenate([part.array(name)[at] for part, at in zip(parts, found, strict=True)])
+            np.concatenate([part.array(name)[at] for part, at in zip(parts, rows, strict=True)])
             for name in ("query_key", "document_key")
         )
-        places = np.concatenate([start + at for start, at in zip(starts, found, strict=False)])
+        places = np.concatenate([start + at for start, at in zip(starts, rows, strict=False)])
         order = np.lexsort((documents, queries))  # stable: of equal ones the first in front
         same = (np.diff(queries[order]) == 0) & (np.diff(documents[order]) == 0)
         first[places[order[1:][same]]] = False
@@ -154,8 +154,8 @@ def _tokenize(task: _Blocks) -> Path:
             append_texts(queries, documents, block, rules)
             numbers = {name: number for number, name in enumerate(domains)}
             writer.append("domain", np.array([numbers[pair.domain] for pair in block], np.int32))
-        found = {"domains": list(domains), "queries": queries.counted(), "documents": documents.counted()}
-        writer.finish({"fingerprint": task.digest} | found)
+        summary = {"domains": list(domains), "queries": queries.counted(), "documents": documents.counted()}
+        writer.finish({"fingerprint": task.digest} | summary)
     return task.path
 
 
@@ -163,9 +163,9 @@ def _kept(part: Store, blocks: range, first: bytes) -> Iterator[list[bytes]]:
     """The lines that are kept, block by block."""
     keep = np.unpackbits(np.frombuffer(first, np.uint8)).view(bool)
     for number, block in enumerate(blocks):
-        found = lines(part, block)
-        mask = keep[number * BLOCK : number * BLOCK + len(found)]
-        yield [text for text, kept in zip(found, mask.tolist(), strict=True) if kept]
+        texts = lines(part, block)
+        mask = keep[number * BLOCK : number * BLOCK + len(texts)]
+        yield [text for text, kept in zip(texts, mask.tolist(), strict=True) if kept]
 
 
 def _pair(text: bytes) -> Pair:
@@ -189,14 +189,14 @@ def write_parts(
 
     folder: of the shards. tokenizer: the folder of that of the rules. counts gains what `clean` counts.
     """
-    first, tasks = first_ones(paths), []
+    first, tasks = first_occurrences(paths), []
     for number, path in enumerate(paths):
         part = Store.open(path, verify=False)
         dropped = part.array("dropped")
         kept, first = first[: len(dropped)], first[len(dropped) :]
-        found = {"read": len(kept), EQUAL: dropped[kept].sum(), "kept": np.count_nonzero(kept)}
-        found |= {"duplicate pairs": len(kept) - found["kept"]} if not kept.all() else {}
-        for name, count in found.items():
+        tally = {"read": len(kept), EQUAL: dropped[kept].sum(), "kept": np.count_nonzero(kept)}
+        tally |= {"duplicate pairs": len(kept) - tally["kept"]} if not kept.all() else {}
+        for name, count in tally.items():
             counts[name] = counts.get(name, 0) + int(count)
         for name, entries in part.manifest["log"].items():
             getattr(inputs, name).update(entries)

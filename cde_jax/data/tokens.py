@@ -94,11 +94,11 @@ class Tokenizer:
         self.specials = dict(specials)
         self.pad_id = backend.token_to_id(pad)
         self.unknown_id = backend.token_to_id(specials["unk_token"]) if "unk_token" in specials else None
-        one = backend.encode("a")
-        marks = one.special_tokens_mask
+        sample = backend.encode("a")
+        marks = sample.special_tokens_mask
         self._before = next((i for i, mark in enumerate(marks) if not mark), len(marks))
         self._after = next((i for i, mark in enumerate(reversed(marks)) if not mark), len(marks))
-        self._ends = one.ids[: self._before], one.ids[len(marks) - self._after :]  # of every text
+        self._ends = sample.ids[: self._before], sample.ids[len(marks) - self._after :]  # of every text
         self._words: dict[str, list[int]] = {}  # ids of what stands between spaces
         self._word_by_word = _is_bert(backend)
 
@@ -252,15 +252,15 @@ def _words(texts: Iterable[str], normalizer: Any, pieces: Any) -> Iterator[str]:
 
 def _count_characters(texts: Iterable[str], normalize: Callable[[str], str]) -> Counter[str]:
     """How often each character occurs in the normalised texts; BERT's normalizer acts on each character by itself."""
-    texts, found = iter(texts), np.zeros(sys.maxunicode + 1, np.int64)
+    texts, totals = iter(texts), np.zeros(sys.maxunicode + 1, np.int64)
     while block := "".join(islice(texts, _TEXTS)):
         codes = np.frombuffer(block.encode("utf-32-le", "surrogatepass"), np.uint32)
         count = np.bincount(codes)
-        found[: len(count)] += count
+        totals[: len(count)] += count
     counts: Counter[str] = Counter()
-    for code in np.flatnonzero(found).tolist():
+    for code in np.flatnonzero(totals).tolist():
         for character in normalize(chr(code)):
-            counts[character] += int(found[code])
+            counts[character] += int(totals[code])
     return counts
 
 

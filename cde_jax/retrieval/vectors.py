@@ -7,8 +7,7 @@ prefix, type, dimensions. Vectors that differ in it cannot be compared, and are 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from cde_jax.data.files import explain_os_errors, given_path, new_file
+from cde_jax.data.sources.huggingface import open_parquet
 from cde_jax.data.store import unit_rows
 
 FORMAT = "cde_jax vectors 1"
@@ -92,7 +92,7 @@ def vector_files(folder: Path) -> list[Path]:
 
 def read_metadata(path: Path) -> tuple[dict[str, Any], str]:
     """What decides the vectors of a file, and the digest of its input file. Raises ValueError for another file."""
-    with _opened(path) as file:
+    with open_parquet(path, "delete it and encode again") as file:
         metadata = _described(file.schema_arrow)
     if metadata.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: expected vectors of `python -m cde_jax.encode`, found another file; move it away")
@@ -144,15 +144,3 @@ def write_vectors(
             if writer is not None:
                 writer.close()
     return count
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            yield file
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not readable as Parquet ({error}); delete it and encode again") from None

@@ -185,6 +185,9 @@ def make_training(config: Config, model: Encoder, steps: int) -> Training:
     t = config.train
     mesh = sharding.make_mesh(t.mesh)
     optimizer, schedule = make_optimizer(t, steps)
-    graph, state = init_state(model, optimizer, t)
+    graph, params = nnx.split(model, nnx.Param)
+    # Split first: the optimiser's state, twice as large, is then made where it stays.
+    params = sharding.shard_state(mesh, params)
+    state = sharding.make_state(mesh, lambda params: init_state(nnx.merge(graph, params), optimizer, t)[1], params)
     step = make_train_step(graph, optimizer, schedule, t, mesh)
-    return Training(mesh, graph, sharding.shard_state(mesh, state), step, steps)
+    return Training(mesh, graph, state, step, steps)

@@ -17,6 +17,7 @@ from cde_jax.data.sources.huggingface import parquet_columns, parquet_rows
 from cde_jax.data.sources.jsonl import json_lines
 from cde_jax.retrieval.embedder import Context, Embedder
 from cde_jax.retrieval.vectors import DTYPES, check_same, read_metadata, vector_files, write_vectors
+from cde_jax.stages.engines import check_engine
 from cde_jax.stages.workdir import locked
 
 _ENDING = re.compile(r"\.(parquet|jsonl|json)(\.gz)?$", re.IGNORECASE)
@@ -39,6 +40,7 @@ def encode(inputs: Sequence[str], output: Path, *, engine: str = "local", **sett
     anything is encoded, for settings that do not fit each other or what is in `output`; and, when all others are
     finished, for input files that could not be read.
     """
+    check_engine(engine)
     files, output = _files(inputs), given_path(output, "--output").absolute()
     with locked(output):
         start, reports = time.perf_counter(), []
@@ -84,21 +86,21 @@ class FileEncoder:
             raise ValueError("these weights have no null embedding: give a --context")
         width = next(self.embedder.encode_stream([], context, side=side)).shape[1]
         transformed = adapter is not None or (context is not None and (context.whitening or context.hybrid) is not None)
-        trained = () if transformed else getattr(embedder.config, "matryoshka", ())
-        if dimensions not in (None, width, *trained):
+        sizes = (width,) if transformed else embedder.dimensions
+        if dimensions not in (None, *sizes):
             raise ValueError(
-                f"--dimensions: expected {' or '.join(map(str, (*trained, width)))}, got {dimensions}: only vectors of "
+                f"--dimensions: expected {' or '.join(map(str, sizes))}, got {dimensions}: only vectors of "
                 "a model that was trained with train.matryoshka may be cut, to these sizes, and no whitened, adapted "
                 "or hybrid ones"
             )
-        one, settings = "query" if side == "queries" else "document", embedder.settings
+        kind, settings = "query" if side == "queries" else "document", embedder.settings
         self.metadata = {
             "weights": embedder.weights,
             "context": None if context is None else context.fingerprint,
             "adapter": None if adapter is None else file_digest(adapter),
             "side": side,
-            "prefix": getattr(settings, f"{one}_prefix"),
-            "length": getattr(settings, f"{one}_length"),
+            "prefix": getattr(settings, f"{kind}_prefix"),
+            "length": getattr(settings, f"{kind}_length"),
             "dtype": dtype,
             "dimensions": dimensions or width,
         }
@@ -140,11 +142,8 @@ def _on_ray(files: dict[str, Path], output: Path, settings: dict[str, Any]) -> I
     Only names and reports go through Ray. Its own checkpoints are by row, and keep every finished id in memory; ours
     are the finished files.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise ImportError("--engine=ray needs Ray: pip install 'cde_jax[ray]'") from None
+    import ray
+    import ray.data
 
     class Actor:
         def __init__(self):
@@ -157,9 +156,9 @@ def _on_ray(files: dict[str, Path], output: Path, settings: dict[str, Any]) -> I
     if not ray.is_initialized():
         ray.init(log_to_driver=False)  # RAY_ADDRESS names a cluster; without it, this machine
     ray.data.DataContext.get_current().enable_progress_bars = False
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0))
-    actors = ray.data.ActorPoolStrategy(size=min(len(files), gpus or int(there["CPU"])))
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    actors = ray.data.ActorPoolStrategy(size=min(len(files), gpus or int(resources["CPU"])))
     rows = [{"name": name, "path": str(path.absolute())} for name, path in files.items()]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     options = {"num_gpus": 1} if gpus else {"num_cpus": 1}
@@ -167,8 +166,8 @@ def _on_ray(files: dict[str, Path], output: Path, settings: dict[str, Any]) -> I
         for row in data.map_batches(Actor, batch_size=1, compute=actors, **options).iter_rows():
             yield Report(**row)
     except ray.exceptions.RayError as error:
-        if found := re.findall(r"^(?:ValueError|ImportError): (.*)", str(error), re.MULTILINE):
-            raise ValueError(found[-1]) from None
+        if messages := re.findall(r"^(?:ValueError|ImportError): (.*)", str(error), re.MULTILINE):
+            raise ValueError(messages[-1]) from None
         raise
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from cde_jax.batching.loader import MIN_POSITIONS
+from cde_jax.batching.layout import MIN_POSITIONS
 from cde_jax.config import AUTO, Config, affected, flatten
 from cde_jax.data.files import fingerprint
 from cde_jax.stages import workdir as work
 from cde_jax.stages.assemble import USEFUL_POSITIONS, abstract_model, make_loader, run_identity, run_slots
 from cde_jax.training import sharding
 from cde_jax.training.accounting import choose_chunk, device_limit, program_bytes
+from cde_jax.training.processes import broadcast
 from cde_jax.training.step import init_state, make_optimizer, make_train_step, stream
 
 CHUNKS = ("document_chunk", "context_chunk")
@@ -49,12 +50,12 @@ def choose_placement(config: Config, workdir: Path, prepared: work.Prepared) -> 
     same_place = fingerprint(recorded.get("placement")) == fingerprint(placement(config))
     if recorded["identity"] == run_identity(config, prepared.plan) and same_place:
         return chosen(recorded["remat"], recorded["chunks"])
-    limit = device_limit(jax.local_devices()[0], config.train.memory_gib)
+    limit = broadcast(device_limit(jax.local_devices()[0], config.train.memory_gib))  # so that all choose the same
     lengths_of_texts = make_loader(chosen("auto", dict.fromkeys(auto, 1)), prepared.plan, prepared.pairs).lengths
 
     def needs(remat: str, chunk: int, lengths: int = 1) -> int:
         candidate = chosen(remat, dict.fromkeys(auto, chunk), text_lengths=lengths)
-        loader = make_loader(candidate, prepared.plan, prepared.pairs, layouts_file=workdir / work.LAYOUTS)
+        loader = make_loader(candidate, prepared.plan, prepared.pairs)
         loader.lengths = lengths_of_texts  # the plan is gone through once
         batch = loader.batch(0)
         del batch["plan_batch"]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from cde_jax.batching import surrogate
 from cde_jax.batching.build import build_plan, check_sizes
 from cde_jax.batching.plan import BatchPlan
+from cde_jax.batching.vectors import Loaded, Texts, texts_fingerprint, vectors_fingerprint, write_vectors
 from cde_jax.config import Config
 from cde_jax.data import parts, shards
 from cde_jax.data.files import NewFolder, fingerprint
@@ -32,8 +33,8 @@ from cde_jax.stages.engines import open_engine
 log = logging.getLogger(__name__)
 
 # From these on local tasks run in other processes, which take seconds to start:
-MUCH = 2**23  # bytes of the source's files
-MANY = 20_000  # pairs
+PARALLEL_BYTES = 2**23  # of the source's files
+PARALLEL_PAIRS = 20_000
 
 
 class Source(NamedTuple):
@@ -61,7 +62,7 @@ def open_source(config: Config, workdir: Path) -> Source:
     Models whose work is done (vectors, tokenizer of the work directory) need not be there any more.
     """
     d, b, prefixes, counts = config.data, config.batching, {}, Counter()
-    divided, files = None, []
+    read_parts, files = None, []
     if not (workdir / work.VECTORS).exists():
         surrogate.check_surrogate(b.surrogate, b.surrogate_prompts)
     if not (b.filter_is_surrogate or (workdir / work.FILTER_VECTORS).exists()):
@@ -70,7 +71,7 @@ def open_source(config: Config, workdir: Path) -> Source:
         _check_vocabulary(config, Tokenizer.load(d.tokenizer).vocab_size)
     if d.source == "jsonl":
         read, inputs = partial(jsonl.read_pairs, d.paths), jsonl.identity(d.paths)
-        divided, files = partial(jsonl.parts, d.paths), jsonl.find(d.paths).values()
+        read_parts, files = partial(jsonl.parts, d.paths), jsonl.find(d.paths).values()
     elif d.source == "huggingface":
         read, inputs = partial(huggingface.read_pairs, d.paths, d.columns), huggingface.identity(d.paths)
     elif d.source == "tfds":
@@ -79,7 +80,7 @@ def open_source(config: Config, workdir: Path) -> Source:
         read = partial(tfds_pairs.read_pairs, d.collections, d.paths[0], workdir / work.COLLECTIONS)
         inputs, prefixes = tfds_pairs.identity(d.collections, d.paths[0]), collections.prefixes(d.collections)
         cache = (workdir / work.COLLECTIONS).absolute()
-        divided = partial(tfds_pairs.parts, d.collections, d.paths[0], cache)
+        read_parts = partial(tfds_pairs.parts, d.collections, d.paths[0], cache)
         files = tfds_pairs.files_of(d.collections, d.paths[0])
     else:
         packages = docstrings.core_packages() if d.packages == "core" else docstrings.installed_packages()
@@ -87,7 +88,7 @@ def open_source(config: Config, workdir: Path) -> Source:
             raise ValueError(f"data.held_out names {missing}, which are not among the {d.packages} packages {packages}")
         read = partial(docstrings.read_pairs, packages, standard_library=d.standard_library, counts=counts)
         inputs = docstrings.identity(packages, d.standard_library)
-    return Source(read, inputs, prefixes, counts, divided, sum(file.stat().st_size for file in files))
+    return Source(read, inputs, prefixes, counts, read_parts, sum(file.stat().st_size for file in files))
 
 
 def prepare(
@@ -117,8 +118,8 @@ def _prepare(
     beside = [work.TOKENIZER, *(f"{work.SETS}/{name}" for name in d.held_out if d.source == "docstrings")]
     pairs = keep("pairs are there and fit", work.PAIRS, _load_store, "pairs", {"source": identity}, beside)
     if not pairs:
-        divided = source.parts and (engine == "ray" or source.size >= MUCH)
-        pairs = (partial(_make_parts, run) if divided else _make_pairs)(config, workdir, source, identity)
+        in_parts = source.parts and (engine == "ray" or source.size >= PARALLEL_BYTES)
+        pairs = (partial(_make_parts, run) if in_parts else _make_pairs)(config, workdir, source, identity)
     vocab_size = pairs.manifest["vocab_size"]
     _check_vocabulary(config, vocab_size)
     batches = check_sizes(b, {domain["name"]: domain["pairs"] for domain in pairs.manifest["domains"]})
@@ -132,7 +133,7 @@ def _prepare(
         beside = [work.LSA] if v.surrogate == "lsa" else []
         stores.append(keep("vectors are there and fit", v.folder, _load_store, "vectors", v.identity, beside))
     plan = keep("the plan is there and fits", work.PLAN, _load_plan, config, pairs, wanted)
-    map_tasks = run if engine == "ray" or pairs.manifest["pairs"] >= MANY else map
+    map_tasks = run if engine == "ray" or pairs.manifest["pairs"] >= PARALLEL_PAIRS else map
     for i, v in enumerate(wanted):  # only now: a plan that does not fit is refused before hours of work
         stores[i] = stores[i] or _make_vectors(b.vectors_cache, workdir, pairs, v, engine, map_tasks)
     if plan is None:
@@ -255,10 +256,10 @@ def _surrogates(config: Config, workdir: Path, pairs: Store) -> list[_Vectors]:
             settings["files"] = recorded["settings"].get("files", {})
         if name == "lsa":
             settings = {"width": b.surrogate_width, "seed": config.seed}
-        identity = {"texts": surrogate.texts_fingerprint(pairs), "settings": settings}
+        identity = {"texts": texts_fingerprint(pairs), "settings": settings}
         if not settings.get("files"):  # a folder may move: its files are compared
             identity["surrogate"] = name
-        identity["fingerprint"] = surrogate.vectors_fingerprint(pairs, name, settings)
+        identity["fingerprint"] = vectors_fingerprint(pairs, name, settings)
         vectors.append(_Vectors(folder, name, identity))
     return vectors
 
@@ -286,24 +287,24 @@ def _make_vectors(
             encode = embedder.encode_queries, embedder.encode_documents
         else:
             arguments, devices = (name, tuple(settings["prompts"]), settings.get("dtype", "auto")), surrogate.gpus()
-            encode = tuple(surrogate.Loaded(surrogate.sentence_transformer, arguments, side) for side in (0, 1))
+            encode = tuple(Loaded(surrogate.sentence_transformer, arguments, side) for side in (0, 1))
             if devices > 1 or engine == "ray":
                 map_tasks = stack.enter_context(open_engine(engine, devices=devices))
             else:  # PyTorch uses all cores by itself
                 map_tasks = map
-        store = surrogate.write_vectors(folder, pairs, encode, name=name, settings=settings, map_tasks=map_tasks)
+        store = write_vectors(folder, pairs, encode, name=name, settings=settings, map_tasks=map_tasks)
     for made, copy in copies.items() if cache else ():
         _copy_store(made, copy)
     return store
 
 
-def _lsa(workdir: Path, pairs: Store, settings: dict[str, Any]) -> tuple[surrogate.Loaded, surrogate.Loaded]:
+def _lsa(workdir: Path, pairs: Store, settings: dict[str, Any]) -> tuple[Loaded, Loaded]:
     """The functions of an LSA fitted on the pairs, which is saved."""
     folder = (workdir / work.LSA).absolute()
-    texts = (surrogate.Texts(pairs.ragged(side)) for side in ("query_text", "document_text"))
+    texts = (Texts(pairs.ragged(side)) for side in ("query_text", "document_text"))
     surrogate.lsa(*texts, **settings).save(folder)
     arguments = str(folder), Store.open(folder, verify=False).fingerprint
-    return tuple(surrogate.Loaded(surrogate.load_lsa, arguments, side) for side in (0, 1))
+    return tuple(Loaded(surrogate.load_lsa, arguments, side) for side in (0, 1))
 
 
 def _copy_store(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from cde_jax.data.sources import beir
 from cde_jax.evaluation import metrics
 from cde_jax.stages import assemble, evaluate, export, report, train
 from cde_jax.stages import workdir as work
-from cde_jax.training.processes import is_first, lost, together
+from cde_jax.training.processes import barrier, explain_lost_processes, is_first
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def run(
     stages = STAGES if stage == "all" else (stage,)
     config = from_config_dict(config)
     cache_programs()
-    with lost(), ExitStack() as held:
-        with together():  # of several processes the first one prepares
+    with explain_lost_processes(), ExitStack() as held:
+        with barrier():  # of several processes the first one prepares
             if is_first():
                 make = _check_inputs(config, workdir, stages, rebuild, engine)
                 held.enter_context(work.locked(workdir))
@@ -59,7 +59,7 @@ def run(
             prepared = prepared if is_first() else work.load_prepared(config, workdir)
             if not train.train(config, workdir, prepared):
                 return
-        with together():
+        with barrier():
             if is_first() and {"rank", "evaluate", "export"} & set(stages):
                 yield from _use(config, workdir, prepared, stages)
 

@@ -38,7 +38,7 @@ from cde_jax.stages.placement import CHUNKS, choose_placement, placement
 from cde_jax.training import loop, sharding
 from cde_jax.training.accounting import GIB, device_limit
 from cde_jax.training.checkpoint import Checkpoints
-from cde_jax.training.processes import is_first, of_first, together
+from cde_jax.training.processes import barrier, broadcast, is_first
 from cde_jax.training.step import TrainState, stream
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def train(config: Config, workdir: Path, prepared: work.Prepared) -> bool:
     """Train to the end, from the newest checkpoint if there is one; False if asked to stop before the end."""
     checkpoints = Checkpoints(workdir / work.CHECKPOINTS, run_identity(config, prepared.plan))
     try:
-        steps, newest = check_steps(config.train, len(prepared.plan)), of_first(checkpoints.newest())
+        steps, newest = check_steps(config.train, len(prepared.plan)), broadcast(checkpoints.newest())
         if newest is not None and newest >= steps:
             log.info("all %d steps are done: training is skipped", steps)
             return True
@@ -117,7 +117,7 @@ def _run(
     mesh, graph, state, step, steps = training
     encoder, device = nnx.merge(graph, state.params).encoder.config, jax.local_devices()[0]
     loader = make_loader(config, prepared.plan, prepared.pairs, layouts_file=workdir / work.LAYOUTS)
-    with together():
+    with barrier():
         if is_first():
             loader.layouts  # noqa: B018  (computed by one process, which keeps them in a file)
     chosen = {
@@ -146,12 +146,12 @@ def _run(
         weights, temperature, measured = state.weights, state.temperature(config.train), {}
         if jax.process_count() > 1:
             weights = jax.tree.map(sharding.on_host, weights)
-        with together():
+        with barrier():
             if is_first():
                 embedder = make_embedder(config, workdir, nnx.merge(graph, weights), prepared.tokenizer)
                 size, cutoff = config.batching.batch_size, config.evaluate.cutoff
                 measured = validation.validate(embedder, sets, config.seed, cutoff, size, temperature)
-        return of_first(measured)
+        return broadcast(measured)
 
     key, evaluate = sharding.replicate(mesh, stream(config.seed, "dropout")), validate if sets else None
     if jax.process_count() > 1:  # compiled before they meet in the loop: CPUs wait 30 s for the first collective

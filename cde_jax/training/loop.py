@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from cde_jax.config import Train
 from cde_jax.training.accounting import utilisation
 from cde_jax.training.checkpoint import Checkpoints
-from cde_jax.training.processes import is_first, together
+from cde_jax.training.processes import barrier, is_first
 from cde_jax.training.step import Batch, TrainState
 from cde_jax.training.tracking import wandb_writer
 
@@ -52,7 +52,7 @@ def run(
     """
     start = int(state.step)
     with ExitStack() as exit, ExitStack() as trace, _stop_requested() as stop:
-        with together():  # the first process loads TensorBoard's libraries, and may fail
+        with barrier():  # the first process loads TensorBoard's libraries, and may fail
             metrics = Metrics(workdir, start, steps, train, exit)
         pending = None  # the step before: its metrics are fetched while the next one runs, so that no device idles
         for done, batch in enumerate(batches(start, steps), start + 1):

@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they start, wait for the first one, and end together.
+"""Several processes that train one model: start, barrier, broadcast from process 0, and errors that end all of them.
 
 Process 0 alone writes (except for checkpoints' arrays) and does what is not training; all read the same work directory,
 on a file system that they share. Each function here is called by all processes, in the same order.
@@ -14,9 +14,11 @@ from typing import Any
 import jax
 from jax._src import distributed  # its client has no public name; Orbax takes it from here too
 
-_MEETINGS = itertools.count()
-LONGEST = 30 * 86400  # seconds that processes wait for each other while all of them live
-TIMEOUT = 30  # seconds after which a process that no longer answers counts as dead, and that the last ones wait at exit
+_COUNTER = itertools.count()
+LONGEST_WAIT = 30 * 86400  # seconds that processes wait for each other while all of them live
+HEARTBEAT = (
+    30  # seconds after which a process that no longer answers counts as dead, and that the last ones wait at exit
+)
 
 
 def start() -> None:
@@ -31,8 +33,8 @@ def start() -> None:
         jax.distributed.initialize(
             num_processes=count and int(count),
             process_id=index and int(index),
-            heartbeat_timeout_seconds=TIMEOUT,
-            shutdown_timeout_seconds=TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
@@ -47,36 +49,36 @@ def is_first() -> bool:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def barrier() -> Iterator[None]:
     """All processes wait for each other at the end of the body; where it fails in one, the others raise ValueError.
 
     They wait at a barrier of JAX's coordination service, for days if need be: devices would not wait so long.
     """
-    failed, meeting = True, f"cde_jax/{next(_MEETINGS)}"
+    failed, name = True, f"cde_jax/{next(_COUNTER)}"
     try:
         yield
         failed = False
     finally:
         if client := distributed.global_state.client:
             if failed:
-                client.key_value_set(f"{meeting}/{jax.process_index()}", "failed")
-            client.wait_at_barrier(meeting, LONGEST * 1000)
-    if client and client.key_value_dir_get(meeting):
+                client.key_value_set(f"{name}/{jax.process_index()}", "failed")
+            client.wait_at_barrier(name, LONGEST_WAIT * 1000)
+    if client and client.key_value_dir_get(name):
         raise ValueError("another process stopped with an error: its message says why")
 
 
-def of_first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Process 0's value, of JSON types."""
     if not (client := distributed.global_state.client):
         return value
-    key = f"cde_jax/{next(_MEETINGS)}"
+    key = f"cde_jax/{next(_COUNTER)}"
     if is_first():
         client.key_value_set(key, json.dumps(value))
-    return json.loads(client.blocking_key_value_get(key, LONGEST * 1000))
+    return json.loads(client.blocking_key_value_get(key, LONGEST_WAIT * 1000))
 
 
 @contextmanager
-def lost() -> Iterator[None]:
+def explain_lost_processes() -> Iterator[None]:
     """Say what it means when devices of other processes stop answering. Raises OSError."""
     try:
         yield

@@ -71,6 +71,11 @@ def shard_state(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(put, tree, state_shardings(mesh, tree))
 
 
+def make_state(mesh: Mesh, make: Callable[[Any], Any], params: Any) -> Any:
+    """`make(params)`, each array made on the devices that `state_shardings` puts it on."""
+    return jax.jit(make, out_shardings=state_shardings(mesh, jax.eval_shape(make, params)))(params)
+
+
 def keep_sharding(mesh: Mesh, tree: Any) -> Any:
     """`tree`, sharded as `state_shardings` says; for use in the jitted step."""
     return jax.lax.with_sharding_constraint(tree, state_shardings(mesh, tree))

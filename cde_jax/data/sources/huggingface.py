@@ -130,13 +130,13 @@ def texts(value: Any, name: str, place: str) -> list[str]:
 
 def parquet_columns(path: Path) -> list[str]:
     """Names of a Parquet file's columns."""
-    with _parquet(path) as file:
+    with open_parquet(path) as file:
         return file.schema_arrow.names
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file's columns, with a batch in memory at a time."""
-    with _parquet(path) as file:
+    with open_parquet(path) as file:
         names = file.schema_arrow.names
         if absent := [name for name in columns if name not in names]:
             raise ValueError(f"{path}: expected the columns {absent}, found {names}")
@@ -146,7 +146,7 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]
 
 def parquet_vectors(path: Path, key: str = "id", column: str = "vector") -> tuple[list[str], np.ndarray]:
     """Ids and vectors [n, D] of a Parquet file, in the float type of its lists, all of one length, else ValueError."""
-    with _parquet(path) as file:
+    with open_parquet(path) as file:
         if absent := [name for name in (key, column) if name not in file.schema_arrow.names]:
             raise ValueError(f"{path}: expected the columns {absent}, found {file.schema_arrow.names}")
         blocks = []
@@ -166,7 +166,8 @@ def parquet_vectors(path: Path, key: str = "id", column: str = "vector") -> tupl
 
 
 @contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
+def open_parquet(path: Path, advice: str = "fetch it again") -> Iterator[Any]:
+    """A Parquet file, open for reading; ValueError, with this advice, for one that cannot be read."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -174,7 +175,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         with ParquetFile(path) as file:
             yield file
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not readable as Parquet ({error}); fetch it again") from None
+        raise ValueError(f"{path}: not readable as Parquet ({error}); {advice}") from None
 
 
 def _given(paths: Iterable[str]) -> list[tuple[str, str]]:
