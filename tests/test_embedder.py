@@ -184,7 +184,7 @@ def test_what_is_wrong_in_a_stream_is_an_error_where_it_stands(contextual, monke
     with pytest.raises(ValueError, match="side: expected 'queries' or 'documents', got 'both'"):
         contextual.encode_stream(CORPUS, side="both")
     with pytest.raises(ValueError, match="documents from 16 on: expected a list of texts, got int as item 1: 7"):
-        list(contextual.encode_stream([*CORPUS[:17], 7]))
+        list(contextual.encode_stream(iter([*CORPUS[:17], 7])))
 
 
 def test_batches_are_smaller_where_slots_are_in_every_sequence(embedder, monkeypatch):
