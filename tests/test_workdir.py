@@ -15,6 +15,7 @@ from tiny_run import write_data, write_lines
 
 from cde_jax.config import Train, from_config_dict
 from cde_jax.data.files import read_json, write_json
+from cde_jax.stages import prepare
 from cde_jax.stages.assemble import run_identity
 from cde_jax.stages.train import check_steps
 from cde_jax.stages.workdir import load_prepared, locked, read_record
