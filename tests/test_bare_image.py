@@ -84,6 +84,7 @@ for stage in ("train", "rank"):
 """
 
 
+@pytest.mark.slow
 def test_a_carried_work_directory_is_trained_as_at_home_and_ranked_there_and_scored_here(tmp_path, caplog):
     data, start, home, carried = (tmp_path / name for name in ("data", "start", "home", "carried"))
     write_data(data)

@@ -120,6 +120,7 @@ def expected(data):
     return losses, params
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on_to_the_same_end(data, expected, workdir):
     processes = start(data, workdir, 2, 4, "all", mesh="(2,4)")
     wait_for_step(workdir, 5, processes)

@@ -138,7 +138,8 @@ def test_a_run_killed_while_it_writes_a_checkpoint_ends_as_if_it_was_not(prepare
     assert outcome(folder, workdir) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_later(prepared, workdir, number):
     folder, expected = prepared
     process = start(folder, workdir, checkpoint_every=0)

@@ -122,7 +122,7 @@ def unchunked(made, train: Train, plain: dict):
         ("biencoder", 3, (1, 1), 8, {}, {}),
         ("isolated", 2, (4, 2), 8, {"share_negatives": True}, {}),
         # devices share a plan batch: 8 of them, 4, or 4 with 3 plan batches in each of 2 groups
-        ("isolated", 3, (2, 4), 1, {}, {"remat": "full"}),
+        pytest.param("isolated", 3, (2, 4), 1, {}, {"remat": "full"}, marks=pytest.mark.slow),
         ("biencoder", 2, (1, 8), 6, {}, {}),
         pytest.param("joint", 1, (4, 2), 2, {}, {}, marks=pytest.mark.slow),
         pytest.param("isolated", 2, (8, 1), 6, {"share_negatives": True}, {"remat": "dots"}, marks=pytest.mark.slow),

@@ -48,7 +48,7 @@ def chunks(config):
     return [getattr(config.train, name) for name in placement.CHUNKS]
 
 
-@pytest.mark.parametrize("lengths", [1, 3])
+@pytest.mark.parametrize("lengths", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_chunks_and_what_is_computed_again_are_chosen_by_the_compiled_step(data, prepared, lengths, monkeypatch):
     asked = []
 
