@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from flax import nnx
 from test_evaluate import ANIMALS, OTHERS, embedder, tokenizer
 from test_stages import config_of
