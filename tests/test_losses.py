@@ -85,6 +85,14 @@ def test_gradients_are_those_of_the_plain_loss():
         np.testing.assert_allclose(gradient, numeric, atol=1e-5 * np.abs(numeric).max(), rtol=1e-4)
 
 
+def test_scores_and_their_gradients_are_multiplied_at_the_highest_precision():
+    """At the default one accelerators round float32 to bfloat16 or TF32."""
+    queries, documents, _ = vectors(5, 2)
+    program = str(jax.make_jaxpr(jax.grad(lambda *x: info_nce(*x, None, 0.1)[0], argnums=(0, 1)))(queries, documents))
+    products = program.count("= dot_general[")
+    assert products == 3 and program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+
+
 def test_zero_vectors_give_finite_losses_and_gradients():
     queries, documents, keep = vectors(5, 2)
     queries, documents = queries.at[0].set(0), documents.at[1].set(0).at[6].set(0)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from tiny_batches import B, G, J, chunk_shapes, in_layout, plain_batch, step_batch
-from tiny_models import WIDTH, biencoder, contextual, contextual_config
+from tiny_models import VOCABULARY, WIDTH, biencoder, contextual, contextual_config
 
 from cde_jax.config import Train
 from cde_jax.models.contextual import ContextualEncoder
@@ -291,6 +291,40 @@ def test_memory_does_not_grow_with_the_batch():
     assert small > 1.5 * 3 * 2048**2 * 4, "the scores would hide what is measured: take longer texts"
     assert large <= 1.1 * small
     assert temporary(shapes(2048, 2048)) > 8 * small  # in one chunk everything is kept
+
+
+# --- bfloat16
+
+
+def through_the_context(dtype: str, chunks: int, texts: int = 256, length: int = 4):
+    """Gradient, as one vector, of all that reaches the texts by their context alone, from texts in `chunks` chunks."""
+    made = contextual("isolated", encoder={"layers": 1, "dtype": dtype, "attention": "xla"})
+    graph, params = nnx.split(made, nnx.Param)
+    random = np.random.default_rng(0)
+    ids = random.integers(1, VOCABULARY, (texts + J, length)).astype(np.int32)
+    pull = random.normal(0.5, 1, (texts, WIDTH)).astype(np.float32)
+
+    def in_chunks(ids, count):
+        ids = ids.reshape(1, count, -1, length)
+        place = np.arange(ids.size // length, dtype=np.int32)[None]
+        return {"ids": (ids,), "mask": (np.ones(ids.shape, bool),), "place": place}
+
+    batch = {"texts": in_chunks(ids[:texts], chunks), "context": in_chunks(ids[texts:], 1)}
+    batch["keep"] = np.ones((1, texts // 2, texts // 2), bool)
+
+    def loss(params, batch):
+        vectors = embed_plan_batches(nnx.merge(graph, params), batch, KEY[None], Train(sequence_dropout=0.0))
+        return (jnp.concatenate(vectors, axis=1) * pull).sum()
+
+    gradient = jax.jit(jax.grad(loss))(params, batch)["first_stage"]
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+
+
+def test_the_gradient_of_the_context_is_as_exact_from_many_chunks_as_from_one():
+    """Keys and values of slots are in bfloat16; a sum over chunks in it would be off by some percent."""
+    expected = through_the_context("float32", 1)
+    whole, many = (np.linalg.norm(through_the_context("bfloat16", n) - expected) for n in (1, 256))
+    assert 0 < many <= 1.2 * whole < 0.02 * np.linalg.norm(expected)
 
 
 # --- optimiser and dropout

@@ -48,7 +48,8 @@ def attend(
 
     Args:
       mask: for a text without a single key the result is finite, but not defined.
-      prefix: keys and values shared by the batch, [P, H, d], or one set per text, [B, P, H, d].
+      prefix: keys and values shared by the batch, [P, H, d], or one set per text, [B, P, H, d]; in float32, their
+        gradient is summed in it over calls, and they are rounded to the dtype of `values` for the products.
       bias: added to the logits from text to slots: to all of `prefix`, or, in a joint sequence, from the tokens
         after the first `slots` to the first `slots`.
     """
@@ -72,7 +73,7 @@ def select_kernel(kernel: str, dtype: DTypeLike, head_dim: int, platform: str | 
     dtype = jnp.dtype(dtype)
     needs = {
         f"an NVIDIA GPU, and JAX runs on {platform} here": platform == "cuda",
-        f"bfloat16 compute (model.dtype), got {dtype.name}": dtype.itemsize == 2,
+        f"bfloat16 compute (model.dtype), got {dtype.name}": dtype == jnp.bfloat16,
         f"heads of at most 128 features, a multiple of 8, got {head_dim}": head_dim % 8 == 0 and head_dim <= 128,
     }
     missing = [need for need, met in needs.items() if not met]
@@ -99,7 +100,7 @@ def attend_xla(
     logits = jnp.where(mask[:, None, :], logits, lowest)
     highest = logits.max(axis=-1)  # [H, B, T]
     if prefix is not None:
-        slot_keys, slot_values = (jnp.moveaxis(x, -2, 0) for x in prefix)  # [H, P, d], or [H, B, P, d]
+        slot_keys, slot_values = (jnp.moveaxis(x, -2, 0).astype(dtype) for x in prefix)  # [H, P, d], or [H, B, P, d]
         p = "hpd" if slot_keys.ndim == 3 else "hbpd"
         slot_logits = product(f"hbtd,{p}->hbtp", queries, slot_keys)
         if bias is not None:

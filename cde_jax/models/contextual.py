@@ -89,7 +89,7 @@ class Biencoder(nnx.Module):
 def mean_pool(hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
     """Mean of the hidden states where `mask` is True, in float32; zeros for a text without tokens."""
     weights = mask.astype(jnp.float32)
-    total = jnp.einsum("bld,bl->bd", hidden.astype(jnp.float32), weights)
+    total = jnp.einsum("bld,bl->bd", hidden.astype(jnp.float32), weights, precision=jax.lax.Precision.HIGHEST)
     return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
 
 

@@ -24,7 +24,9 @@ def info_nce(
     columns that count), `positive` and `negative` (mean cosine), `masked` (share of negatives left out).
     """
     count = queries.shape[0]
-    cosine = normalise(queries) @ normalise(documents).T  # [B, N]
+    # Accelerators multiply float32 in fewer bits unless told otherwise, here and in the gradient: 0.5 % of it.
+    highest = jax.lax.Precision.HIGHEST
+    cosine = jnp.matmul(normalise(queries), normalise(documents).T, precision=highest)  # [B, N]
     own = jnp.eye(count, documents.shape[0], dtype=bool)
     counted = jnp.ones_like(own) if keep is None else own | keep
     logits = jnp.where(counted, cosine / temperature, -jnp.inf)

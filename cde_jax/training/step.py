@@ -162,6 +162,8 @@ def embed_plan_batches(
             if train.context_dropout:
                 present &= ~jax.random.bernoulli(jax.random.fold_in(key, 1), train.context_dropout)
             context = model.prepare_context(vectors, present if model.config.null_embedding else None)
+            # Every chunk adds to the gradient of its keys and values: sums in bfloat16 would lose bits with each.
+            context = jax.tree.map(lambda x: x.astype(jnp.float32), context)
         return encode_chunks(partial(model.embed, context=context), ids, mask)
 
     rows = jax.lax.map(encode_texts, (texts["ids"], texts["mask"], keys, contexts))
