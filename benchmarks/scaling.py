@@ -39,6 +39,7 @@ from harness import emit
 from jax.experimental import topologies
 
 from cde_jax.config import Config, from_config_dict, with_changes
+from cde_jax.models import attention, cudnn
 from cde_jax.stages.assemble import USEFUL_POSITIONS, model_config, run_slots
 from cde_jax.stages.placement import REMATS, lower_step
 from cde_jax.training import sharding
@@ -60,8 +61,12 @@ def main() -> None:
     parser.add_argument("--remat", choices=REMATS["other"], help="with --chunk: not as training would choose")
     parser.add_argument("--chunk", type=int, help="texts of the longest length encoded at once")
     parser.add_argument("--queries", type=int, help="B of a plan batch, instead of the config's")
+    parser.add_argument("--attention", choices=["xla", "cudnn"], default="xla", help="kernel; cudnn: of H100s only")
     parser.add_argument("--doublings", type=int, default=0, help="twice as large a B so many times, while it fits")
     args = parser.parse_args()
+    # Whether the kernel can run is asked of this machine, which has neither the GPU nor cuDNN.
+    attention.select_kernel = lambda *_: args.attention
+    cudnn.fused.check_cudnn_version = lambda: 91000
     limit = int(STEP_FRACTION * args.memory * 1e9)
     devices, choice = topology_devices(args.topology), (args.remat, args.chunk) if args.chunk else None
     for mesh in args.meshes:
@@ -71,7 +76,7 @@ def main() -> None:
         for size in (queries << doublings for doublings in range(args.doublings + 1)):
             compiled = compile_step(config, devices, remat, chunk, size)
             line = {"benchmark": "scaling", "mesh": mesh, "queries": size, "remat": remat, "chunk": chunk}
-            line |= {name: getattr(args, name) for name in ("config", "topology", "memory", "batches")}
+            line |= {name: getattr(args, name) for name in ("config", "topology", "memory", "batches", "attention")}
             line["fits"] = needed(compiled) <= limit
             if compiled:
                 line |= measure(config, compiled, size)
@@ -95,7 +100,7 @@ def read_config(name: str, mesh: str, batches: int) -> Config:
     file, _, variant = name.partition(":")
     config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(variant)
     changes = {"train.mesh": tuple(map(int, mesh.split("x"))), "train.batches_per_step": batches}
-    changes |= {"model.dtype": "bfloat16", "model.attention": "xla", "data.paths": ("not read",)}
+    changes |= {"model.dtype": "bfloat16", "data.paths": ("not read",)}
     return from_config_dict(with_changes(config, changes))
 
 

@@ -192,7 +192,8 @@ class Model(_Section, prefix="model.", affects="training"):
     soft_prompt: int = setting(8, 0, 2**16)  # learned tokens between slots and text; 0: none
     slot_bias: float | None = -5.0  # first value of a learned bias per layer and head from text to slots; None: no bias
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # "auto": bfloat16 on accelerators and float32 on CPU
-    # "blocks": a few texts at a time (CPU); "cudnn": fused (NVIDIA GPUs in bfloat16); "auto": "blocks" on CPU, or "xla"
+    # "blocks": a few texts at a time (CPU); "cudnn": fused (NVIDIA GPUs in bfloat16); "auto": whichever of the two can
+    # run here, else "xla"
     attention: Literal["auto", "xla", "blocks", "cudnn"] = setting("auto", affects="placement")
     # computed again in the backward pass: "full": everything; "dots": all but products with weights and attention
     remat: Literal["auto", "none", "dots", "full"] = setting("auto", affects="placement")

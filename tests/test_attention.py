@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cde_jax.models import attention, encoder
-from cde_jax.models.attention import Prefix, attend, attend_cudnn, select_kernel
+from cde_jax.models import attention, cudnn, encoder
+from cde_jax.models.attention import Prefix, attend, attend_cudnn, cudnn_works, kernel_error, select_kernel
 
 TEXTS, LENGTH, SLOTS, HEADS, WIDTH = 5, 6, 4, 2, 8
 KERNELS = {
     "xla": partial(attend, kernel="xla"),
     "blocks": partial(attend, kernel="blocks"),
-    # What cuDNN is given, computed by JAX's plain form: its kernel needs a GPU.
-    "cudnn": partial(attend_cudnn, implementation="xla"),
+    "cudnn": attend_cudnn,  # with `plain_part` for cuDNN's kernel, which needs a GPU
 }
 CASES = {
     "text alone": {},
@@ -28,9 +27,34 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Two texts a block, and a block that is not full."""
+def small_blocks_and_plain_parts(monkeypatch):
+    """Two texts a block, and a block that is not full; what cuDNN's kernel computes, forward and backward."""
     monkeypatch.setattr(attention, "BLOCK_LOGITS", 2 * HEADS * LENGTH * (LENGTH + SLOTS))
+    monkeypatch.setattr(cudnn, "part", plain_part)
+    monkeypatch.setattr(cudnn, "part_backward", plain_part_backward)
+
+
+def part_logits(queries, keys, lengths):
+    logits = jnp.einsum("bthd,bshd->bths", queries, keys, preferred_element_type=jnp.float32) * WIDTH**-0.5
+    seen = jnp.arange(keys.shape[1]) < (jnp.inf if lengths is None else lengths[:, None, None, None])
+    return jnp.where(seen, logits, -jnp.inf)
+
+
+def plain_part(queries, keys, values, lengths):
+    logits = part_logits(queries, keys, lengths)
+    output = jnp.einsum("bths,bshd->bthd", jax.nn.softmax(logits), values.astype(jnp.float32))
+    return output.astype(queries.dtype), jax.nn.logsumexp(logits, axis=-1)
+
+
+def plain_part_backward(queries, keys, values, lengths, output, total, cotangent):
+    """As cuDNN computes it: from the output and the log-sum-exp that it is given (FlashAttention-2, algorithm 2)."""
+    weights = jnp.exp(part_logits(queries, keys, lengths) - total[..., None])  # [B, T, H, S]
+    q, k, v, o, do = (x.astype(jnp.float32) for x in (queries, keys, values, output, cotangent))
+    of_values = jnp.einsum("bths,bthd->bshd", weights, do)
+    of_weights = jnp.einsum("bthd,bshd->bths", do, v) - (do * o).sum(axis=-1)[..., None]
+    of_logits = weights * of_weights * WIDTH**-0.5
+    of_queries, of_keys = jnp.einsum("bths,bshd->bthd", of_logits, k), jnp.einsum("bths,bthd->bshd", of_logits, q)
+    return of_queries.astype(queries.dtype), of_keys.astype(keys.dtype), of_values.astype(values.dtype)
 
 
 def inputs(case: dict, dtype=jnp.float32) -> dict:
@@ -147,18 +171,6 @@ def test_a_long_context_of_a_low_bias_is_read_in_bfloat16_as_in_float32():
         np.testing.assert_allclose(joined.astype(jnp.float32), expected, atol=1e-2, err_msg=f"{name}, in training")
 
 
-def test_cudnn_refuses_a_bias_over_odd_numbers():
-    given = inputs(CASES["joint"])
-    odd = {name: given[name][:, :-1] for name in ("queries", "keys", "values", "mask")}
-    assert KERNELS["cudnn"](**odd, slots=SLOTS).shape == odd["queries"].shape  # without a bias
-    with pytest.raises(ValueError, match=r"even numbers of queries and of keys, got 5 and 5: set model\.slot_bias"):
-        KERNELS["cudnn"](**odd, bias=given["bias"], slots=SLOTS)
-    three = Prefix(*2 * [given["keys"][0, :3]])  # three slots
-    for texts, numbers in ((odd, "5 and 8"), ({name: given[name] for name in odd}, "6 and 9")):
-        with pytest.raises(ValueError, match=f"got {numbers}: set"):
-            KERNELS["cudnn"](**texts, prefix=three, bias=given["bias"])
-
-
 def test_a_text_without_keys_is_finite_in_value_and_gradient():
     given = inputs(CASES["text alone"])
     given["mask"] = given["mask"].at[1].set(False)
@@ -186,7 +198,6 @@ def test_lengths_that_would_misread_a_mask_give_nan():
         ("auto", "bfloat16", 64, "cpu", "blocks"),
         ("cudnn", "bfloat16", 64, "cuda", "cudnn"),
         ("cudnn", "bfloat16", 128, "cuda", "cudnn"),
-        ("auto", "bfloat16", 64, "cuda", "xla"),
         ("auto", "float32", 64, "cuda", "xla"),
         ("auto", "bfloat16", 64, "tpu", "xla"),
         ("auto", "bfloat16", 64, "gpu", "xla"),
@@ -213,6 +224,34 @@ def test_a_kernel_that_the_platform_lacks_is_refused_with_what_it_needs():
         select_kernel("cudnn", jnp.bfloat16, 136, "cuda")
     with pytest.raises(ValueError, match="expected an attention kernel of auto, xla, blocks, cudnn; got 'flash'"):
         select_kernel("flash", jnp.float32, 64)
+
+
+def test_auto_takes_cudnn_where_it_works_and_is_right(monkeypatch, caplog):
+    monkeypatch.setattr(attention, "cudnn_works", cudnn_works.__wrapped__)  # no result is kept
+    assert select_kernel("auto", jnp.bfloat16, WIDTH, "cuda") == "cudnn" and not caplog.text
+    assert [select_kernel("auto", *other, "cuda") for other in ((jnp.float32, 8), (jnp.bfloat16, 20))] == ["xla"] * 2
+    assert kernel_error(KERNELS["cudnn"], head_dim=WIDTH) < 0.02
+    monkeypatch.setattr(cudnn, "part_backward", lambda *x: [2 * y for y in plain_part_backward(*x)])
+    assert select_kernel("auto", jnp.bfloat16, WIDTH, "cuda") == "xla"
+    assert "does not work here (it is off by" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(attention, "cudnn_works", cudnn_works.__wrapped__)
+    trace = jax.jit(lambda: jnp.zeros(select_kernel("auto", jnp.bfloat16, WIDTH, "cuda") == "xla"))
+    assert trace().shape == (1,) and "(RuntimeError: cuDNN is not detected.): the kernel 'xla' is used" in caplog.text
+
+
+@pytest.mark.parametrize(("case", "calls"), list(zip(CASES, [1, 2, 2, 2, 3, 1], strict=True)))
+def test_what_cudnn_is_given_satisfies_jaxs_checks_and_lowers_to_its_calls(case, calls, monkeypatch):
+    """As far as there is no GPU: JAX checks types and shapes when it traces, and the program for CUDA can be read."""
+    monkeypatch.undo()
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
+    given, slots = inputs(CASES[case], jnp.bfloat16), CASES[case].get("slots", 0)
+    mask = given.pop("mask")
+    loss = jax.jit(jax.grad(lambda given: attend_cudnn(mask=mask, slots=slots, **given).astype(jnp.float32).sum()))
+    program = loss.trace(given).lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
+        assert program.count(f"@{name}(") == calls
+    assert "xf16>" not in program and "ScaleBias" not in program
 
 
 def test_an_encoder_runs_the_kernel_of_its_config(monkeypatch):

@@ -12,6 +12,7 @@ from tiny_batches import B, G, J, chunk_shapes, in_layout, plain_batch, step_bat
 from tiny_models import VOCABULARY, WIDTH, biencoder, contextual, contextual_config
 
 from cde_jax.config import Train
+from cde_jax.models import attention, cudnn
 from cde_jax.models.contextual import ContextualEncoder
 from cde_jax.training import sharding
 from cde_jax.training.losses import info_nce
@@ -325,6 +326,23 @@ def test_the_gradient_of_the_context_is_as_exact_from_many_chunks_as_from_one():
     expected = through_the_context("float32", 1)
     whole, many = (np.linalg.norm(through_the_context("bfloat16", n) - expected) for n in (1, 256))
     assert 0 < many <= 1.2 * whole < 0.02 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_the_step_of_a_gpu_lowers_to_cudnns_calls(mesh, monkeypatch):
+    """To what XLA compiles for CUDA: forward, again in the backward pass of a chunk, and backward."""
+    monkeypatch.setattr(attention, "select_kernel", lambda *_: "cudnn")
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
+    mesh = sharding.make_mesh(mesh)
+    graph, state = init_state(model(dtype="bfloat16"), sgd()[0])
+    step = make_train_step(graph, *sgd(), TRAIN, mesh)
+    given = sharding.shard_state(mesh, state), sharding.shard_batch(mesh, step_batch(0)), sharding.replicate(mesh, KEY)
+    program = step.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    forward, backward = (program.count(f"@__cudnn$fmhaSoftmax{name}(") for name in ("", "Backward"))
+    lengths, of_context = (len(step_batch(0)[name]["ids"]) for name in ("texts", "context"))
+    assert backward == 2 * lengths + of_context + 1  # text and slots; the first stage; slots among themselves
+    assert forward == 2 * backward - 1  # those last ones are in no chunk
+    assert "xf16>" not in program
 
 
 # --- optimiser and dropout

@@ -7,14 +7,20 @@ here as a `prefix` that all texts of a batch share.
 All kernels give the same numbers (float32 to 1e-5, bfloat16 to 2e-2 of float32); `select_kernel` says which one runs.
 """
 
-from functools import partial
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.backend import get_backend
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
+
+log = logging.getLogger(__name__)
 
 Kernel = Literal["auto", "xla", "blocks", "cudnn"]
 Queries = Float[Array, "B T H d"]
@@ -62,14 +68,12 @@ def select_kernel(kernel: str, dtype: DTypeLike, head_dim: int, platform: str | 
     """The kernel that runs: "xla", "blocks" or "cudnn"; a ValueError for one that the platform lacks.
 
     "xla": all texts at once. "blocks": a few texts at a time, logits recomputed in the backward pass. "cudnn": fused on
-    NVIDIA GPUs, logits never in memory; by name only, for it has not been measured yet. "auto": "blocks" on CPU, else
+    NVIDIA GPUs, logits never in memory. "auto": "blocks" on CPU; "cudnn" where it can run and `cudnn_works`; else
     "xla". `platform` is what JAX runs on: "cpu", "cuda", "tpu", …; None: this process's.
     """
     platform = platform or ("cuda" if "cuda" in get_backend().platform_version else jax.default_backend())
     if kernel not in get_args(Kernel):
         raise ValueError(f"expected an attention kernel of {', '.join(get_args(Kernel))}; got {kernel!r}")
-    if kernel == "auto":
-        return "blocks" if platform == "cpu" else "xla"
     dtype = jnp.dtype(dtype)
     needs = {
         f"an NVIDIA GPU, and JAX runs on {platform} here": platform == "cuda",
@@ -77,9 +81,63 @@ def select_kernel(kernel: str, dtype: DTypeLike, head_dim: int, platform: str | 
         f"heads of at most 128 features, a multiple of 8, got {head_dim}": head_dim % 8 == 0 and head_dim <= 128,
     }
     missing = [need for need, met in needs.items() if not met]
+    if kernel == "auto":
+        if platform == "cpu":
+            return "blocks"
+        return "cudnn" if not missing and cudnn_works(head_dim) else "xla"
     if kernel == "cudnn" and missing:
         raise ValueError(f"attention kernel 'cudnn' needs {', and '.join(missing)}: choose 'auto', 'xla' or 'blocks'")
     return kernel
+
+
+@cache
+def cudnn_works(head_dim: int) -> bool:
+    """Whether cuDNN, tried once on a few texts, gives the numbers and gradients of float32; a warning says why not.
+
+    What it supports depends on GPU, versions and XLA's flags. It runs in a thread of its own: `attend` may be traced.
+    """
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            error = thread.submit(kernel_error, attend_cudnn, head_dim=head_dim).result()
+        problem = f"it is off by {error:.3f} of the largest number" if not error <= 0.05 else ""
+    except Exception as failure:  # whatever JAX, XLA or cuDNN raises
+        problem = f"{type(failure).__name__}: {str(failure)[:500]}"
+    if problem:
+        log.warning("cuDNN's attention does not work here (%s): the kernel 'xla' is used, which is slower", problem)
+    return not problem
+
+
+def kernel_error(
+    kernel: Callable[..., Queries],
+    *,
+    texts: int = 3,
+    length: int = 9,
+    slots: int = 13,
+    heads: int = 2,
+    head_dim: int = 64,
+) -> float:
+    """The largest error of a kernel in bfloat16 with a shared prefix, as a share of the array's largest number.
+
+    Values and gradients are compared with those of `attend_xla` in float32, of the same rounded inputs.
+    """
+    random, text, prefix = np.random.default_rng(0), (texts, length, heads, head_dim), (slots, heads, head_dim)
+    arrays = [jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in [text] * 4 + [prefix] * 2]
+    pull, bias = arrays.pop(0).astype(jnp.float32), jnp.linspace(-1.0, 0.5, heads)
+    mask = jnp.arange(length) < jnp.asarray(random.integers(1, length + 1, (texts, 1)))
+
+    def loss(kernel, arrays, bias):
+        output = kernel(*arrays[:3], mask, Prefix(*arrays[3:]), bias, 0).astype(jnp.float32)
+        output = jnp.where(mask[:, :, None, None], output, 0.0)
+        return (output * pull).sum(), output
+
+    def results(kernel, arrays):
+        gradients, output = jax.jit(jax.grad(partial(loss, kernel), (0, 1), has_aux=True))(arrays, bias)
+        return [x.astype(jnp.float32) for x in jax.tree.leaves((gradients, output))]
+
+    with jax.default_matmul_precision("highest"):
+        true = results(attend_xla, [x.astype(jnp.float32) for x in arrays])
+    pairs = zip(true, results(kernel, arrays), strict=True)
+    return max(float(jnp.abs(a - b).max() / jnp.abs(a).max()) for a, b in pairs)
 
 
 def attend_xla(
@@ -149,29 +207,20 @@ def attend_cudnn(
     prefix: Prefix | None = None,
     bias: Bias | None = None,
     slots: int = 0,
-    implementation: str = "cudnn",
 ) -> Queries:
-    """One call of `jax.nn.dot_product_attention`: a prefix is joined to the keys, `bias` rounded to their dtype.
+    """cuDNN's fused kernel (`models.cudnn`): no logits in memory.
 
-    cuDNN takes lengths for a mask: padding elsewhere than at a text's end gives NaN. `implementation` is for tests.
+    It takes lengths for a mask: padding elsewhere than at a text's end gives NaN.
     """
+    from cde_jax.models.cudnn import attend_parts  # it needs a private module of JAX
+
+    if slots and bias is not None:  # which is of the text's attention to the slots alone
+        of_slots = attend_cudnn(queries[:, :slots], keys, values, mask)
+        own = Prefix(keys[:, :slots], values[:, :slots])
+        of_text = attend_cudnn(queries[:, slots:], keys[:, slots:], values[:, slots:], mask[:, slots:], own, bias)
+        return jnp.concatenate([of_slots, of_text], axis=1)
     count = mask.sum(axis=1, dtype=jnp.int32)
     padded_at_end = (mask == (jnp.arange(mask.shape[1]) < count[:, None])).all(axis=1)  # [B]
-    lengths, first_text = jnp.maximum(count, 1), slots  # a softmax over no key would be NaN
-    if prefix is not None:
-        slots, first_text = prefix.keys.shape[-3], 0
-        per_text = (jnp.broadcast_to(x, (len(keys), *x.shape[-3:])).astype(keys.dtype) for x in prefix)
-        keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(per_text, (keys, values), strict=True))
-        lengths += slots
-    added = None
-    if bias is not None and slots:
-        rows, columns = queries.shape[1], keys.shape[1]
-        if rows % 2 or columns % 2:
-            message = "attention kernel 'cudnn' with a slot bias needs even numbers of queries and of keys"
-            raise ValueError(f"{message}, got {rows} and {columns}: set model.slot_bias=None, or choose 'xla'")
-        text_to_slot = (jnp.arange(rows) >= first_text)[:, None] & (jnp.arange(columns) < slots)  # [T, S]
-        added = jnp.where(text_to_slot, bias[:, None, None], 0.0)[None].astype(queries.dtype)  # [1, H, T, S]
-    output = jax.nn.dot_product_attention(
-        queries, keys, values, added, key_value_seq_lengths=lengths, implementation=implementation
-    )
+    lengths = jnp.maximum(count, 1)  # a softmax over no key would be NaN
+    output = attend_parts(queries, keys, values, lengths, *([] if prefix is None else [*prefix, bias]))
     return jnp.where(padded_at_end[:, None, None, None], output, jnp.nan)
