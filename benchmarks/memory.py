@@ -83,7 +83,7 @@ def measure(args: Any, shape: Shape, model: str) -> dict[str, float]:
     compiled = lower_step(kind, shape, args.dtype, args.chunk, args.lengths, **options).compile()
     found = {"program_gib": round(program_bytes(compiled) / GIB, 3)}
     if args.run:
-        found["peak_gib"] = growth(lambda: jax_step(kind, shape, args.dtype, args.chunk, **options)(), jax_peak)
+        found["peak_gib"] = growth(lambda: jax_step(kind, shape, args.dtype, args.chunk, **options)[0](), jax_peak)
     return found
 
 

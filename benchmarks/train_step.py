@@ -20,8 +20,9 @@ from shapes import KINDS, PACKAGES, SHAPES, Shape, Texts, arguments, build, conf
 
 from cde_jax.batching.layout import choose_layout, count_lengths, to_chunks
 from cde_jax.config import Train
+from cde_jax.models.attention import select_kernel
 from cde_jax.training import sharding
-from cde_jax.training.accounting import step_flops, utilisation
+from cde_jax.training.accounting import GIB, program_bytes, step_flops, utilisation
 from cde_jax.training.step import init_state, make_optimizer, make_train_step, stream
 
 
@@ -34,12 +35,14 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.shapes:
         shape = SHAPES[name]._replace(queries=args.queries or SHAPES[name].queries)
-        steps: dict[str, Callable[[], float]] = {
+        compiled = {
             kind: jax_step(kind, shape, args.dtype, args.chunk, attention=args.attention, remat=args.remat)
             for kind in args.models
         }
-        steps |= torch_steps(args, shape)
-        check_same_loss({case: step() for case, step in steps.items()}, args.dtype)  # the first call compiles
+        steps = {kind: run for kind, (run, _) in compiled.items()} | torch_steps(args, shape)
+        check_same_loss(
+            {case: step() for case, step in steps.items()}, args.dtype
+        )  # torch.compile works in the first call
         seconds = take_turns(steps, args.rounds)
         for case in steps:
             flops = flops_of(next(kind for kind in KINDS if kind in case), shape)
@@ -52,6 +55,9 @@ def main() -> None:
                 "tflops": round(flops / typical / 1e12, 3),
                 "utilisation": None if used is None else round(used, 4),
             }
+            if case in compiled:
+                line["program_gib"] = round(compiled[case][1] / GIB, 3)
+                line["kernel"] = select_kernel(args.attention, args.dtype, shape.width // shape.heads)
             emit(
                 line | {key: getattr(args, key) for key in ("rounds", "dtype", "chunk", "remat", "attention")},
                 *PACKAGES,
@@ -93,18 +99,19 @@ def make_step(kind: str, shape: Shape, dtype: str, **encoder: Any) -> tuple[Any,
     return mesh, sharding.replicate(mesh, state), make_train_step(graph, optimizer, schedule, train, mesh)
 
 
-def jax_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) -> Callable[[], float]:
-    """A training step on random tokens that returns the loss; compiled at its first call."""
+def jax_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) -> tuple[Callable[[], float], int]:
+    """A compiled training step on random tokens that returns the loss, and the bytes of memory that it needs."""
     mesh, state, train_step = make_step(kind, shape, dtype, **encoder)
     key = sharding.replicate(mesh, stream(0, "dropout"))
     batch = sharding.shard_batch(mesh, step_batch(shape, chunk))
+    compiled = train_step.lower(state, batch, key).compile()
 
     def run() -> float:
         nonlocal state
-        state, metrics = train_step(state, batch, key)
+        state, metrics = compiled(state, batch, key)
         return float(jax.block_until_ready(metrics)["loss"])
 
-    return run
+    return run, program_bytes(compiled)
 
 
 def lower_step(kind: str, shape: Shape, dtype: str, chunk: int, lengths: int = 0, **encoder: Any) -> jax.stages.Lowered:

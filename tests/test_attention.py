@@ -1,5 +1,6 @@
 """All kernels of attention against a plain float64 reading, in values and gradients, and which of them runs where."""
 
+import re
 from functools import partial
 
 import jax
@@ -231,9 +232,11 @@ def test_auto_takes_cudnn_where_it_works_and_is_right(monkeypatch, caplog):
     assert select_kernel("auto", jnp.bfloat16, WIDTH, "cuda") == "cudnn" and not caplog.text
     assert [select_kernel("auto", *other, "cuda") for other in ((jnp.float32, 8), (jnp.bfloat16, 20))] == ["xla"] * 2
     assert kernel_error(KERNELS["cudnn"], head_dim=WIDTH) < 0.02
-    monkeypatch.setattr(cudnn, "part_backward", lambda *x: [2 * y for y in plain_part_backward(*x)])
-    assert select_kernel("auto", jnp.bfloat16, WIDTH, "cuda") == "xla"
-    assert "does not work here (it is off by" in caplog.text
+    for factor, off in ((2.0, r"off by 1\.\d+"), (jnp.nan, "off by nan")):
+        wrong = lambda *x, by=factor: [y * z for y, z in zip(plain_part_backward(*x), (1, by, 1), strict=True)]  # noqa: E731
+        monkeypatch.setattr(cudnn, "part_backward", wrong)
+        assert select_kernel("auto", jnp.bfloat16, WIDTH, "cuda") == "xla"
+        assert re.search(f"does not work here .it is {off} ", caplog.text)
     monkeypatch.undo()
     monkeypatch.setattr(attention, "cudnn_works", cudnn_works.__wrapped__)
     trace = jax.jit(lambda: jnp.zeros(select_kernel("auto", jnp.bfloat16, WIDTH, "cuda") == "xla"))
