@@ -150,6 +150,10 @@ def test_a_step_lowers_the_loss_of_the_formula(loss, negatives, searched):
     np.testing.assert_allclose(found, sum(expected) / 6, rtol=1e-4)
     again = train_step(new, state, batch, Corpus(documents).resident, 30, chosen)[2]
     assert again < found
+    if not searched:  # so every product is of the loss
+        program = str(train_step.trace(tables, state, batch, Corpus(documents).resident, 30, chosen).jaxpr)
+        highest = program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+        assert highest == program.count("= dot_general[") > 0
 
 
 def test_scores_are_those_of_trec_eval():

@@ -1,12 +1,14 @@
 """benchmarks/gpu.py runs the other benchmarks within a time and keeps every line, on any device."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from test_bare_image import MISSING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -21,6 +23,25 @@ def test_a_case_fails_alone_and_ends_with_the_time():
     start = time.monotonic()
     (line,) = gpu.run("slow", ["kernels.py", "--shapes", "large"], 1.0)
     assert line["skipped"] == "stopped at the end of the time" and time.monotonic() - start < 10
+
+
+BARE = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv.pop().split()))  # importing one of them is an ImportError
+import encode, gpu, kernels, train_step
+sys.argv[1:] = ["--shapes", "tiny", "--models", "isolated", "--rounds", "1"]
+train_step.main()
+encode.main()
+"""
+
+
+@pytest.mark.slow
+def test_its_cases_need_no_more_than_training_does():
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
+    command = [sys.executable, "-c", BARE, MISSING]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["benchmark"] for line in done.stdout.splitlines()] == ["train_step", "encode", "encode"]
 
 
 @pytest.mark.slow

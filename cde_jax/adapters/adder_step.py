@@ -111,7 +111,8 @@ def train_step(
     if vectors is None:
         rows = jnp.concatenate([batch.trained, candidates], axis=1)
         vectors = corpus.reshape(-1, corpus.shape[2])[jnp.maximum(rows, 0)]
-    loss, gradients = jax.value_and_grad(_loss)(tables, batch, candidates, vectors, settings)
+    with jax.default_matmul_precision("highest"):  # accelerators would round float32
+        loss, gradients = jax.value_and_grad(_loss)(tables, batch, candidates, vectors, settings)
     updates, state = optimizer(settings).update(gradients, state, tables)
     return optax.apply_updates(tables, updates), state, loss
 
