@@ -91,9 +91,10 @@ def torch_steps(args: Any, shape: Shape) -> dict[str, Callable[[], float]]:
     return steps
 
 
-def make_step(kind: str, shape: Shape, dtype: str, **encoder: Any) -> tuple[Any, Any, Callable]:
+def make_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) -> tuple[Any, Any, Callable]:
     """A mesh of one device, the state of a model on it, and its training step."""
-    train, mesh = Train(learning_rate=1e-4, warmup_steps=10, sequence_dropout=0.0), sharding.make_mesh((1, 1))
+    train = Train(learning_rate=1e-4, warmup_steps=10, sequence_dropout=0.0, document_chunk=chunk)
+    mesh = sharding.make_mesh((1, 1))
     optimizer, schedule = make_optimizer(train, steps=1000)
     graph, state = init_state(build(config_of(kind, shape, dtype, **encoder)), optimizer)
     return mesh, sharding.replicate(mesh, state), make_train_step(graph, optimizer, schedule, train, mesh)
@@ -101,7 +102,7 @@ def make_step(kind: str, shape: Shape, dtype: str, **encoder: Any) -> tuple[Any,
 
 def jax_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) -> tuple[Callable[[], float], int]:
     """A compiled training step on random tokens that returns the loss, and the bytes of memory that it needs."""
-    mesh, state, train_step = make_step(kind, shape, dtype, **encoder)
+    mesh, state, train_step = make_step(kind, shape, dtype, chunk, **encoder)
     key = sharding.replicate(mesh, stream(0, "dropout"))
     batch = sharding.shard_batch(mesh, step_batch(shape, chunk))
     compiled = train_step.lower(state, batch, key).compile()
@@ -116,7 +117,7 @@ def jax_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) ->
 
 def lower_step(kind: str, shape: Shape, dtype: str, chunk: int, lengths: int = 0, **encoder: Any) -> jax.stages.Lowered:
     """The same step, traced from shapes alone; lengths: how many padded ones, as the loader chooses them."""
-    train, config = Train(), config_of(kind, shape, dtype, **encoder)
+    train, config = Train(document_chunk=chunk), config_of(kind, shape, dtype, **encoder)
     optimizer, schedule = make_optimizer(train, steps=10_000)
     graph, params = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))), nnx.Param)
     state = jax.eval_shape(lambda params: init_state(nnx.merge(graph, params), optimizer)[1], params)

@@ -240,7 +240,7 @@ class Train(_Section, prefix="train.", affects="training"):
     # padded lengths that texts run at; each takes time to compile
     text_lengths: int = setting(12, 1, 256, affects="placement")
     # queries and documents, of the longest length, in a chunk that is recomputed in the backward pass; 0: a fitting
-    # number (8192 positions on accelerators); -1: as memory allows
+    # number (8192 positions on accelerators), recomputed only in large steps; -1: as memory allows
     document_chunk: int = setting(0, AUTO, 2**24, affects="placement")
     context_chunk: int = setting(0, AUTO, 2**24, affects="placement")  # the same for context documents
     # GiB of a step, for chunks of -1; 0: 0.9 of what the device has

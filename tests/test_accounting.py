@@ -55,7 +55,7 @@ def unrolled(monkeypatch):
 def test_a_training_step_needs_the_flops_that_xla_counts(kind, unrolled, monkeypatch):
     shape = config(kind)
     graph, params = abstract(shape)
-    monkeypatch.setattr(step, "encode_chunks", lambda encode, ids, mask: (encode(ids[0][0], mask[0][0])[None],))
+    monkeypatch.setattr(step, "encode_chunks", lambda encode, ids, mask, _: (encode(ids[0][0], mask[0][0])[None],))
     texts = {"texts": tokens(B + N), "context": tokens(J)}
     as_chunk = lambda x: (jax.ShapeDtypeStruct((1, 1, *x.shape), x.dtype),)  # noqa: E731
     batch = {name: {"ids": as_chunk(ids), "mask": as_chunk(mask)} for name, (ids, mask) in texts.items()}

@@ -119,12 +119,12 @@ def unchunked(made, train: Train, plain: dict):
     ("pattern", "lengths", "mesh", "count", "changes", "encoder"),
     [
         ("isolated", 2, (8, 1), 8, {}, {"remat": "dots"}),
-        ("joint", 1, (2, 1), 8, {}, {"remat": "full"}),
+        ("joint", 1, (2, 1), 8, {"document_chunk": 2}, {"remat": "full"}),
         ("biencoder", 3, (1, 1), 8, {}, {}),
-        ("isolated", 2, (4, 2), 8, {"share_negatives": True}, {}),
+        ("isolated", 2, (4, 2), 8, {"share_negatives": True, "document_chunk": 2}, {}),
         # devices share a plan batch: 8 of them, 4, or 4 with 3 plan batches in each of 2 groups
         pytest.param("isolated", 3, (2, 4), 1, {}, {"remat": "full"}, marks=pytest.mark.slow),
-        ("biencoder", 2, (1, 8), 6, {}, {}),
+        ("biencoder", 2, (1, 8), 6, {"context_chunk": 2}, {}),
         pytest.param("joint", 1, (4, 2), 2, {}, {}, marks=pytest.mark.slow),
         pytest.param("isolated", 2, (8, 1), 6, {"share_negatives": True}, {"remat": "dots"}, marks=pytest.mark.slow),
     ],
@@ -259,14 +259,19 @@ def test_the_state_stays_split_and_takes_less_memory(on_two_by_four, on_eight):
 # --- memory
 
 
-def temporary(batch: dict) -> int:
-    """Bytes of temporary memory of the compiled step on one device, from shapes alone."""
+def lowered(batch: dict, **train) -> jax.stages.Lowered:
+    """The step on one device, from shapes alone."""
     config = contextual_config("isolated", encoder={"layers": 1, "width": 32, "mlp_width": 64})
     optimizer, schedule = sgd()
     graph, state = nnx.split(nnx.eval_shape(lambda: ContextualEncoder(config, rngs=nnx.Rngs(0))), nnx.Param)
     state = jax.eval_shape(lambda: init_state(nnx.merge(graph, jax.tree.map(jnp.zeros_like, state)), optimizer)[1])
-    step = make_train_step(graph, optimizer, schedule, Train(), sharding.make_mesh((1, 1)))
-    return step.lower(state, batch, jax.eval_shape(lambda: KEY)).compile().memory_analysis().temp_size_in_bytes
+    step = make_train_step(graph, optimizer, schedule, Train(**train), sharding.make_mesh((1, 1)))
+    return step.lower(state, batch, jax.eval_shape(lambda: KEY))
+
+
+def temporary(batch: dict) -> int:
+    """Bytes of temporary memory of the compiled step, whose chunks are computed again in the backward pass."""
+    return lowered(batch, document_chunk=1).compile().memory_analysis().temp_size_in_bytes
 
 
 LONG = 400  # tokens
@@ -294,55 +299,13 @@ def test_memory_does_not_grow_with_the_batch():
     assert temporary(shapes(2048, 2048)) > 8 * small  # in one chunk everything is kept
 
 
-# --- bfloat16
+def test_chunks_are_computed_again_where_a_size_is_given_or_they_would_keep_too_much():
+    def flops(queries: int, **train) -> float:  # XLA counts the body of a loop once
+        return lowered(shapes(queries, 64), **train).cost_analysis()["flops"]
 
-
-def through_the_context(dtype: str, chunks: int, texts: int = 256, length: int = 4):
-    """Gradient, as one vector, of all that reaches the texts by their context alone, from texts in `chunks` chunks."""
-    made = contextual("isolated", encoder={"layers": 1, "dtype": dtype, "attention": "xla"})
-    graph, params = nnx.split(made, nnx.Param)
-    random = np.random.default_rng(0)
-    ids = random.integers(1, VOCABULARY, (texts + J, length)).astype(np.int32)
-    pull = random.normal(0.5, 1, (texts, WIDTH)).astype(np.float32)
-
-    def in_chunks(ids, count):
-        ids = ids.reshape(1, count, -1, length)
-        place = np.arange(ids.size // length, dtype=np.int32)[None]
-        return {"ids": (ids,), "mask": (np.ones(ids.shape, bool),), "place": place}
-
-    batch = {"texts": in_chunks(ids[:texts], chunks), "context": in_chunks(ids[texts:], 1)}
-    batch["keep"] = np.ones((1, texts // 2, texts // 2), bool)
-
-    def loss(params, batch):
-        vectors = embed_plan_batches(nnx.merge(graph, params), batch, KEY[None], Train(sequence_dropout=0.0))
-        return (jnp.concatenate(vectors, axis=1) * pull).sum()
-
-    gradient = jax.jit(jax.grad(loss))(params, batch)["first_stage"]
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
-
-
-def test_the_gradient_of_the_context_is_as_exact_from_many_chunks_as_from_one():
-    """Keys and values of slots are in bfloat16; a sum over chunks in it would be off by some percent."""
-    expected = through_the_context("float32", 1)
-    whole, many = (np.linalg.norm(through_the_context("bfloat16", n) - expected) for n in (1, 256))
-    assert 0 < many <= 1.2 * whole < 0.02 * np.linalg.norm(expected)
-
-
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
-def test_the_step_of_a_gpu_lowers_to_cudnns_calls(mesh, monkeypatch):
-    """To what XLA compiles for CUDA: forward, again in the backward pass of a chunk, and backward."""
-    monkeypatch.setattr(attention, "select_kernel", lambda *_: "cudnn")
-    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
-    mesh = sharding.make_mesh(mesh)
-    graph, state = init_state(model(dtype="bfloat16"), sgd()[0])
-    step = make_train_step(graph, *sgd(), TRAIN, mesh)
-    given = sharding.shard_state(mesh, state), sharding.shard_batch(mesh, step_batch(0)), sharding.replicate(mesh, KEY)
-    program = step.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
-    forward, backward = (program.count(f"@__cudnn$fmhaSoftmax{name}(") for name in ("", "Backward"))
-    lengths, of_context = (len(step_batch(0)[name]["ids"]) for name in ("texts", "context"))
-    assert backward == 2 * lengths + of_context + 1  # text and slots; the first stage; slots among themselves
-    assert forward == 2 * backward - 1  # those last ones are in no chunk
-    assert "xf16>" not in program
+    kept, recomputed = flops(128), flops(128, document_chunk=64)
+    assert recomputed == flops(128, context_chunk=8) > 1.2 * kept
+    assert flops(2**13) == flops(2**13, document_chunk=64)
 
 
 # --- optimiser and dropout

@@ -39,6 +39,9 @@ PEAK_TFLOPS = {
 }
 STEP_FRACTION = 0.9  # of a device's memory for the step: the rest is for batches being copied
 GIB = 2**30
+# What a step keeps at most without computing chunks again, as positions · layers · width: the activations of the
+# default chunk of accelerators, 8,192 positions, of a base model; 4.5 GB in float32.
+KEPT_ACTIVATIONS = 8192 * 12 * 768
 
 
 def utilisation(
@@ -131,6 +134,23 @@ def _slots(config: ContextualConfig, documents: int) -> int:
 def _width(config: BiencoderConfig | ContextualConfig) -> int:
     output_width = config.output_width if isinstance(config, BiencoderConfig) and config.head else None
     return output_width or config.encoder.width
+
+
+def recomputes_chunks(config: BiencoderConfig | ContextualConfig, batch: dict[str, Any], train: Train) -> bool:
+    """Whether the backward pass computes the chunks of a device's `batch` again: a forward pass more, for less memory.
+
+    So it is with chunks of a given size, and where those of the default size would keep more than `KEPT_ACTIVATIONS`
+    together. Each also keeps the weights once (`lax.cond` does, which skips empty ones): about `width` positions more.
+    """
+    stages, kept = [(config.encoder, batch["texts"], 0)], 0
+    if isinstance(config, ContextualConfig):
+        slots = _slots(config, batch["context"]["place"].shape[-1]) if config.context_attention == "joint" else 0
+        stages = [(config.encoder, batch["texts"], slots), (config.first_stage.encoder, batch["context"], 0)]
+    for encoder, held, slots in stages:
+        for batches, chunks, texts, length in (ids.shape for ids in held["ids"]):
+            positions = texts * (length + slots) + encoder.width
+            kept += batches * chunks * positions * encoder.layers * encoder.width
+    return bool(train.document_chunk or train.context_chunk) or kept > KEPT_ACTIVATIONS
 
 
 def choose_chunk(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from cde_jax.config import TEMPERATURES, Train
 from cde_jax.models.contextual import Biencoder, ContextualEncoder
 from cde_jax.training import sharding
-from cde_jax.training.accounting import step_counts
+from cde_jax.training.accounting import recomputes_chunks, step_counts
 from cde_jax.training.losses import matryoshka_info_nce
 
 _STREAMS = ("params", "context", "dropout", "data")
@@ -142,14 +142,14 @@ def embed_plan_batches(
     so that the slots' keys and values are computed once; the reference draws per text, at the same rate (0.005).
     Context dropout makes all of them null.
     """
-    texts, contexts = batch["texts"], None
+    texts, contexts, recompute = batch["texts"], None, recomputes_chunks(model.config, batch, train)
     if isinstance(model, ContextualEncoder):
         embed = model.embed_context
         if not train.first_stage_rate:  # frozen: no gradient is computed
             graph, params = nnx.split(model.first_stage)
             embed = nnx.merge(graph, jax.lax.stop_gradient(params)).embed
         held = batch["context"]
-        vectors = jax.lax.map(lambda chunks: encode_chunks(embed, *chunks), (held["ids"], held["mask"]))
+        vectors = jax.lax.map(lambda chunks: encode_chunks(embed, *chunks, recompute), (held["ids"], held["mask"]))
         present = tuple(mask.any(axis=-1) for mask in held["mask"])
         contexts = tuple(_at(gather(rows), held["place"]) for rows in (vectors, present))
 
@@ -164,7 +164,7 @@ def embed_plan_batches(
             context = model.prepare_context(vectors, present if model.config.null_embedding else None)
             # Every chunk adds to the gradient of its keys and values: sums in bfloat16 would lose bits with each.
             context = jax.tree.map(lambda x: x.astype(jnp.float32), context)
-        return encode_chunks(partial(model.embed, context=context), ids, mask)
+        return encode_chunks(partial(model.embed, context=context), ids, mask, recompute)
 
     rows = jax.lax.map(encode_texts, (texts["ids"], texts["mask"], keys, contexts))
     vectors = _at(gather(rows), texts["place"])
@@ -176,19 +176,21 @@ def encode_chunks(
     encode: Callable[[Int[Array, "c L"], Bool[Array, "c L"]], Float[Array, "c D"]],
     ids: Sequence[Int[Array, "_ _ _"]],
     mask: Sequence[Bool[Array, "_ _ _"]],
+    recompute: bool,
 ) -> tuple[Float[Array, "chunks _ D"], ...]:
     """Vectors of the texts in chunks: of one array [chunks, c, ℓ] of ids and mask per length ℓ, one [chunks, c, D].
 
-    Each chunk is computed again in the backward pass, so only its inputs and vectors are kept and activation memory
-    does not grow with their number: what GradCache (Gao et al., arXiv 2101.06983) does, as a JAX transformation. Chunks
-    without a token are skipped.
+    With `recompute` each chunk is computed again in the backward pass, so only its inputs and vectors are kept and
+    activation memory does not grow with their number: what GradCache (Gao et al., arXiv 2101.06983) does, as a JAX
+    transformation. Chunks without a token are skipped.
     """
 
-    @jax.checkpoint
     def chunk_vectors(chunk):
         vectors = jax.eval_shape(encode, *chunk)
         return jax.lax.cond(chunk[1].any(), encode, lambda *_: jnp.zeros(vectors.shape, vectors.dtype), *chunk)
 
+    if recompute:
+        chunk_vectors = jax.checkpoint(chunk_vectors)
     return tuple(jax.lax.map(chunk_vectors, chunks) for chunks in zip(ids, mask, strict=True))
 
 
