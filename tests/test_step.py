@@ -1,5 +1,6 @@
 """The training step: the same numbers as without chunks and on any number of devices, one reduction, flat memory."""
 
+import dataclasses
 import re
 
 import jax
@@ -306,6 +307,57 @@ def test_chunks_are_computed_again_where_a_size_is_given_or_they_would_keep_too_
     kept, recomputed = flops(128), flops(128, document_chunk=64)
     assert recomputed == flops(128, context_chunk=8) > 1.2 * kept
     assert flops(2**13) == flops(2**13, document_chunk=64)
+
+
+# --- bfloat16
+
+
+def through_the_context(dtype: str, chunks: int, texts: int = 256, length: int = 4):
+    """Gradient, as one vector, of all that reaches the texts by their context alone, from texts in `chunks` chunks."""
+    made = contextual("isolated", encoder={"layers": 1, "dtype": dtype, "attention": "xla"})
+    graph, params = nnx.split(made, nnx.Param)
+    random = np.random.default_rng(0)
+    ids = random.integers(1, VOCABULARY, (texts + J, length)).astype(np.int32)
+    pull = random.normal(0.5, 1, (texts, WIDTH)).astype(np.float32)
+
+    def in_chunks(ids, count):
+        ids = ids.reshape(1, count, -1, length)
+        place = np.arange(ids.size // length, dtype=np.int32)[None]
+        return {"ids": (ids,), "mask": (np.ones(ids.shape, bool),), "place": place}
+
+    batch = {"texts": in_chunks(ids[:texts], chunks), "context": in_chunks(ids[texts:], 1)}
+    batch["keep"] = np.ones((1, texts // 2, texts // 2), bool)
+
+    def loss(params, batch):
+        vectors = embed_plan_batches(nnx.merge(graph, params), batch, KEY[None], Train(sequence_dropout=0.0))
+        return (jnp.concatenate(vectors, axis=1) * pull).sum()
+
+    gradient = jax.jit(jax.grad(loss))(params, batch)["first_stage"]
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+
+
+def test_the_gradient_of_the_context_is_as_exact_from_many_chunks_as_from_one():
+    """Keys and values of slots are in bfloat16; a sum over chunks in it would be off by some percent."""
+    expected = through_the_context("float32", 1)
+    whole, many = (np.linalg.norm(through_the_context("bfloat16", n) - expected) for n in (1, 256))
+    assert 0 < many <= 1.2 * whole < 0.02 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_the_step_of_a_gpu_lowers_to_cudnns_calls(mesh, monkeypatch):
+    """To what XLA compiles for CUDA: forward, again in the backward pass of a chunk, and backward."""
+    monkeypatch.setattr(attention, "select_kernel", lambda *_: "cudnn")
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
+    mesh = sharding.make_mesh(mesh)
+    graph, state = init_state(model(dtype="bfloat16"), sgd()[0])
+    step = make_train_step(graph, *sgd(), dataclasses.replace(TRAIN, document_chunk=1), mesh)
+    given = sharding.shard_state(mesh, state), sharding.shard_batch(mesh, step_batch(0)), sharding.replicate(mesh, KEY)
+    program = step.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    forward, backward = (program.count(f"@__cudnn$fmhaSoftmax{name}(") for name in ("", "Backward"))
+    lengths, of_context = (len(step_batch(0)[name]["ids"]) for name in ("texts", "context"))
+    assert backward == 2 * lengths + of_context + 1  # text and slots; the first stage; slots among themselves
+    assert forward == 2 * backward - 1  # those last ones are in no chunk
+    assert "xf16>" not in program
 
 
 # --- optimiser and dropout
