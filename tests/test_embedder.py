@@ -675,9 +675,17 @@ def test_every_text_is_in_one_batch_that_holds_it(sizes, full):
     assert len(shapes) <= 2 * len(lengths)
 
 
-@pytest.mark.parametrize(("texts", "sizes"), [(1, [8]), (32, [8] * 4), (33, [64]), (97, [64, 64]), (64, [64])])
+CPU_BATCHES = [(1, [1]), (12, [8] + [1] * 4), (13, [8, 8]), (32, [8] * 4), (33, [64]), (97, [64, 64]), (64, [64])]
+
+
+@pytest.mark.parametrize(("texts", "sizes"), CPU_BATCHES)
 def test_a_rest_of_at_most_half_a_batch_goes_in_small_batches(texts, sizes):
     assert [size for _, size, _ in batches(np.full(texts, 5), (16,), lambda length: 64)] == sizes
+
+
+def test_an_accelerator_takes_one_query_in_a_batch_of_eight(monkeypatch):
+    monkeypatch.setattr(encode.jax, "default_backend", lambda: "gpu")
+    assert [size for _, size, _ in batches(np.full(12, 5), (16,), lambda length: 64)] == [8, 8]
 
 
 def test_padded_lengths_end_with_the_longest_allowed():

@@ -23,9 +23,11 @@ BLOCK = 16_384  # texts tokenized at a time, for each device
 IN_FLIGHT = 2  # batches on the devices while the next is padded
 PROGRESS_DELAY = 3.0  # seconds of work before a progress bar appears
 SHORTEST = 16  # padded lengths are 16, 32, 64, … and the longest allowed
-# Tokens in a batch at full speed. The rest of a length goes in small batches, so that one query is padded to 8 rows.
+# Tokens in a batch at full speed. The rest of a length goes in small batches: one query is padded to 8 rows on
+# accelerators, which compute them as fast as one, and to none on a CPU.
 TOKENS_PER_BATCH = {"cpu": 2048, "other": 32_768}
-SMALL_BATCH, LARGEST_BATCH = 8, 1024
+SMALL_BATCHES = {"cpu": (8, 1), "other": (8,)}
+LARGEST_BATCH = 1024
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 Tokens = list[Integer[np.ndarray, "_"]]  # token ids of each text, with prefix and special tokens
@@ -194,10 +196,14 @@ def padded_lengths(longest: int) -> tuple[int, ...]:
     return (*(n for n in doubling if n < longest), longest)
 
 
+def _of_platform(settings: dict[str, Any]) -> Any:
+    return settings["cpu" if jax.default_backend() == "cpu" else "other"]
+
+
 def full_batch(length: int, *, slots: int) -> int:
     """The batch size of a padded length: a power of two within the device's tokens per batch."""
-    tokens = TOKENS_PER_BATCH["cpu" if jax.default_backend() == "cpu" else "other"]
-    fitting = max(SMALL_BATCH, min(LARGEST_BATCH, tokens // (length + slots)))
+    fitting = min(LARGEST_BATCH, _of_platform(TOKENS_PER_BATCH) // (length + slots))
+    fitting = max(_of_platform(SMALL_BATCHES)[0], fitting)
     return 1 << (fitting.bit_length() - 1)
 
 
@@ -207,14 +213,14 @@ def batches(
     """(rows, batch size, padded length) of each batch: full batches, then small ones for the rest of a length.
 
     `full_batch` gives the rows of one device, and each of the `devices` gets as many. A rest of more than half a full
-    batch is one full batch: its empty rows cost less than many small batches.
+    batch is one full batch: its empty rows cost less than many small batches; and so on for those.
     """
     bucket = np.searchsorted(lengths, sizes)  # index of the shortest length that is enough
     for b in np.unique(bucket):
         rows = np.flatnonzero(bucket == b)
-        full = full_batch(lengths[b]) * devices
+        *larger, smallest = (n * devices for n in (full_batch(lengths[b]), *_of_platform(SMALL_BATCHES)))
         while len(rows):
-            size = full if 2 * len(rows) > full else SMALL_BATCH * devices
+            size = next((n for n in larger if 2 * len(rows) > n), smallest)
             yield rows[:size], size, int(lengths[b])
             rows = rows[size:]
 
