@@ -6,8 +6,11 @@
 Everything is fitted on the corpus alone (whitening and spreads by pseudo queries); labels only score. A case is scored
 with one weight for all queries and with a weight by query; both are chosen on the other sets (`loo`), and `fixed` is
 the mean at each weight. Cases: `lsa+terms` (with the encoder's token embeddings), `lsa+signs` (without), `signs` (a
-count sketch alone), `other corpus` (statistics of the set half the list away), `int8` and `stems` (`lsa+terms` with
-documents of 8 bits a dimension; with words cut to stems by snowballstemmer). Two indexes, dense and BM25: `exact`
+count sketch alone), `int8` and `stems` (`lsa+terms` with documents of 8 bits a dimension; with words cut to stems by
+snowballstemmer). Controls, to compare with `lsa+signs`: `idf of`, `directions of` or `both of` (document frequencies,
+latent directions) `another corpus`, the set half the list away, or `general text`, the documents of `--general`; the
+frequencies of another corpus count with those of `--general` as of 300 documents more, so that no term has weight 0;
+`both of another corpus, whitening too`. Two indexes, dense and BM25: `exact`
 (scores mixed, each divided by its spread), `z-score` (each standardised by query), `rrf` (reciprocal ranks + 60,
 Cormack et al., 2009). `N labels`: the weight that `fit_weight` chooses by N queries, drawn 20 times and scored on the
 others.
@@ -15,9 +18,10 @@ others.
 """
 
 import argparse
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import evaluation_sets
 import numpy as np
@@ -27,7 +31,7 @@ from jaxtyping import Float
 from cde_jax.adapters.hybrid import CAUTION, GAIN_MODEL, LARGER_WEIGHTS, WEIGHTS, HybridVectors, best_choice
 from cde_jax.adapters.projection import TermVectors
 from cde_jax.adapters.statistics import CorpusStatistics, terms
-from cde_jax.adapters.whitening import SAMPLE_SIZE, whitening
+from cde_jax.adapters.whitening import SAMPLE_SIZE, Whitening, whitening
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.evaluation.compare import bootstrap
 from cde_jax.evaluation.metrics import ndcg_per_query
@@ -37,8 +41,12 @@ from cde_jax.retrieval.index import as_run, search
 RIDGE = 0.06
 MORE_WEIGHTS = (*WEIGHTS, *LARGER_WEIGHTS)  # scored too; GAIN_MODEL knows WEIGHTS alone
 LABELS, DRAWS = (10, 50, 200), 20
-CASES = ("exact", "z-score", "rrf", "lsa+terms", "lsa+signs", "signs", "other corpus", "int8", "stems")
+ANOTHER, GENERAL, WHITENING_TOO = "another corpus", "general text", ", whitening too"
+CONTROLS = tuple(f"{part} of {other}" for part in ("idf", "directions", "both") for other in (ANOTHER, GENERAL))
+CONTROLS += (f"both of {ANOTHER}{WHITENING_TOO}",)
+CASES = ("exact", "z-score", "rrf", "lsa+terms", "lsa+signs", "signs", "int8", "stems", *CONTROLS)
 FUSIONS = CASES[:3]
+GENERAL_DOCUMENTS = 2000  # at most, of a file
 
 
 class Case(NamedTuple):
@@ -56,9 +64,12 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, required=True, help="directory written by benchmarks/vectors.py")
     parser.add_argument("--queries", type=int, default=0, help="as of benchmarks/vectors.py")
     parser.add_argument("--documents", type=int, default=0, help="as of benchmarks/vectors.py")
+    parser.add_argument("--general", nargs="*", default=[], metavar="FILE", help="pairs, for the controls")
     parser.add_argument("--widths", nargs="+", type=int, default=[768, 1152, 1920], help="of the hybrid vectors")
-    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, metavar="CASE")
+    parser.add_argument("--cases", nargs="+", default=CASES[: -len(CONTROLS)], choices=CASES, metavar="CASE")
     args = parser.parse_args()
+    if any(case in CONTROLS for case in args.cases) and not args.general:
+        parser.error("--general is needed for the controls")
     term_vectors = Embedder.from_pretrained(args.model, progress=False).term_vectors
     sets = evaluation_sets.read(args.evaluation, args.queries, args.documents)
     dense = [whitened(dataset, dict(np.load(args.vectors / f"{dataset.name}.npz"))) for dataset in sets]
@@ -71,26 +82,63 @@ def main() -> None:
     for name in (name for name in FUSIONS if name in args.cases):
         fused = [fusion(*each, name) for each in zip(sets, dense, statistics, strict=True)]
         report(line | {"case": name}, sets, fused, base)
+    general = general_text(args.general)
     for width in args.widths:
         for name in (name for name in args.cases if name not in FUSIONS):
             cases = []
             for i, dataset in enumerate(sets):
-                own = statistics[(i + len(sets) // 2) % len(sets) if name == "other corpus" else i]
-                cases.append(hybrid(dataset, dense[i], own, width, name, term_vectors))
+                j = (i + len(sets) // 2) % len(sets)
+                if name in CONTROLS:
+                    own, other = (sets[k].corpus.values() for k in (i, j))
+                    source = control(name, statistics[i], statistics[j], list(own), list(other), general)
+                    vectors = dense[i]
+                    if name.endswith(WHITENING_TOO):
+                        vectors = whitened(dataset, vectors["raw"], dense[j]["fitted"])
+                    cases.append(hybrid(dataset, vectors, source[0], width, "lsa+signs", term_vectors, source[1]))
+                else:
+                    cases.append(hybrid(dataset, dense[i], statistics[i], width, name, term_vectors))
             report(line | {"case": name, "width": width}, sets, cases, base)
 
 
-def whitened(dataset: EvaluationSet, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Whitened vectors of a set by its corpus alone, and the NDCG@10 of its queries with and without."""
+def general_text(files: Sequence[str]) -> list[str]:
+    """Documents of files of training pairs, drawn."""
+    texts = []
+    for file in files:
+        documents = list(evaluation_sets.from_pairs(Path(file)).corpus.values())
+        drawn = np.random.default_rng(0).permutation(len(documents))[:GENERAL_DOCUMENTS]
+        texts += [documents[i] for i in drawn]
+    return texts
+
+
+def control(
+    name: str,
+    own: CorpusStatistics,
+    another: CorpusStatistics,
+    own_texts: list[str],
+    other_texts: list[str],
+    general: list[str],
+) -> tuple[CorpusStatistics, list[str]]:
+    """The statistics of a control, and the texts that its latent directions are learned from."""
+    others = CorpusStatistics.fit(general)
+    if ANOTHER in name:
+        few = np.ceil(others.frequencies * (300 / others.documents)).astype(np.uint32)
+        others = another.merge(CorpusStatistics(300, round(300 * others.terms / others.documents), few))
+    texts = other_texts if ANOTHER in name else general
+    return own if name.startswith("directions") else others, own_texts if name.startswith("idf") else texts
+
+
+def whitened(dataset: EvaluationSet, arrays: dict[str, np.ndarray], fitted: Whitening | None = None) -> dict[str, Any]:
+    """Whitened vectors of a set (None: by its corpus alone), and the NDCG@10 of its queries with and without."""
     documents = arrays["documents"]
     sample = documents[np.random.default_rng(0).permutation(len(documents))[:SAMPLE_SIZE]]
-    fitted = whitening(arrays["pseudo_queries"], sample)
+    fitted = fitted or whitening(arrays["pseudo_queries"], sample)
     result = {
         "queries": fitted.transform_queries(arrays["queries"]),
         "documents": fitted.transform_documents(documents),
         "pseudo_queries": fitted.transform_queries(arrays["pseudo_queries"]),
     }
     frozen = per_query(dataset, arrays["queries"], documents)
+    result |= {"raw": arrays, "fitted": fitted}
     return result | {"frozen": frozen, "whitened": per_query(dataset, result["queries"], result["documents"])}
 
 
@@ -109,18 +157,20 @@ def judged(dataset: EvaluationSet) -> list[int]:
 
 def hybrid(
     dataset: EvaluationSet,
-    dense: dict[str, np.ndarray],
+    dense: dict[str, Any],
     statistics: CorpusStatistics,
     width: int,
     name: str,
     term_vectors: TermVectors,
+    directions: list[str] | None = None,
 ) -> Case:
-    """Scores of hybrid vectors of a total width."""
+    """Scores of hybrid vectors of a total width; their latent directions are those of `directions`, or the corpus."""
     corpus, texts = list(dataset.corpus.values()), list(dataset.queries.values())
     if name == "stems":
         corpus, texts, term_vectors = stemmed(corpus, texts, term_vectors)
         statistics = CorpusStatistics.fit(corpus)
     options = {"width": width, "term_vectors": None if name.endswith("signs") else term_vectors}
+    options["corpus"] = directions
     if name == "signs":
         options["latent_fraction"] = 0.0
     fitted = HybridVectors.fit(statistics, dense["documents"], corpus, dense["pseudo_queries"], **options)
