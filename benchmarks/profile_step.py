@@ -64,7 +64,11 @@ def kind_of(name: str, program: str) -> str:
     if name.startswith("dot"):
         found = re.search(rf"%{re.escape(name)} = (.*)", program)
         return "products of attention" if found and "batch_dims" in found[1] else "products with weights"
-    return "copies" if re.match("copy|transpose|concatenate|.*dynamic-(update-)?slice", name) else "elementwise, reductions"
+    return (
+        "copies"
+        if re.match("copy|transpose|concatenate|.*dynamic-(update-)?slice", name)
+        else "elementwise, reductions"
+    )
 
 
 if __name__ == "__main__":

@@ -217,6 +217,8 @@ def test_speed_ratios_compare_rounds():
     assert called == ["a", "b", "a", "b"] and [len(times) for times in taken.values()] == [2, 2]
 
 
-@pytest.mark.parametrize("name", ["cluster", "encode", "figure", "gpu", "kernels", "memory", "plan", "train_step"])
+@pytest.mark.parametrize(
+    "name", ["cluster", "encode", "figure", "gpu", "kernels", "memory", "plan", "profile_step", "train_step"]
+)
 def test_benchmarks_import(name):
     assert import_module(name).main
