@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of operation: one JSON line a kind, from a trace of XLA's CPU runtime.
+"""Where the time of a training step goes, by kind of operation: one JSON line a kind, from a trace on a CPU.
 
     taskset -c 1 python benchmarks/profile_step.py [--shapes small] [--models biencoder] [--queries 16]
 
