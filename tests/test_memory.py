@@ -97,7 +97,8 @@ def compiled_bytes(texts: int, *chunks: tuple[int, int, int], attention: str = "
         "context": chunk_shapes(context, (-(-context // 8), 8, chunks[-1][2])),
         "keep": jax.ShapeDtypeStruct((1, texts, texts), jnp.bool_),
     }
-    step = make_train_step(graph, optimizer, lambda step: 1.0, Train(), sharding.make_mesh((1, 1)))
+    train = Train(document_chunk=1)  # chunks of a given size, whatever it is, are computed again in the backward pass
+    step = make_train_step(graph, optimizer, lambda step: 1.0, train, sharding.make_mesh((1, 1)))
     return program_bytes(step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile())
 
 
