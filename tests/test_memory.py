@@ -1,6 +1,5 @@
 """Chunk sizes by memory: the largest that fits is found, by what the compiler says of the real step."""
 
-import functools
 import logging
 from functools import cache
 
@@ -102,7 +101,6 @@ def compiled_bytes(texts: int, *chunks: tuple[int, int, int], attention: str = "
     return program_bytes(step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile())
 
 
-@functools.cache
 @cache
 def step_bytes(chunk: int) -> int:
     return compiled_bytes(64, (128 // chunk, chunk, 128))

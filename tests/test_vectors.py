@@ -297,7 +297,7 @@ print(at)
 def test_many_kills_one_after_another_lose_one_block_each(tmp_path, pairs, monkeypatch):
     more = """
 random = random.Random(0)
-print([write(folder / "v", random.randrange(20, 60)) for _ in range(20)].index(True))
+print(next(n for n in range(20) if write(folder / "v", random.randrange(20, 60))))
 """
     done = run(KILLED + more, tmp_path, 9)
     assert done.returncode == 0, done.stderr
