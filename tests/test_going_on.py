@@ -80,6 +80,7 @@ def test_schedules_may_change_on_the_way_and_are_kept_as_a_history(data, halfway
     assert "| 1 | 6 | [] | 0.01 | 1" in card and "| 5 | 8 | [5] | 0.001 | 1" in card
 
 
+@pytest.mark.slow
 def test_a_change_that_no_step_was_trained_with_leaves_no_trace(data, halfway):
     shutil.copytree(halfway, again := halfway.with_name("again"))
     go(data, halfway, "train", train__learning_rate=1e-3)

@@ -269,6 +269,7 @@ def minilm() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of mteb's own calls
 def test_scores_of_minilm_are_those_of_mteb_with_sentence_transformers():
     from sentence_transformers import SentenceTransformer

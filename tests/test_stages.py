@@ -196,6 +196,7 @@ def test_an_unknown_surrogate_names_the_known_ones(data, tmp_path):
         go(data, tmp_path, "prepare", batching__surrogate="word2vec")
 
 
+@pytest.mark.slow
 def test_a_context_larger_than_the_batch_works(data, tmp_path):
     for stage in ("prepare", "train"):
         go(data, tmp_path, stage, model__context_size=20, train__steps=1, train__warmup_steps=0)

@@ -92,6 +92,7 @@ def swept(tmp_path_factory):
     return folder / "runs"
 
 
+@pytest.mark.slow
 def test_each_variant_and_seed_has_a_work_directory_with_scores_of_each_query(swept):
     assert sorted(json.loads((swept / sweep.SWEEP).read_text())["runs"]) == sorted(RUNS)
     for name in RUNS:
@@ -102,12 +103,14 @@ def test_each_variant_and_seed_has_a_work_directory_with_scores_of_each_query(sw
     assert config["train"]["steps"] == 3 and config["model"]["init"]["second_stage"] == str(swept / "start")
 
 
+@pytest.mark.slow
 def test_each_seed_trains_on_batches_of_its_own(swept):
     """From pretrained weights nothing else would distinguish the seeds of a biencoder."""
     plans = {name: (swept / name / "plan" / "rows.bin").read_bytes() for name in RUNS}
     assert len(set(plans.values())) == len(RUNS)
 
 
+@pytest.mark.slow
 def test_work_directories_share_what_fits(swept):
     inodes = [os.stat(swept / name / "store" / "pairs" / "query_tokens.values.bin").st_ino for name in RUNS]
     assert len(set(inodes)) == 1
@@ -115,6 +118,7 @@ def test_work_directories_share_what_fits(swept):
     assert vectors[0] == vectors[1] != vectors[2] == vectors[3]  # LSA depends on the seed
 
 
+@pytest.mark.slow
 def test_the_same_command_trains_nothing_again(swept, capsys):
     before = {name: (swept / name / "metrics.jsonl").read_bytes() for name in RUNS}
     sweep.main(["--workdir", str(swept), "--stage", "train", "--seeds", "0"])
@@ -124,6 +128,7 @@ def test_the_same_command_trains_nothing_again(swept, capsys):
     assert lines[1]["changes"]["model.kind"] == "contextual" and "held" not in lines[0]["mean"]
 
 
+@pytest.mark.slow
 def test_the_comparison_pairs_queries_with_the_baseline(swept, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare.py", str(swept)])
     compare.main()

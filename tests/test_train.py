@@ -73,6 +73,7 @@ def test_only_what_is_auto_is_chosen(data, prepared):
     assert chosen(from_config_dict(config_of(data)), prepared) == from_config_dict(config_of(data))
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_chose_and_keeps_it_where_it_is(data, tmp_path, caplog, monkeypatch):
     changes = {"train__steps": 2, "train__memory_gib": 1.0, "train__text_lengths": 2} | AUTO
     with caplog.at_level(logging.INFO, logger="cde_jax"):
