@@ -46,10 +46,10 @@ def main() -> None:
         for name, command, packages in cases(args):
             missing = [package for package in packages if find_spec(package) is None]
             if missing:
-                found = [{"case": name, "skipped": f"{', '.join(missing)} not installed"}]
+                results = [{"case": name, "skipped": f"{', '.join(missing)} not installed"}]
             else:
-                found = run(name, command, end - time.monotonic())
-            for line in found:
+                results = run(name, command, end - time.monotonic())
+            for line in results:
                 lines.append(line)
                 print(json.dumps(line), flush=True)
                 file.write(json.dumps(line) + "\n")
@@ -103,10 +103,10 @@ def run(name: str, command: list[str], seconds: float) -> list[dict[str, Any]]:
         except subprocess.TimeoutExpired as stopped:
             output, failed = stopped.stdout or b"", None
         errors.seek(0)
-        said = errors.read().strip().splitlines()
+        messages = errors.read().strip().splitlines()
     lines = [{"case": name} | json.loads(line) for line in output.decode().splitlines() if line.startswith("{")]
     if failed:
-        lines.append({"case": name, "error_message": " | ".join(said[-3:])[-1000:] or f"exit status {failed}"})
+        lines.append({"case": name, "error_message": " | ".join(messages[-3:])[-1000:] or f"exit status {failed}"})
     elif failed is None:
         lines.append({"case": name, "skipped": "stopped at the end of the time"})
     return [line | {"case_seconds": round(time.monotonic() - start, 1)} for line in lines]

@@ -47,6 +47,7 @@ CONTROLS += (f"both of {ANOTHER}{WHITENING_TOO}",)
 CASES = ("exact", "z-score", "rrf", "lsa+terms", "lsa+signs", "signs", "int8", "stems", *CONTROLS)
 FUSIONS = CASES[:3]
 GENERAL_DOCUMENTS = 2000  # at most, of a file
+PRIOR_DOCUMENTS = 300  # of general text, among the frequencies of another corpus
 
 
 class Case(NamedTuple):
@@ -82,55 +83,63 @@ def main() -> None:
     for name in (name for name in FUSIONS if name in args.cases):
         fused = [fusion(*each, name) for each in zip(sets, dense, statistics, strict=True)]
         report(line | {"case": name}, sets, fused, base)
-    general = general_text(args.general)
     for width in args.widths:
         for name in (name for name in args.cases if name not in (*FUSIONS, *CONTROLS)):
             cases = [hybrid(*each, width, name, term_vectors) for each in zip(sets, dense, statistics, strict=True)]
             report(line | {"case": name, "width": width}, sets, cases, base)
-        for name in (name for name in args.cases if name in CONTROLS):
+    controls = [name for name in args.cases if name in CONTROLS]
+    corpora = [Corpus(list(dataset.corpus.values()), each) for dataset, each in zip(sets, statistics, strict=True)]
+    general = general_text(args.general) if controls else None
+    for width in args.widths:
+        for name in controls:
             scores = []
             for i, dataset in enumerate(sets):
-                j, vectors = (i + len(sets) // 2) % len(sets), dense[i]
+                j = (i + len(sets) // 2) % len(sets)
+                other = with_other_words(corpora[j], general) if ANOTHER in name else general
+                vectors = dense[i]
                 if name.endswith(WHITENING_TOO):
                     vectors = whitened(dataset, vectors["raw"], dense[j]["fitted"])
-                scores.append(control(name, sets, statistics, i, j, vectors, width, general))
+                scores.append(control(name, dataset, vectors, corpora[i], other, width))
             weight = "by query, as the library has it"
             emit(line | {"case": name, "width": width, "weight": weight, **summary(sets, scores, base)}, "jax")
 
 
-def general_text(files: Sequence[str]) -> list[str]:
+class Corpus(NamedTuple):
+    """Documents and their statistics."""
+
+    texts: list[str]
+    statistics: CorpusStatistics
+
+
+def general_text(files: Sequence[str]) -> Corpus:
     """Documents of files of training pairs, drawn."""
     texts = []
     for file in files:
         documents = list(evaluation_sets.from_pairs(Path(file)).corpus.values())
         drawn = np.random.default_rng(0).permutation(len(documents))[:GENERAL_DOCUMENTS]
         texts += [documents[i] for i in drawn]
-    return texts
+    return Corpus(texts, CorpusStatistics.fit(texts))
+
+
+def with_other_words(corpus: Corpus, general: Corpus) -> Corpus:
+    """A corpus whose frequencies count those of general text as of `PRIOR_DOCUMENTS` more documents."""
+    share = PRIOR_DOCUMENTS / general.statistics.documents
+    frequencies = np.ceil(share * general.statistics.frequencies).astype(np.uint32)
+    prior = CorpusStatistics(PRIOR_DOCUMENTS, round(share * general.statistics.terms), frequencies)
+    return corpus._replace(statistics=corpus.statistics.merge(prior))
 
 
 def control(
-    name: str,
-    sets: Sequence[EvaluationSet],
-    statistics: Sequence[CorpusStatistics],
-    own: int,
-    another: int,
-    dense: dict[str, Any],
-    width: int,
-    general: list[str],
+    name: str, dataset: EvaluationSet, dense: dict[str, Any], own: Corpus, other: Corpus, width: int
 ) -> Float[np.ndarray, " q"]:
     """NDCG@10 in points of a set's queries under document frequencies or latent directions that are not its own."""
-    texts, frequencies = general, CorpusStatistics.fit(general)
-    if ANOTHER in name:
-        few = np.ceil(frequencies.frequencies * (300 / frequencies.documents)).astype(np.uint32)
-        few = CorpusStatistics(300, round(300 * frequencies.terms / frequencies.documents), few)
-        texts, frequencies = list(sets[another].corpus.values()), statistics[another].merge(few)
-    if name.startswith("directions"):
-        frequencies = statistics[own]
-    corpus, queries = list(sets[own].corpus.values()), list(sets[own].queries.values())
-    options = {"width": width, "corpus": corpus if name.startswith("idf") else texts}
-    fitted = HybridVectors.fit(frequencies, dense["documents"], corpus, dense["pseudo_queries"], **options)
-    documents = fitted.transform_documents(dense["documents"], corpus)
-    return per_query(sets[own], fitted.transform_queries(dense["queries"], queries), documents)
+    statistics = own.statistics if name.startswith("directions") else other.statistics
+    texts = own.texts if name.startswith("idf") else other.texts
+    fitted = HybridVectors.fit(
+        statistics, dense["documents"], own.texts, dense["pseudo_queries"], width=width, corpus=texts
+    )
+    queries = fitted.transform_queries(dense["queries"], list(dataset.queries.values()))
+    return per_query(dataset, queries, fitted.transform_documents(dense["documents"], own.texts))
 
 
 def whitened(dataset: EvaluationSet, arrays: dict[str, np.ndarray], fitted: Whitening | None = None) -> dict[str, Any]:

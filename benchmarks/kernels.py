@@ -29,8 +29,8 @@ def main() -> None:
             try:
                 line["error"] = round(error(kernel, SHAPES[name]), 4)
                 for kind in args.models:
-                    found = vectors(kind, SHAPES[name], "bfloat16", kernel)
-                    line[f"cosine_{kind}"] = round(float((found * expected[kind]).sum(axis=1).min()), 5)
+                    encoded = vectors(kind, SHAPES[name], "bfloat16", kernel)
+                    line[f"cosine_{kind}"] = round(float((encoded * expected[kind]).sum(axis=1).min()), 5)
                 cosines = [value for key, value in line.items() if key.startswith("cosine")]
                 line["ok"] = line["error"] <= ERROR and min(cosines, default=1.0) >= COSINE
             except ValueError as reason:
@@ -56,8 +56,8 @@ def vectors(kind: str, shape: Shape, dtype: str, kernel: str) -> Float[np.ndarra
     mask = np.arange(mask.shape[1]) < np.linspace(1, mask.shape[1], TEXTS, dtype=int)[:, None]
     context = None if kind == "biencoder" else context_vectors(shape)
     with jax.default_matmul_precision("highest"):
-        found = np.asarray(nnx.jit(lambda model: model.embed(ids, mask, context))(model))
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+        encoded = np.asarray(nnx.jit(lambda model: model.embed(ids, mask, context))(model))
+    return encoded / np.linalg.norm(encoded, axis=1, keepdims=True)
 
 
 if __name__ == "__main__":

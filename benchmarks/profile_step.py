@@ -35,10 +35,10 @@ def main() -> None:
                 with jax.profiler.trace(folder):
                     jax.block_until_ready(step(state, *given))
                 seconds = seconds_by_kind(next(Path(folder).rglob("*.xplane.pb")), step.as_text())
-            for what, took in seconds.most_common():
+            for operations, took in seconds.most_common():
                 line = {"benchmark": "profile_step", "shape": name, "queries": shape.queries, "model": kind}
                 share = round(took / seconds.total(), 3)
-                emit(line | {"what": what, "seconds": round(took, 3), "share": share}, *PACKAGES)
+                emit(line | {"what": operations, "seconds": round(took, 3), "share": share}, *PACKAGES)
 
 
 def seconds_by_kind(trace: Path, program: str) -> collections.Counter:
@@ -62,13 +62,11 @@ def seconds_by_kind(trace: Path, program: str) -> collections.Counter:
 def kind_of(name: str, program: str) -> str:
     """What an operation of the program is."""
     if name.startswith("dot"):
-        found = re.search(rf"%{re.escape(name)} = (.*)", program)
-        return "products of attention" if found and "batch_dims" in found[1] else "products with weights"
-    return (
-        "copies"
-        if re.match("copy|transpose|concatenate|.*dynamic-(update-)?slice", name)
-        else "elementwise, reductions"
-    )
+        instruction = re.search(rf"%{re.escape(name)} = (.*)", program)
+        batched = instruction and "batch_dims" in instruction[1]
+        return "products of attention" if batched else "products with weights"
+    copies = re.match("copy|transpose|concatenate|.*dynamic-(update-)?slice", name)
+    return "copies" if copies else "elementwise, reductions"
 
 
 if __name__ == "__main__":

@@ -40,9 +40,7 @@ def main() -> None:
             for kind in args.models
         }
         steps = {kind: run for kind, (run, _) in compiled.items()} | torch_steps(args, shape)
-        check_same_loss(
-            {case: step() for case, step in steps.items()}, args.dtype
-        )  # torch.compile works in the first call
+        check_same_loss({case: step() for case, step in steps.items()}, args.dtype)  # torch.compile compiles here
         seconds = take_turns(steps, args.rounds)
         for case in steps:
             flops = flops_of(next(kind for kind in KINDS if kind in case), shape)

@@ -23,8 +23,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxtyping import Array, Float, Int, Shaped
 
-Queries = Float[Array, "B T H d"]
-Keys = Float[Array, "B S H d"]
+from cde_jax.models.attention import Bias, Keys, Queries
+
 Lengths = Int[Array, " B"]
 SlotKeys = Float[Array, "P H d"] | Float[Array, "B P H d"]
 LogSums = Float[Array, "B T H"]
@@ -38,7 +38,7 @@ def attend_parts(
     lengths: Lengths,
     slot_keys: SlotKeys | None = None,
     slot_values: SlotKeys | None = None,
-    bias: Float[Array, " H"] | None = None,
+    bias: Bias | None = None,
 ) -> Queries:
     """Softmax attention over the first `lengths` keys of each text and over all slots, whose logits get `bias` added.
 

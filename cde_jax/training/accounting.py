@@ -142,6 +142,8 @@ def recomputes_chunks(config: BiencoderConfig | ContextualConfig, batch: dict[st
     So it is with chunks of a given size, and where those of the default size would keep more than `KEPT_ACTIVATIONS`
     together. Each also keeps the weights once (`lax.cond` does, which skips empty ones): about `width` positions more.
     """
+    if train.document_chunk or train.context_chunk:
+        return True
     stages, kept = [(config.encoder, batch["texts"], 0)], 0
     if isinstance(config, ContextualConfig):
         slots = _slots(config, batch["context"]["place"].shape[-1]) if config.context_attention == "joint" else 0
@@ -150,7 +152,7 @@ def recomputes_chunks(config: BiencoderConfig | ContextualConfig, batch: dict[st
         for batches, chunks, texts, length in (ids.shape for ids in held["ids"]):
             positions = texts * (length + slots) + encoder.width
             kept += batches * chunks * positions * encoder.layers * encoder.width
-    return bool(train.document_chunk or train.context_chunk) or kept > KEPT_ACTIVATIONS
+    return kept > KEPT_ACTIVATIONS
 
 
 def choose_chunk(

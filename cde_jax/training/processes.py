@@ -16,9 +16,8 @@ from jax._src import distributed  # its client has no public name; Orbax takes i
 
 _COUNTER = itertools.count()
 LONGEST_WAIT = 30 * 86400  # seconds that processes wait for each other while all of them live
-HEARTBEAT = (
-    30  # seconds after which a process that no longer answers counts as dead, and that the last ones wait at exit
-)
+# Seconds after which a process that no longer answers counts as dead, and that the last ones wait at exit
+HEARTBEAT = 30
 
 
 def start() -> None:
