@@ -17,7 +17,7 @@ from tiny_run import write_data
 
 from cde_jax.data.files import write_json
 from cde_jax.data.store import read_json
-from cde_jax.evaluation.beir import rank, write_tokens
+from cde_jax.evaluation.beir import STATISTICS, rank, write_tokens
 from cde_jax.evaluation.metrics import score_rankings
 from cde_jax.interop.modules import TextSettings
 from cde_jax.interop.write import save_pretrained
@@ -68,7 +68,10 @@ def test_token_sets_are_ranked_without_any_other_library_and_scored_where_pytrec
     command = [sys.executable, "-c", RANK, str(tmp_path), MISSING]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
+    assert "scikit-learn is not installed: 'same corpus, statistics' is left out" in done.stderr
     there, here = read_json(tmp_path / "rankings.json"), rank(model, [ANIMALS], OTHERS, seed=3)
+    assert here["animals"].keys() - there["animals"].keys() == {STATISTICS}
+    here["animals"].pop(STATISTICS)
     assert score_rankings(there, [ANIMALS]) == score_rankings(here, [ANIMALS])
 
 

@@ -149,8 +149,8 @@ def test_a_kind_that_cannot_be_had_is_named_with_those_that_can(home, tmp_path, 
 
 
 def test_the_usual_kinds_are_those_that_a_model_can_have(home, tmp_path):
-    assert list(run(home, tmp_path / "a", "biencoder")[1]["tasks"]["ships"]) == ["whitened", "none"]
-    assert list(run(home, tmp_path / "b", "no_null")[1]["tasks"]["ships"]) == ["corpus", "whitened"]
+    assert list(run(home, tmp_path / "a", "biencoder")[1]["tasks"]["ships"]) == ["whitened", "statistics", "none"]
+    assert list(run(home, tmp_path / "b", "no_null")[1]["tasks"]["ships"]) == ["corpus", "whitened", "statistics"]
 
 
 def test_the_command_scores_two_models_and_compares_them(home, tmp_path, capsys):

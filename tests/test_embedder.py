@@ -509,6 +509,8 @@ def test_a_lexical_part_needs_texts_and_two_inputs(contextual, tokenizer, tmp_pa
         contextual.encode_queries(ids, context)
     with pytest.raises(ValueError, match="corpus: expected a list of texts, got ndarray"):
         contextual.embed_context(tokenizer.encode(CORPUS, 24), statistics=statistics)
+    with pytest.raises(ValueError, match=rf"one text a document, got 1 texts and {len(CORPUS)} documents"):
+        contextual.embed_context(tokenizer.encode(CORPUS, 24), statistics=statistics, texts=CORPUS[:1])
     with pytest.raises(ValueError, match="cannot tell queries from documents"):
         contextual.export_corpus(context, tmp_path / "export", onnx=False)
 

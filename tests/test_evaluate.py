@@ -145,7 +145,7 @@ def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer
     one = embedder(kind, tokenizer)
     results = evaluate(one, [ANIMALS, SHIPS], OTHERS, seed=3).means
     kinds = ["same corpus", "random training documents", "none"]
-    written = ["same corpus", "same corpus, whitened", *kinds[1:]]
+    written = ["same corpus", "same corpus, whitened", "same corpus, statistics", *kinds[1:]]
     assert {name: list(row) for name, row in results.items()} == {"animals": written, "ships": written}
     contexts = (one.embed_context(list(SHIPS.corpus.values()), 3), one.embed_context(OTHERS, 3), None)
     for kind_of_context, context in zip(kinds, contexts, strict=True):
@@ -159,12 +159,13 @@ def test_a_contextual_model_is_scored_under_each_kind_of_context(kind, tokenizer
 def test_kinds_of_context_that_cannot_be_had_are_left_out(tokenizer):
     biencoder = embedder("biencoder", tokenizer)
     found = evaluate(biencoder, [SHIPS], OTHERS, seed=0).means["ships"]
-    assert list(found) == ["none", "same corpus, whitened"]
+    assert list(found) == ["none", "same corpus, whitened", "same corpus, statistics"]
     assert validate(biencoder, [SHIPS], 0, 10, batch_size=8, temperature=0.02)["score"] == found["none"]
     without_null = embedder("joint", tokenizer, null_embedding=False)
     assert list(rank(without_null, [SHIPS], [], seed=0)["ships"]) == [
         "same corpus",
         "same corpus, whitened",
+        "same corpus, statistics",
     ]
 
 
@@ -199,7 +200,7 @@ def test_a_token_set_has_prefixes_lengths_and_pseudo_queries_of_the_seed(tokeniz
     ):
         assert [ids.tolist() for ids in tokens] == [ids.tolist() for ids in tokenizer.encode(texts, length)]
     assert list(dataset.queries) == list(ANIMALS.queries) and list(dataset.corpus) == list(ANIMALS.corpus)
-    assert dataset.qrels == ANIMALS.qrels
+    assert dataset.qrels == ANIMALS.qrels and dataset.texts == ANIMALS
 
 
 def test_token_ids_are_scored_as_the_texts_are_without_a_tokenizer(tokenizer, tmp_path):
@@ -211,9 +212,14 @@ def test_token_ids_are_scored_as_the_texts_are_without_a_tokenizer(tokenizer, tm
     expected = rank(texts, [ANIMALS], OTHERS, seed=3)
     rankings = rank(tokens, [dataset], tokenizer.encode(OTHERS, 16), seed=3)
     assert rankings.keys() == expected.keys() and rankings["animals"].keys() == expected["animals"].keys()
-    for kind, run in expected["animals"].items():
+    with_words = rank(texts, [dataset], [], seed=3, kinds=["same corpus, statistics"])["animals"]
+    assert with_words.keys() < expected["animals"].keys()
+    for kind, run in expected[
+        "animals"
+    ].items():  # the lexical part has the tokenizer's token embeddings, if there is one
         for query, documents in run.items():
-            assert rankings["animals"][kind][query] == pytest.approx(documents, abs=1e-5), kind
+            found = (with_words if kind in with_words else rankings["animals"])[kind][query]
+            assert found == pytest.approx(documents, abs=1e-5), kind
     with pytest.raises(ValueError, match="expected token ids, got texts: this embedder has no tokenizer"):
         tokens.encode_queries(["a text"])
 
@@ -240,7 +246,7 @@ def test_each_kind_of_context_is_sampled_by_the_seed_and_ranked_to_the_cutoff(to
     evaluation_search = evaluation.search
     monkeypatch.setattr(evaluation, "search", search)
     evaluate(model, [ANIMALS], OTHERS, seed=7, k=2)
-    assert seeds == [7, 7] and kinds == [(3, 4, 2)] * 4
+    assert seeds == [7, 7] and kinds == [(3, 4, 2)] * 5
 
 
 SCORES = Scores(10, {

@@ -1,15 +1,18 @@
 """Rankings of an embedder on retrieval sets, under each kind of context; the sets as token ids.
 
 The source of the context decides what a contextual model's score means, so all kinds are measured: the corpus that is
-searched (the paper's setting), the same with whitened vectors, unrelated training documents, and null slots.
+searched (the paper's setting), the same with whitened vectors and with a lexical part under the corpus' statistics,
+unrelated training documents, and null slots.
 """
 
 import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 
 SAME_CORPUS, RANDOM_DOCUMENTS, NO_CONTEXT = "same corpus", "random training documents", "none"
 WHITENED, STATISTICS = "same corpus, whitened", "same corpus, statistics"
+ALL_KINDS = SAME_CORPUS, WHITENED, STATISTICS, RANDOM_DOCUMENTS, NO_CONTEXT
 KIND = "evaluation"  # of the store of a `TokenSet`
 
 
@@ -40,6 +44,7 @@ class TokenSet(EvaluationSet):
     queries: dict[str, Integer[np.ndarray, "_"]]
     corpus: dict[str, Integer[np.ndarray, "_"]]
     pseudo_queries: Tokens  # of the corpus, by the seed given to `write_tokens`
+    texts: EvaluationSet  # the set as texts, whose words the lexical part reads
 
 
 def rank(
@@ -48,7 +53,7 @@ def rank(
     other_documents: list[str] | Tokens,
     seed: int,
     k: int = 10,
-    kinds: Collection[str] | None = None,
+    kinds: Collection[str] = ALL_KINDS,
     candidates: Mapping[str, Run] | None = None,
 ) -> Rankings:
     """The k best documents of every query, by set and kind of context; needs no pytrec_eval.
@@ -57,19 +62,19 @@ def rank(
     (left out if there are none), "none" is null slots (left out if the model has no null embedding). A biencoder reads
     no context and has only "none" of these. "same corpus, whitened" is the first of them with vectors whitened by
     documents and pseudo queries of the corpus; "same corpus, statistics" has a lexical part beside these vectors
-    (`HybridVectors`). `kinds` are those wanted, by default all but the last. With `candidates`, {set: run}, the
-    documents of a query's run alone are ranked.
+    (`HybridVectors`; left out where scikit-learn is missing). `kinds` are those wanted. With `candidates`, {set: run},
+    the documents of a query's run alone are ranked.
     """
     check_names(sets)
-    kinds = (SAME_CORPUS, WHITENED, RANDOM_DOCUMENTS, NO_CONTEXT) if kinds is None else kinds
+    if STATISTICS in kinds and not find_spec("sklearn"):
+        log.warning("scikit-learn is not installed: %r is left out", STATISTICS)
+        kinds = set(kinds) - {STATISTICS}
     other_context = None
     if embedder.contextual and len(other_documents) and RANDOM_DOCUMENTS in kinds:
         other_context = embedder.embed_context(other_documents, seed)  # one sample for all sets
     rankings: Rankings = {}
     for dataset in sets:
-        corpus = list(dataset.corpus.values())
-        pseudo = dataset.pseudo_queries if isinstance(dataset, TokenSet) else pseudo_queries(corpus, seed)
-        encoded = vectors_by_kind(embedder, list(dataset.queries.values()), corpus, kinds, seed, pseudo, other_context)
+        encoded = vectors_by_kind(embedder, dataset, kinds, seed, other_context)
         rankings[dataset.name] = {
             kind: rank_by_vectors(dataset, *vectors, k)
             if candidates is None
@@ -80,25 +85,27 @@ def rank(
 
 
 def vectors_by_kind(
-    embedder: Embedder,
-    queries: Texts,
-    corpus: Texts,
-    kinds: Collection[str],
-    seed: int,
-    pseudo: Texts,
-    other_context: Context | None = None,
+    embedder: Embedder, dataset: EvaluationSet, kinds: Collection[str], seed: int, other_context: Context | None = None
 ) -> Iterator[tuple[str, Float[np.ndarray, "q D"], Float[np.ndarray, "n D"]]]:
     """(kind, query vectors, document vectors) of the kinds of context that are wanted and possible.
 
     Queries and documents are encoded once for all kinds with the context of their own corpus.
     """
     own, adapted = SAME_CORPUS if embedder.contextual else NO_CONTEXT, {WHITENED, STATISTICS} & set(kinds)
+    queries, corpus = list(dataset.queries.values()), list(dataset.corpus.values())
     if own in kinds or adapted:
         context = plain = None
-        if embedder.contextual or adapted:
-            statistics = CorpusStatistics.fit(corpus) if STATISTICS in kinds else None
-            context = embedder.embed_context(corpus, seed, pseudo if adapted else None, statistics)
+        if adapted:
+            words, pseudo = dataset, None
+            if isinstance(dataset, TokenSet):
+                words, pseudo = dataset.texts, dataset.pseudo_queries
+            asked, texts = list(words.queries.values()), list(words.corpus.values())
+            statistics = CorpusStatistics.fit(texts) if STATISTICS in kinds else None
+            pseudo = pseudo_queries(texts, seed) if pseudo is None else pseudo
+            context = embedder.embed_context(corpus, seed, pseudo, statistics, texts if statistics else None)
             plain = dataclasses.replace(context, whitening=None, hybrid=None)
+        elif embedder.contextual:
+            plain = embedder.embed_context(corpus, seed)
         vectors = _encode(embedder, queries, corpus, plain)
         if own in kinds:
             yield own, *vectors
@@ -108,7 +115,7 @@ def vectors_by_kind(
             if WHITENED in kinds:
                 yield WHITENED, *vectors
             if STATISTICS in kinds:
-                yield STATISTICS, h.transform_queries(vectors[0], queries), h.transform_documents(vectors[1], corpus)
+                yield STATISTICS, h.transform_queries(vectors[0], asked), h.transform_documents(vectors[1], texts)
     if other_context is not None and RANDOM_DOCUMENTS in kinds:
         yield RANDOM_DOCUMENTS, *_encode(embedder, queries, corpus, other_context)
     if NO_CONTEXT in kinds and embedder.contextual and embedder.works_without_context:
@@ -175,7 +182,8 @@ def write_tokens(
     One of the same set, tokenizer, settings and seed is kept, any other is replaced.
     """
     s, corpus = settings, list(dataset.corpus.values())
-    identity = fingerprint([dataclasses.asdict(dataset), dataclasses.asdict(s), tokenizer.fingerprint, seed])
+    settings_and_layout = [dataclasses.asdict(s), "with texts"]
+    identity = fingerprint([dataclasses.asdict(dataset), *settings_and_layout, tokenizer.fingerprint, seed])
     with suppress(ValueError):  # no store there, or a damaged one
         if (store := Store.open(directory, kind=KIND)).fingerprint == identity:
             return store
@@ -193,8 +201,10 @@ def write_tokens(
     with StoreWriter(directory, KIND) as writer:
         for name, (values, prefix, length) in texts.items():
             writer.append_ragged(f"{name}_tokens", tokenizer.encode([prefix + text for text in values], length))
-        for name, ids in (("query", dataset.queries), ("document", dataset.corpus)):
-            writer.append_ragged(f"{name}_ids", [np.frombuffer(i.encode(), np.uint8) for i in ids])
+        for name, of_texts in (("query", dataset.queries), ("document", dataset.corpus)):
+            writer.append_ragged(f"{name}_ids", [np.frombuffer(i.encode(), np.uint8) for i in of_texts])
+            values = [np.frombuffer(text.encode(), np.uint8) for text in of_texts.values()]
+            writer.append_ragged(f"{name}_texts", values)
         writer.append("qrels", np.array(qrels, np.int64))  # [n, 3]: row of the query, row of the document, relevance
         described = {"name": dataset.name, "seed": seed, "tokenizer": tokenizer.fingerprint}
         return writer.finish({"fingerprint": identity} | described)
@@ -205,10 +215,14 @@ def read_tokens(directory: str | Path) -> TokenSet:
     store = Store.open(directory, kind=KIND)
     names = ("query_tokens", "document_tokens", "pseudo_query_tokens")
     queries, documents, pseudo = ([r.row(i) for i in range(r.count())] for r in map(store.ragged, names))
-    ids = ([r.text(i) for i in range(r.count())] for r in map(store.ragged, ("query_ids", "document_ids")))
-    query_ids, document_ids = ids
+    names = ("query_ids", "document_ids", "query_texts", "document_texts")
+    query_ids, document_ids, asked, texts = ([r.text(i) for i in range(r.count())] for r in map(store.ragged, names))
     qrels: dict[str, dict[str, int]] = {query: {} for query in query_ids}
     for query, document, grade in store.array("qrels").tolist():
         qrels[query_ids[query]][document_ids[document]] = grade
-    queries, corpus = dict(zip(query_ids, queries, strict=True)), dict(zip(document_ids, documents, strict=True))
-    return TokenSet(store.manifest["name"], queries, corpus, qrels, pseudo)
+
+    def by_id(of_queries: list[Any], of_documents: list[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return dict(zip(query_ids, of_queries, strict=True)), dict(zip(document_ids, of_documents, strict=True))
+
+    name = store.manifest["name"]
+    return TokenSet(name, *by_id(queries, documents), qrels, pseudo, EvaluationSet(name, *by_id(asked, texts), qrels))

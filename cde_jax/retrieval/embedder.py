@@ -156,17 +156,19 @@ class Embedder:
         seed: int = 0,
         queries: Texts | None = None,
         statistics: CorpusStatistics | None = None,
+        texts: Sequence[str] | None = None,
     ) -> Context:
         """Embed a sample of the corpus, min(J, len(corpus)) documents, as the context of its queries and documents.
 
         With fewer than J documents the other slots are null slots. With `queries`, some dozens that people ask of this
         corpus (their answers are not needed), vectors are whitened (`cde_jax.whitening`), by these and a second sample
         of documents; where there are none yet, use `cde_jax.pseudo_queries(corpus)`. With `statistics` (by default the
-        embedder's), vectors have a lexical part beside the dense one and width 2 D (`cde_jax.HybridVectors`). The
-        context of a biencoder is these two alone.
+        embedder's), vectors have a lexical part beside the dense one and width 2 D (`cde_jax.HybridVectors`); it reads
+        the words of `texts`, the corpus itself unless that is given as token ids. The context of a biencoder is these
+        two alone.
 
         Raises ValueError for a corpus or queries without text, a biencoder without queries and statistics, statistics
-        with texts given as token ids, and too few documents for weights without a null embedding.
+        without texts, and too few documents for weights without a null embedding.
         """
         statistics = self.statistics if statistics is None else statistics
         if not self.contextual and queries is None and statistics is None:
@@ -174,7 +176,10 @@ class Embedder:
                 "a biencoder reads no context: give queries to whiten by or statistics, or encode without context"
             )
         corpus, seed = as_texts(corpus, "corpus", required=True), check_integer("seed", seed, 0)
-        corpus = corpus if statistics is None else as_list(corpus, "corpus")  # not token ids
+        if statistics is not None:
+            texts = as_list(corpus if texts is None else texts, "corpus")  # not token ids
+            if len(texts) != len(corpus):
+                raise ValueError(f"expected one text a document, got {len(texts)} texts and {len(corpus)} documents")
         queries = None if queries is None else as_texts(queries, "queries", required=True)
         if len(corpus) < self.context_size and not self.works_without_context:
             raise ValueError(
@@ -182,14 +187,15 @@ class Embedder:
                 f"corpus of {len(corpus)}: add documents, or repeat some"
             )
         documents = _sample(corpus, self.context_size, [seed])  # none for a biencoder
-        fitted = [] if queries is statistics is None else _sample(corpus, SAMPLE_SIZE, [seed, WHITENING_STREAM])
+        rows = [] if queries is statistics is None else sample_rows(len(corpus), SAMPLE_SIZE, [seed, WHITENING_STREAM])
+        fitted = [corpus[i] for i in rows]
         sampled = fingerprint(sorted(x if isinstance(x, str) else x.tolist() for x in documents + fitted))
         context = Context(self._context_vectors(documents), seed, len(corpus), self.weights, sampled)
         cache, parts = self._cache(context), {}
         if cache is not None and cache.prefix is not None:
             parts["cache"] = jax.device_get(cache)
         if fitted:
-            asked = pseudo_queries(corpus, seed) if queries is None else queries
+            asked = pseudo_queries(texts, seed) if queries is None else queries
             q, d = self._model_vectors(asked, context, "queries"), self._model_vectors(fitted, context, "documents")
             if queries is not None:
                 parts["whitening"] = whitening(q, d)
@@ -197,8 +203,8 @@ class Embedder:
                 q, d = (
                     self._adapted(x, parts.get("whitening"), side) for x, side in ((q, "queries"), (d, "documents"))
                 )
-                options = {"corpus": corpus, "term_vectors": self.term_vectors, "seed": seed}
-                parts["hybrid"] = HybridVectors.fit(statistics, d, fitted, q, **options)
+                options = {"corpus": texts, "term_vectors": self.tokenizer and self.term_vectors, "seed": seed}
+                parts["hybrid"] = HybridVectors.fit(statistics, d, [texts[i] for i in rows], q, **options)
         context = dataclasses.replace(context, **parts)
         if cache is not None:
             self._caches[context] = cache

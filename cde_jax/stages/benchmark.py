@@ -61,7 +61,7 @@ def evaluate(
     first_model: str | None = None,
     candidates: int = 1024,
 ) -> Iterator[str]:
-    """Score a model, by default under every kind of context that it can have but "random" and "statistics".
+    """Score a model, by default under every kind of context that it can have, of ConTEB's own kinds none.
 
     Yields the table of results. Raises ValueError for what cannot be evaluated, before anything is encoded; for a task
     that failed, after the others.
@@ -131,7 +131,7 @@ def check_kinds(embedder: Embedder, kinds: Sequence[str], random: bool) -> list[
         if kind in unusable:
             possible = ", ".join(kind for kind in KINDS if kind not in unusable)
             raise ValueError(f"--context {kind}: {unusable[kind]}; this model and call can have {possible}")
-    usual = [kind for kind in ("corpus", "whitened", RANDOM, NONE) if kind not in unusable]
+    usual = [kind for kind in ("corpus", "whitened", "statistics", RANDOM, NONE) if kind not in unusable]
     return list(dict.fromkeys(kinds)) or usual
 
 
