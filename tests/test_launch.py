@@ -150,7 +150,7 @@ def test_the_image_installs_what_the_makefile_does():
     text = (LAUNCH / "Dockerfile").read_text()
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     installs = re.findall(r'pip install -c constraints\.txt -e "\.\[([\w,]+)\]"', text)
-    assert sorted(installs) == ["cuda,ray", "tpu,ray"] and text.count("pip install") == 2
+    assert sorted(installs) == ["cuda,ray,tfds", "tpu,ray,tfds"] and text.count("pip install") == 2
     assert {extra for install in installs for extra in install.split(",")} <= extras.keys()
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"PIP := .*pip install .*-c constraints\.txt", makefile) and '$(PIP) -e ".[' in makefile

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -51,6 +52,19 @@ def test_a_saved_tokenizer_loads_the_same_here_and_in_transformers(tokenizer, tm
     for text in TEXTS[:3]:
         assert theirs(text)["input_ids"] == again.encode([text], 64)[0].tolist()
         assert theirs(text, truncation=True, max_length=6)["input_ids"] == again.encode([text], 6)[0].tolist()
+
+
+def test_a_name_on_the_hub_is_read_without_transformers(tokenizer, tmp_path, monkeypatch):
+    repository = tmp_path / "models--us--plain"
+    tokenizer.save(repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it is an ImportError
+    assert Tokenizer.load("us/plain").fingerprint == tokenizer.fingerprint
+    (repository / "snapshots/abc/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"'us/plain': the repository has no tokenizer\.json; transformers makes"):
+        Tokenizer.load("us/plain")
 
 
 def test_a_tokenizer_without_its_config_is_read_and_one_without_padding_is_refused(tokenizer, tmp_path):

@@ -28,6 +28,7 @@ _ALPHABET = 1000  # characters that get a token of their own in a trained vocabu
 _SPACES = {ord(space): " " for space in "\t\n\r"}  # that BERT's normalizer takes for spaces
 _MOST_WORDS = 2**20  # different ones whose ids are kept
 _TEXTS = 4096  # texts whose characters are counted at a time
+_SPECIALS_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 _log = logging.getLogger(__name__)
 _BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs"}  # Unicode categories: spaces, control, zero-width, lone surrogates
 
@@ -104,32 +105,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> "Tokenizer":
-        """A folder with tokenizer.json, or whatever `transformers.AutoTokenizer` finds under the name.
+        """A folder with tokenizer.json, or the name of a repository on the Hugging Face hub that has one.
 
         Raises ValueError if there is neither, for example because the name needs a network and there is none.
         """
-        import tokenizers
-
         folder = given_path(name_or_path, "tokenizer")
-        if (folder / "tokenizer.json").exists():
-            backend = read_backend(folder)
-            return cls(backend, _specials_of_folder(folder, backend))
-        if isinstance(name_or_path, Path) or len(folder.parts) > 2:  # no name on a hub
-            raise ValueError(f"{folder}: expected a folder with tokenizer.json, there is none; it was moved or deleted")
-        from transformers import AutoTokenizer  # seconds to import, and only needed here
-
-        try:
-            loaded = AutoTokenizer.from_pretrained(str(name_or_path))
-            # A copy: the loaded object may be shared, and settings are changed above.
-            backend = tokenizers.Tokenizer.from_str(loaded.backend_tokenizer.to_str())
-        except Exception as error:  # hub, connection, file and parsing errors share no base class
-            reason = next(iter(str(error).strip().splitlines()), "no message")
-            raise ValueError(
-                f"tokenizer {str(name_or_path)!r}: not a folder with tokenizer.json, not in the local cache and not to "
-                f"be fetched now ({type(error).__name__}: {reason}); give the path of a folder, or connect to the "
-                "network once"
-            ) from None
-        return cls(backend, {name: str(v) for name, v in loaded.special_tokens_map.items() if isinstance(v, str)})
+        if not (folder / "tokenizer.json").exists():
+            if isinstance(name_or_path, Path) or len(folder.parts) > 2:  # no name on a hub
+                problem = "expected a folder with tokenizer.json, there is none; it was moved or deleted"
+                raise ValueError(f"{folder}: {problem}")
+            folder = _download(str(name_or_path))
+        backend = read_backend(folder)
+        return cls(backend, _specials_of_folder(folder, backend))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -292,9 +279,29 @@ def _bert(vocabulary: dict[str, int]) -> "tokenizers.Tokenizer":
     return backend
 
 
+def _download(name: str) -> Path:
+    """The folder of a hub repository's tokenizer files, in the local cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["tokenizer.json", *_SPECIALS_FILES]))
+    except Exception as error:  # hub, connection and naming errors share no base class
+        reason = next(iter(str(error).strip().splitlines()), "no message")
+        raise ValueError(
+            f"tokenizer {name!r}: not a folder with tokenizer.json, not in the local cache and not to be fetched now "
+            f"({type(error).__name__}: {reason}); give the path of a folder, or connect to the network once"
+        ) from None
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(
+            f"tokenizer {name!r}: the repository has no tokenizer.json; transformers makes a folder with it: "
+            f"AutoTokenizer.from_pretrained({name!r}).save_pretrained(FOLDER)"
+        )
+    return folder
+
+
 def _specials_of_folder(folder: Path, backend: "tokenizers.Tokenizer") -> dict[str, str]:
     specials: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in _SPECIALS_FILES:
         entries = read_json(folder / name, dict) if (folder / name).exists() else {}
         for key in (*SPECIALS, "bos_token", "eos_token"):
             value = entries.get(key)

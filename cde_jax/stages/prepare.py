@@ -75,7 +75,10 @@ def open_source(config: Config, workdir: Path) -> Source:
     elif d.source == "huggingface":
         read, inputs = partial(huggingface.read_pairs, d.paths, d.columns), huggingface.identity(d.paths)
     elif d.source == "tfds":
-        from cde_jax.data.sources import collections, tfds_pairs  # takes seconds to import
+        try:
+            from cde_jax.data.sources import collections, tfds_pairs  # takes seconds to import
+        except ImportError as error:
+            raise ImportError(f"data.source 'tfds' needs an extra: pip install 'cde_jax[tfds]' ({error})") from None
 
         read = partial(tfds_pairs.read_pairs, d.collections, d.paths[0], workdir / work.COLLECTIONS)
         inputs, prefixes = tfds_pairs.identity(d.collections, d.paths[0]), collections.prefixes(d.collections)

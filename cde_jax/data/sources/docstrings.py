@@ -59,7 +59,8 @@ def core_packages() -> tuple[str, ...]:
     """Import names of the packages that the demo reads, as far as they are installed; a warning names the others."""
     names = _CORE.split()
     if missing := [name for name in names if _spec(name) is None]:
-        _logger.warning("not installed, so their docstrings are not read: %s", ", ".join(missing))
+        advice = "not installed, so their docstrings are not read (pip install 'cde_jax[demo]' has them): %s"
+        _logger.warning(advice, ", ".join(missing))
     return tuple(name for name in names if name not in missing)
 
 
