@@ -16,10 +16,10 @@ demo: $(VENV)/core
 	$(BIN)/python -m cde_jax.main --config=configs/demo.py --workdir=$(WORKDIR)
 
 test: $(VENV)/dev lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(VENV)/dev lint
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
 # Mutation testing of data, batching, training and models by cosmic-ray: hours for all, minutes for a sample.
 mutate: $(VENV)/dev

@@ -1,6 +1,7 @@
 """Every test runs offline on 8 fake CPU devices, with array shapes checked by beartype."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -35,6 +36,10 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"../shared/{relative} is not here: the reference numbers were not compared")
     return path
+
+
+def pytest_collection_finish():
+    gc.freeze()  # all is imported: to look through it for garbage again and again would take a tenth of the time
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_a_run_may_move_between_machines_with_and_without_orbax(state, tmp_path,
         assert same(checkpoints.restore(step, state), at(state, step))
 
 
-def test_weights_alone_are_read_on_other_devices(writer, state, tmp_path):
+def test_a_state_and_its_weights_alone_are_read_on_other_devices(writer, state, tmp_path):
     eight = sharding.replicate(sharding.make_mesh(), at(state, 3))
     writing = Checkpoints(tmp_path, IDENTITY)
     writing.save(3, eight)
@@ -98,6 +98,11 @@ def test_weights_alone_are_read_on_other_devices(writer, state, tmp_path):
         assert {len(leaf.devices()) for leaf in jax.tree.leaves(weights)} == {1}
         on_eight = checkpoints.restore_weights(step, eight.params)
         assert same(on_eight, weights) and {len(x.devices()) for x in jax.tree.leaves(on_eight)} == {8}
+        split = sharding.shard_state(sharding.make_mesh((2, 4)), state)
+        whole = checkpoints.restore(step, split)
+        assert same(whole, at(state, step))
+        for leaf, wanted in zip(jax.tree.leaves(whole.params), jax.tree.leaves(split.params), strict=True):
+            assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
 
 
 def test_weights_are_read_without_the_optimiser(writer, state, tmp_path):

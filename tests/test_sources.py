@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import sys
 
 import pytest
@@ -100,6 +101,21 @@ def test_docstrings_become_pairs_in_source_order_without_importing(package):
     )
     assert package not in sys.modules
     assert pairs == list(docstrings.read_pairs([package, "single", package], standard_library=False))
+
+
+def test_many_files_are_parsed_by_tasks_to_the_same_pairs(package, monkeypatch):
+    asked = []
+
+    def in_processes(function, tasks):  # which get and give pickles
+        asked.extend(tasks)
+        return (pickle.loads(pickle.dumps(function(task))) for task in pickle.loads(pickle.dumps(asked)))
+
+    monkeypatch.setattr(docstrings, "BLOCK", 2)
+    expected = list(docstrings.read_pairs([package, "single"], standard_library=False, map_tasks=in_processes))
+    assert not asked
+    monkeypatch.setattr(docstrings, "PARALLEL_FILES", 5)
+    assert list(docstrings.read_pairs([package, "single"], standard_library=False, map_tasks=in_processes)) == expected
+    assert [len(block) for block in asked] == [2, 2, 1]
 
 
 def test_which_files_definitions_and_lengths_count(tmp_path, monkeypatch):

@@ -122,7 +122,8 @@ def _prepare(
     pairs = keep("pairs are there and fit", work.PAIRS, _load_store, "pairs", {"source": identity}, beside)
     if not pairs:
         in_parts = source.parts and (engine == "ray" or source.size >= PARALLEL_BYTES)
-        pairs = (partial(_make_parts, run) if in_parts else _make_pairs)(config, workdir, source, identity)
+        make = partial(_make_parts if in_parts else _make_pairs, run if in_parts or engine == "local" else map)
+        pairs = make(config, workdir, source, identity)
     vocab_size = pairs.manifest["vocab_size"]
     _check_vocabulary(config, vocab_size)
     batches = check_sizes(b, {domain["name"]: domain["pairs"] for domain in pairs.manifest["domains"]})
@@ -185,12 +186,13 @@ def _check_vocabulary(config: Config, tokens: int) -> None:
         )
 
 
-def _make_pairs(config: Config, workdir: Path, source: Source, identity: dict[str, Any]) -> Store:
+def _make_pairs(run: shards.MapTasks, config: Config, workdir: Path, source: Source, identity: dict[str, Any]) -> Store:
+    """The table of pairs, read at once; `run` parses docstrings, of packages that other machines may not have."""
     d, inputs = config.data, InputLog()
     log.info("reading pairs: %s", d.source)
     read = partial(source.read, log=inputs)
     if d.source == "docstrings":  # a few thousand, read from hundreds of files: once is enough
-        everything = list(read())
+        everything = list(read(map_tasks=run))
         for name in d.held_out:
             beir.write(docstrings.evaluation_set(name, everything), workdir / work.SETS / name)
         read = partial(iter, [pair for pair in everything if pair.domain not in d.held_out])

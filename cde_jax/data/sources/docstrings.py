@@ -14,14 +14,19 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from cde_jax.data.pairs import InputLog, Pair
+from cde_jax.data.shards import MapTasks
 from cde_jax.data.sources.beir import EvaluationSet
 from cde_jax.data.tokens import as_list, text_key
 
 QUERY_WORDS = 3  # words (two letters in a row) that a query has at least …
 REST_WORDS = 8  # … and the rest of its document
+BLOCK = 64  # files that are parsed by one task
+PARALLEL_FILES = 2000  # from these on by other processes, which take a second to start
 READER_VERSION = 1  # part of the identity: raise it when the same packages give other pairs than before
 # Tests, and copies of other packages: their text is in no user's documentation, or there twice.
 _SKIPPED = {
@@ -89,6 +94,7 @@ def read_pairs(
     standard_library: bool,
     counts: MutableMapping[str, int] | None = None,
     log: InputLog | None = None,
+    map_tasks: MapTasks = map,
 ) -> Iterator[Pair]:
     """The pairs of the packages' docstrings, in order of package, file and line.
 
@@ -96,7 +102,8 @@ def read_pairs(
     whose query or whose rest was there before are dropped here, for their documents differ by the name (the same
     function under a second one, a method that repeats its parent's text). Read all packages in one call, so that a
     held-out one shares no text with the others. `counts` gains the numbers of files and docstrings by what became of
-    them, `log` the pairs of each package, and the files that are not readable.
+    them, `log` the pairs of each package, and the files that are not readable. `map_tasks` parses many
+    files.
 
     A package that is not installed is a ValueError, before anything is read.
     """
@@ -106,7 +113,7 @@ def read_pairs(
     if not names:
         raise ValueError("expected packages to read, got none; name some or read the standard library")
     files = [(name, _files_of(name)) for name in names]
-    return _read(files, {} if counts is None else counts, InputLog() if log is None else log)
+    return _read(files, {} if counts is None else counts, InputLog() if log is None else log, map_tasks)
 
 
 def evaluation_set(domain: str, pairs: Iterable[Pair]) -> EvaluationSet:
@@ -142,29 +149,39 @@ def split_docstring(docstring: str) -> tuple[str, str]:
     return " ".join(" ".join(lines[start:end]).split()), " ".join(" ".join(lines[end:]).split())
 
 
+class _File(NamedTuple):
+    """What a file holds: why it is not readable or "", how many docstrings, and of the long ones name, query, rest."""
+
+    problem: str
+    docstrings: int
+    long: list[tuple[str, str, str]]
+
+
 def _read(
-    packages: list[tuple[str, list[tuple[str, Path]]]], counts: MutableMapping[str, int], log: InputLog
+    packages: list[tuple[str, list[tuple[str, Path]]]],
+    counts: MutableMapping[str, int],
+    log: InputLog,
+    map_tasks: MapTasks,
 ) -> Iterator[Pair]:
     names = ("files", "unreadable files", "docstrings", "too short", "repeated queries", "repeated texts", "pairs")
     counts.update({name: counts.get(name, 0) for name in names})
     queries: set[int] = set()
     texts: set[int] = set()
+    everything = [file for _, files in packages for file in files]
+    blocks = [everything[start : start + BLOCK] for start in range(0, len(everything), BLOCK)]
+    map_tasks = map_tasks if len(everything) >= PARALLEL_FILES else map
+    parsed = chain.from_iterable(map_tasks(_parse_files, blocks))
     for domain, files in packages:
         before = counts["pairs"]
-        for module, path in files:
+        for (module, path), file in zip(files, parsed, strict=False):  # `parsed` goes on with the next package
             counts["files"] += 1
-            try:
-                tree = _parse(path)
-            except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
+            counts["docstrings"] += file.docstrings
+            counts["too short"] += file.docstrings - len(file.long)
+            if file.problem:
                 counts["unreadable files"] += 1
-                log.skip(f"{module} ({path.name})", f"{type(error).__name__}: {error}")
-                continue
-            for name, docstring in _docstrings(tree, module):
-                counts["docstrings"] += 1
-                query, rest = split_docstring(docstring)
-                if _words(query) < QUERY_WORDS or _words(rest) < REST_WORDS:
-                    counts["too short"] += 1
-                elif (rest_key := text_key(rest)) in texts:
+                log.skip(f"{module} ({path.name})", file.problem)
+            for name, query, rest in file.long:
+                if (rest_key := text_key(rest)) in texts:
                     counts["repeated texts"] += 1
                 elif (query_key := text_key(query)) in queries:
                     counts["repeated queries"] += 1
@@ -174,6 +191,21 @@ def _read(
                     counts["pairs"] += 1
                     yield Pair(domain, query, f"{name} {rest}")
         log.finish(domain, counts["pairs"] - before)
+
+
+def _parse_files(files: Sequence[tuple[str, Path]]) -> list[_File]:
+    """The docstrings of (module, path)s, each file by itself."""
+    result = []
+    for module, path in files:
+        try:
+            tree = _parse(path)
+        except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
+            result.append(_File(f"{type(error).__name__}: {error}", 0, []))
+            continue
+        found = [(name, *split_docstring(docstring)) for name, docstring in _docstrings(tree, module)]
+        long = [x for x in found if _words(x[1]) >= QUERY_WORDS and _words(x[2]) >= REST_WORDS]
+        result.append(_File("", len(found), long))
+    return result
 
 
 def _words(text: str) -> int:
