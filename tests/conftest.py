@@ -19,6 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one process of a run c
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
+gc.set_threshold(20_000, 20, 20)  # tracing leaves little garbage: looking for it took a seventh of the time
 
 from pathlib import Path
 
@@ -36,10 +37,6 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"../shared/{relative} is not here: the reference numbers were not compared")
     return path
-
-
-def pytest_collection_finish():
-    gc.freeze()  # all is imported: to look through it for garbage again and again would take a tenth of the time
 
 
 @pytest.fixture(scope="module")
