@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
-# Compiled to bytecode is what gets imported, at its first import: the rest, most of it, would take half of the time.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PINS := requirements.txt constraints.txt pyproject.toml
 
 # Huge pages for XLA's buffers: a quarter less CPU time on Linux (ignored elsewhere).
@@ -35,8 +34,9 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python >= 3.11 is needed, $(PYTHON) is %d.%d: call make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 
+# Without bytecode, which takes half of the time: what is imported, a small part, is compiled then.
 $(VENV)/core: $(PINS) | $(BIN)/python
-	$(PIP) -e ".[demo]"
+	$(PIP) --no-compile -e ".[demo]"
 	touch $@
 
 $(VENV)/dev: $(VENV)/core
