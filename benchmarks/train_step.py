@@ -3,27 +3,42 @@
     python benchmarks/train_step.py [--shapes small long] [--queries 256] [--torch eager compiled] [--reference DIR]
     python benchmarks/train_step.py --shapes large --dtype bfloat16 --chunk 256 --torch eager --peak 790   # on a GPU
 
-The cases take turns, step by step. A ratio is the median over rounds of the first case's seconds by the case's.
-`flops_ratio` is what the ratio would be if every model ran at the biencoder's FLOP/s: the biencoder's model FLOPs by
-the case's, padding and recomputation not counted.
+The cases take turns, step by step, those of PyTorch in a process of their own: each library has its threads and memory
+for itself, and sleeps while the other one runs. A ratio is the median over rounds of the first case's seconds by the
+case's, for PyTorch of our seconds for the same model by PyTorch's. `cores_used` is (user + system) / wall of the case's
+process. `flops_ratio` is what the ratio would be if every model ran at the biencoder's FLOP/s: the biencoder's model
+FLOPs by the case's, padding and recomputation not counted.
 """
 
 import statistics
+import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from harness import emit, speed_ratio, take_turns
-from shapes import KINDS, PACKAGES, SHAPES, Shape, Texts, arguments, build, config_of, random_batch
+from harness import emit, speed_ratio
+from shapes import PACKAGES, SHAPES, Shape, Texts, arguments, build, config_of, random_batch
 
+from cde_jax import keep_memory
 from cde_jax.batching.layout import choose_layout, count_lengths, to_chunks
 from cde_jax.config import Train
 from cde_jax.models.attention import select_kernel
 from cde_jax.training import sharding
 from cde_jax.training.accounting import GIB, program_bytes, step_flops, utilisation
 from cde_jax.training.step import init_state, make_optimizer, make_train_step, stream
+
+
+class Run(NamedTuple):
+    """What a function returned (a training step: the loss), its seconds, and how many cores its process used."""
+
+    result: Any
+    seconds: float
+    cores: float
 
 
 def main() -> None:
@@ -33,22 +48,27 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=0, help="texts encoded at once; 0: all")
     parser.add_argument("--remat", default="auto", help="of layers, in JAX, as model.remat in the config")
     args = parser.parse_args()
+    keep_memory()  # as the training command does
     for name in args.shapes:
         shape = SHAPES[name]._replace(queries=args.queries or SHAPES[name].queries)
         compiled = {
             kind: jax_step(kind, shape, args.dtype, args.chunk, attention=args.attention, remat=args.remat)
             for kind in args.models
         }
-        steps = {kind: run for kind, (run, _) in compiled.items()} | torch_steps(args, shape)
-        check_same_loss({case: step() for case, step in steps.items()}, args.dtype)  # torch.compile compiles here
-        seconds = take_turns(steps, args.rounds)
+        with torch_process() as process:
+            steps = {kind: partial(run_once, step) for kind, (step, _) in compiled.items()}
+            steps |= torch_steps(process, args.models, args.torch, shape, args.dtype, args.chunk, args.reference)
+            runs = take_turns(steps, args.rounds, args.dtype)
+        seconds = {case: [run.seconds for run in of_case] for case, of_case in runs.items()}
         for case in steps:
-            flops = flops_of(next(kind for kind in KINDS if kind in case), shape)
-            typical = statistics.median(seconds[case])
+            kind, _, form = case.partition(", ")
+            flops, typical = flops_of(kind, shape), statistics.median(seconds[case])
             used = utilisation(flops, typical, jax.devices()[0].device_kind, peak=args.peak)
             line = {"benchmark": "train_step", "shape": name, "queries": shape.queries, "model": case}
-            line |= {"pairs_per_second": round(shape.queries / typical, 2), **speed_ratio(seconds, case)}
+            compared = {kind: seconds[kind], case: seconds[case]} if form else seconds
+            line |= {"pairs_per_second": round(shape.queries / typical, 2), **speed_ratio(compared, case)}
             line |= {
+                "cores_used": round(statistics.median(run.cores for run in runs[case]), 2),
                 "flops_ratio": round(flops_of("biencoder", shape) / flops, 3),
                 "tflops": round(flops / typical / 1e12, 3),
                 "utilisation": None if used is None else round(used, 4),
@@ -62,6 +82,21 @@ def main() -> None:
             )
 
 
+def run_once(function: Callable[[], Any]) -> Run:
+    """Run a function of this process."""
+    start, used = time.perf_counter(), time.process_time()
+    result = function()
+    seconds = time.perf_counter() - start
+    return Run(result, seconds, (time.process_time() - used) / seconds)
+
+
+def take_turns(steps: dict[str, Callable[[], Run]], rounds: int, dtype: str) -> dict[str, list[Run]]:
+    """Runs of each case, round by round, after a first round that compiles and compares the losses."""
+    check_same_loss({case: step().result for case, step in steps.items()}, dtype)
+    turns = [{case: step() for case, step in steps.items()} for _ in range(rounds)]
+    return {case: [turn[case] for turn in turns] for case in steps}
+
+
 def check_same_loss(losses: dict[str, float], dtype: str) -> None:
     """Exit unless the exported PyTorch module, which has the same weights and texts, has the same first loss."""
     for case, loss in losses.items():
@@ -70,23 +105,44 @@ def check_same_loss(losses: dict[str, float], dtype: str) -> None:
             raise SystemExit(f"{case}: expected the first loss of JAX, {losses[kind]}, got {loss}: not the same work")
 
 
-def torch_steps(args: Any, shape: Shape) -> dict[str, Callable[[], float]]:
-    """Training steps of the exported PyTorch module and of the authors' code, as asked for."""
-    if not args.torch and not args.reference:
-        return {}
+def torch_process() -> ProcessPoolExecutor:
+    """A process for PyTorch, which starts with the first call."""
+    return ProcessPoolExecutor(1, get_context("spawn"))
+
+
+def torch_steps(
+    process: ProcessPoolExecutor,
+    kinds: list[str],
+    forms: list[str],
+    shape: Shape,
+    dtype: str,
+    chunk: int = 0,
+    reference: str | None = None,
+) -> dict[str, Callable[[], Run]]:
+    """Training steps of the exported PyTorch module and of the authors' code, as asked for, in `process`."""
+    steps = {}
+    for kind in kinds:
+        given = (kind, shape, dtype, chunk)
+        steps |= {f"{kind}, PyTorch {form}": (*given, form == "compiled", None) for form in forms}
+        if reference and kind != "isolated":
+            steps[f"{kind}, the authors' code"] = (*given, False, reference)
+    return {case: lambda step=step: process.submit(run_torch, *step).result() for case, step in steps.items()}
+
+
+def run_torch(*step: Any) -> Run:
+    """A step of PyTorch, in its process; the arguments of `torch_step`."""
+    return run_once(torch_step(*step))
+
+
+@cache
+def torch_step(
+    kind: str, shape: Shape, dtype: str, chunk: int, compiled: bool, reference: str | None
+) -> Callable[[], float]:
+    """The step of a model in PyTorch, made by the first call."""
     import in_torch
 
-    steps = {}
-    for kind in args.models:
-        for form in args.torch:
-            module = in_torch.exported(kind, shape)
-            steps[f"{kind}, PyTorch {form}"] = in_torch.training_step(
-                module, shape, kind, args.dtype, args.chunk, form == "compiled"
-            )
-        if args.reference and kind != "isolated":
-            module = in_torch.reference(kind, shape, args.reference)
-            steps[f"{kind}, the authors' code"] = in_torch.training_step(module, shape, kind, args.dtype, args.chunk)
-    return steps
+    module = in_torch.reference(kind, shape, reference) if reference else in_torch.exported(kind, shape)
+    return in_torch.training_step(module, shape, kind, dtype, chunk, compiled)
 
 
 def make_step(kind: str, shape: Shape, dtype: str, chunk: int, **encoder: Any) -> tuple[Any, Any, Callable]:
