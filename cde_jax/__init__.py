@@ -90,8 +90,8 @@ def deterministic_gpu() -> None:
 def keep_memory() -> None:
     """Have glibc keep what is freed for later allocations of this process; does nothing without glibc.
 
-    On a CPU, XLA allocates a program's memory anew at each call; by default such large pieces come from the kernel, which
-    fills every page with zeros, and go back to it (docs/speed.md). To be called before threads start.
+    On a CPU, XLA allocates a program's memory anew at each call; by default such large pieces come from the kernel,
+    which fills every page with zeros, and go back to it (docs/speed.md). To be called before threads start.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in _KEEP_MEMORY.values():
