@@ -4,10 +4,10 @@
 
 B, J and L: seconds of a training step, of which one is varied (L: of queries, documents and context), the others are
 those of the shape. documents: encoding n of them, the embedding of their context included. pairs: a batch plan of n
-pairs by synthetic vectors: clusters, packing, masks of false negatives. Each size is twice the one before; the slope is
-that of a line through log seconds by log size, 1 where the time grows with the size. Models take turns; PyTorch, with
-the same weights and token ids, has a process of its own (`train_step.py`). Its exported module prepares the slots for
-each batch of texts.
+pairs by synthetic vectors: clusters, packing, masks of false negatives. Each size is four times the one before; the
+slope is that of a line through log seconds by log size, 1 where the time grows with the size. Models take turns;
+PyTorch, with the same weights and token ids, has a process of its own (`train_step.py`). Its exported module prepares
+the slots for each batch of texts.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", default=list(FIRST), choices=FIRST)
     parser.add_argument("--shape", default="demo", choices=SHAPES)
-    parser.add_argument("--sizes", type=int, default=5, help="of each axis")
+    parser.add_argument("--sizes", type=int, default=3, help="of each axis")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--torch", action="store_true", help="the exported PyTorch module too")
@@ -60,7 +60,7 @@ def main() -> None:
 
 def measure(axis: str, args: argparse.Namespace, process: ProcessPoolExecutor) -> list[dict[str, Any]]:
     """The curves of an axis, printed: median seconds of each case at each size."""
-    sizes, seconds = [FIRST[axis] << i for i in range(args.sizes)], {}
+    sizes, seconds = [FIRST[axis] * 4**i for i in range(args.sizes)], {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             cases = cases_of(axis, size, args, process, Path(folder))
@@ -108,10 +108,16 @@ def plan(directory: Path, stores: Any, settings: Batching) -> None:
     build_plan(directory, *stores, settings, seed=0)
 
 
+@cache
+def make_embedder(kind: str, shape: Shape, dtype: str) -> Embedder:
+    """An `Embedder`, which keeps its compiled programs."""
+    settings = TextSettings(document_length=shape.document_length)
+    return Embedder(build(config_of(kind, shape, dtype)), None, settings, progress=False)
+
+
 def jax_encoder(kind: str, shape: Shape, dtype: str, count: int) -> Callable[[], None]:
     """A call that encodes a corpus by `Embedder`, with a context that is embedded anew."""
-    settings = TextSettings(document_length=shape.document_length)
-    embedder = Embedder(build(config_of(kind, shape, dtype)), None, settings, progress=False)
+    embedder = make_embedder(kind, shape, dtype)
     documents = list(random_texts(count, shape.document_length, shape.vocabulary)[0])
 
     def run() -> None:

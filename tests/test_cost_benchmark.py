@@ -29,7 +29,7 @@ def test_a_curve_for_each_model_and_size_with_its_slope_and_the_figure(tmp_path)
     both = [case for kind in KINDS for case in (kind, f"{kind}, PyTorch eager")]
     expected = [(axis, case) for axis in ("B", "J", "L", "documents") for case in both]
     assert curves.keys() == {*expected, ("pairs", "batch plan")} - {("J", case) for case in both[:2]}
-    assert curves["B", "joint"]["sizes"] == [32, 64] and curves["pairs", "batch plan"]["sizes"] == [4096, 8192]
+    assert curves["B", "joint"]["sizes"] == [32, 128] and curves["pairs", "batch plan"]["sizes"] == [4096, 16384]
     assert all(len(curve["seconds"]) == 2 and min(curve["seconds"]) > 0 for curve in curves.values())
     assert "</svg>" in (tmp_path / "cost.svg").read_text()
 
