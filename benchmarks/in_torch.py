@@ -47,10 +47,11 @@ def exported_with_context(shape: Shape, context: Float[np.ndarray, "J D"]) -> to
     """The isolated module as `interop.write.export_corpus` writes it, with a fixed context and other random weights."""
     model = build(config_of("isolated", shape, "float32"))
     prefix = model.prepare_context(context).prefix
-    config = {"model": to_dict(model.config), "jax_only": [], "corpus_slots": prefix.keys.shape[1]}
+    config = {"model": to_dict(model.config), "jax_only": [], "corpus_slots": prefix.keys.shape[-1]}
     module = torch_module.CdeModel(torch_module.CdeConfig(cde_jax=config))
-    keys_values = np.stack([np.asarray(x, np.float32).transpose(0, 2, 1, 3) for x in prefix], axis=1)
-    module.second_stage_model.context.data = torch.from_numpy(keys_values.copy())  # [layers, 2, H, P, d]
+    keys, values = (np.asarray(x, np.float32) for x in prefix)
+    keys_values = np.stack([keys.swapaxes(-2, -1), values], axis=1)  # [layers, 2, H, P, d]
+    module.second_stage_model.context.data = torch.from_numpy(keys_values)
     return module.to(DEVICE)
 
 

@@ -71,7 +71,7 @@ def inputs(case: dict, dtype=jnp.float32) -> dict:
     given["mask"] = jnp.asarray(np.arange(LENGTH) < sizes[:, None])
     if "prefix" in case:
         shape = ((TEXTS,) if case["prefix"] == 4 else ()) + (SLOTS, HEADS, WIDTH)
-        given["prefix"] = Prefix(normal(*shape), normal(*shape))
+        given["prefix"] = Prefix.of_slots(normal(*shape), normal(*shape))
     if "bias" in case:
         given["bias"] = jnp.asarray([-1.3, 0.8], jnp.float32)
     return given
@@ -85,7 +85,7 @@ def plain(queries, keys, values, mask, prefix=None, bias=None, slots=0):
         k, v, seen = keys[b, :, h], values[b, :, h], np.asarray(mask[b])
         added = np.where((np.arange(len(k)) < slots) & (t >= slots), 0 if bias is None else float(bias[h]), 0.0)
         if prefix is not None:
-            pk, pv = (np.asarray(x, np.float64) for x in prefix)
+            pk, pv = (np.asarray(x, np.float64) for x in prefix.by_slot())
             pk, pv = (pk[b, :, h], pv[b, :, h]) if pk.ndim == 4 else (pk[:, h], pv[:, h])
             k, v = np.concatenate([pk, k]), np.concatenate([pv, v])
             seen = np.concatenate([np.ones(len(pk), bool), seen])
@@ -162,7 +162,7 @@ def test_a_long_context_of_a_low_bias_is_read_in_bfloat16_as_in_float32():
         for name in ("queries", "keys", "values")
     }
     given["mask"] = jnp.ones((2, LENGTH), bool)
-    given["prefix"] = Prefix(*(jnp.asarray(random.normal(0, 1, (520, HEADS, WIDTH)), jnp.bfloat16) for _ in range(2)))
+    given["prefix"] = Prefix.of_slots(*(jnp.asarray(random.normal(0, 1, (520, HEADS, WIDTH)), jnp.bfloat16) for _ in range(2)))
     given["bias"] = jnp.asarray([-5.017, -4.983], jnp.float32)
     expected = plain(**given)
     for name, kernel in KERNELS.items():

@@ -376,7 +376,7 @@ def test_a_saved_context_carries_what_isolated_attention_reads_of_it(dtype, toke
     context.save(tmp_path / "ctx.safetensors")
     loaded = Context.load(tmp_path / "ctx.safetensors")
     keys = loaded.cache.prefix.keys
-    assert keys.dtype == jnp.dtype(dtype) and keys.shape == (2, J + 2, 2, 16)
+    assert keys.dtype == jnp.dtype(dtype) and keys.shape == (2, 2, 16, J + 2)
     monkeypatch.setattr(embedder_file, "_prepare", None)  # nothing is computed again
     np.testing.assert_array_equal(embedder.encode_queries(FEW, loaded), expected)
 

@@ -93,7 +93,8 @@ def export_corpus(
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_FIRST_STAGE)}
     constant = np.asarray(slots, np.float32)  # [P, D]
     if prefix is not None:  # [layers, 2, H, P, d]
-        constant = np.stack([np.asarray(x, np.float32).transpose(0, 2, 1, 3) for x in prefix], axis=1)
+        keys, values = (np.asarray(x, np.float32) for x in prefix)
+        constant = np.stack([keys.swapaxes(-2, -1), values], axis=1)
     tensors["second_stage_model.context"] = np.ascontiguousarray(constant)
     with NewFolder(directory, marker="config.json") as new:
         _write_texts(new.path, config, settings, Path(tokenizer), card)

@@ -33,10 +33,24 @@ BLOCK_LOGITS = 2**20
 
 
 class Prefix(NamedTuple):
-    """Keys and values of the context slots in one layer (or, stacked on axis 0, in all of them)."""
+    """Keys and values of the context slots in one layer (or, stacked on axis 0, in all of them).
 
-    keys: Float[Array, "*batch P H d"]
-    values: Float[Array, "*batch P H d"]
+    They are laid out for the products with queries and weights, so that no call of `attend` has to transpose them.
+    """
+
+    keys: Float[Array | np.ndarray, "*batch H d P"]
+    values: Float[Array | np.ndarray, "*batch H P d"]
+
+    @classmethod
+    def of_slots(
+        cls, keys: Float[Array | np.ndarray, "*batch P H d"], values: Float[Array | np.ndarray, "*batch P H d"]
+    ) -> "Prefix":
+        """The prefix of keys and values as a layer makes them, slot by slot."""
+        return cls(keys.swapaxes(-3, -2).swapaxes(-2, -1), values.swapaxes(-3, -2))
+
+    def by_slot(self) -> tuple[Float[Array | np.ndarray, "*batch P H d"], Float[Array | np.ndarray, "*batch P H d"]]:
+        """Keys and values as a layer makes them, slot by slot."""
+        return self.keys.swapaxes(-2, -1).swapaxes(-3, -2), self.values.swapaxes(-3, -2)
 
 
 def attend(
@@ -54,8 +68,9 @@ def attend(
 
     Args:
       mask: for a text without a single key the result is finite, but not defined.
-      prefix: keys and values shared by the batch, [P, H, d], or one set per text, [B, P, H, d]; in float32, their
-        gradient is summed in it over calls, and they are rounded to the dtype of `values` for the products.
+      prefix: keys and values shared by the batch, [H, d, P] and [H, P, d], or with an axis of texts before these; in
+        float32, their gradient is summed in it over calls, and they are rounded to the dtype of `values` for the
+        products.
       bias: added to the logits from text to slots: to all of `prefix`, or, in a joint sequence, from the tokens
         after the first `slots` to the first `slots`.
     """
@@ -126,7 +141,7 @@ def kernel_error(
     mask = jnp.arange(length) < jnp.asarray(random.integers(1, length + 1, (texts, 1)))
 
     def loss(kernel, arrays, bias):
-        output = kernel(*arrays[:3], mask, Prefix(*arrays[3:]), bias, 0).astype(jnp.float32)
+        output = kernel(*arrays[:3], mask, Prefix.of_slots(*arrays[3:]), bias, 0).astype(jnp.float32)
         output = jnp.where(mask[:, :, None, None], output, 0.0)
         return (output * pull).sum(), output
 
@@ -156,23 +171,36 @@ def attend_xla(
         from_text, to_slot = jnp.arange(logits.shape[2]) >= slots, jnp.arange(logits.shape[3]) < slots
         logits += jnp.where(from_text[:, None] & to_slot, bias[:, None, None, None], 0.0)
     logits = jnp.where(mask[:, None, :], logits, lowest)
-    highest = logits.max(axis=-1)  # [H, B, T]
+    highest = largest(logits)  # [H, B, T]
     if prefix is not None:
-        slot_keys, slot_values = (jnp.moveaxis(x, -2, 0).astype(dtype) for x in prefix)  # [H, P, d], or [H, B, P, d]
-        p = "hpd" if slot_keys.ndim == 3 else "hbpd"
-        slot_logits = product(f"hbtd,{p}->hbtp", queries, slot_keys)
-        if bias is not None:
-            slot_logits += bias[:, None, None, None]
-        highest = jnp.maximum(highest, slot_logits.max(axis=-1))
-    highest = jax.lax.stop_gradient(highest)[..., None]  # it cancels
-    weights = jnp.exp(logits - highest)
+        slot_keys, slot_values = (x.astype(dtype) for x in prefix)
+        h = "h" if slot_keys.ndim == 3 else "bh"
+        slot_logits = product(f"hbtd,{h}dp->hbtp", queries, slot_keys)
+        shift = 0.0 if bias is None else bias[:, None, None]
+        highest = jnp.maximum(highest, largest(slot_logits) + shift)
+    weights = jnp.exp(logits - highest[..., None])
     total = weights.sum(axis=-1)
     output = product("hbts,hbsd->hbtd", weights.astype(dtype), values)
     if prefix is not None:
-        weights = jnp.exp(slot_logits - highest)
+        weights = jnp.exp(slot_logits - (highest - shift)[..., None])
         total += weights.sum(axis=-1)
-        output += product(f"hbtp,{p}->hbtd", weights.astype(dtype), slot_values)
+        output += product(f"hbtp,{h}pd->hbtd", weights.astype(dtype), slot_values)
     return (output / total[..., None]).astype(dtype).transpose(1, 2, 0, 3)  # [B, T, H, d]
+
+
+def largest(logits: Float[Array, "H B T S"]) -> Float[Array, "H B T"]:
+    """The largest of each query's logits, without a gradient: in a softmax it cancels.
+
+    On a CPU half is compared with half until few are left, for XLA's own reduction over the last axis is not vectorised.
+    """
+
+    def by_halves(x: Float[Array, "H B T S"]) -> Float[Array, "H B T"]:
+        while (size := x.shape[-1]) > 32:
+            half = -(-size // 2)  # of an odd size both halves have the one in the middle
+            x = jnp.maximum(x[..., :half], x[..., size - half :])
+        return x.max(axis=-1)
+
+    return jax.lax.platform_dependent(jax.lax.stop_gradient(logits), cpu=by_halves, default=partial(jnp.max, axis=-1))
 
 
 def attend_blocks(
@@ -180,7 +208,7 @@ def attend_blocks(
 ) -> Queries:
     """`attend_xla` of a few texts at a time: with all at once, a CPU spends most of its time on memory for logits."""
     texts, length, heads, _ = queries.shape
-    attended = keys.shape[1] + (0 if prefix is None else prefix.keys.shape[-3])
+    attended = keys.shape[1] + (0 if prefix is None else prefix.keys.shape[-1])
     count = -(-texts // max(1, min(texts, BLOCK_LOGITS // (heads * length * attended))))
     if count == 1:
         return attend_xla(queries, keys, values, mask, prefix, bias, slots)
@@ -216,11 +244,11 @@ def attend_cudnn(
 
     if slots and bias is not None:  # which is of the text's attention to the slots alone
         of_slots = attend_cudnn(queries[:, :slots], keys, values, mask)
-        own = Prefix(keys[:, :slots], values[:, :slots])
+        own = Prefix.of_slots(keys[:, :slots], values[:, :slots])
         of_text = attend_cudnn(queries[:, slots:], keys[:, slots:], values[:, slots:], mask[:, slots:], own, bias)
         return jnp.concatenate([of_slots, of_text], axis=1)
     count = mask.sum(axis=1, dtype=jnp.int32)
     padded_at_end = (mask == (jnp.arange(mask.shape[1]) < count[:, None])).all(axis=1)  # [B]
     lengths = jnp.maximum(count, 1)  # a softmax over no key would be NaN
-    output = attend_parts(queries, keys, values, lengths, *([] if prefix is None else [*prefix, bias]))
+    output = attend_parts(queries, keys, values, lengths, *([] if prefix is None else [*prefix.by_slot(), bias]))
     return jnp.where(padded_at_end[:, None, None, None], output, jnp.nan)

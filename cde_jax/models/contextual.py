@@ -30,7 +30,7 @@ class ContextCache(NamedTuple):
     """A context as the second stage attends to it: computed once per corpus, or once per batch in training."""
 
     slots: Slots
-    prefix: Prefix | None  # isolated attention: keys and values, [layers, *B, P, H, d]
+    prefix: Prefix | None  # isolated attention: keys and values, [layers, *B, H, d, P] and [layers, *B, H, P, d]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def check_cache(cache: ContextCache, config: ContextualConfig) -> None:
     expected = (config.context_attention, e.width, *((e.layers, e.heads, e.head_dim) if isolated else ()))
     got = ("joint", cache.slots.shape[-1])
     if cache.prefix is not None:
-        layers, *_, heads, head_dim = cache.prefix.keys.shape
+        layers, *_, heads, head_dim, _ = cache.prefix.keys.shape
         got = ("isolated", got[1], layers, heads, head_dim)
     if got != expected:
         shapes = f"expected attention, width (layers, heads, features of a head) {expected}, got {got}"

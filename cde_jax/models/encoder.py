@@ -141,13 +141,13 @@ class Block(nnx.Module):
         self.norm2 = norm(c, rngs)
 
     def __call__(self, x: Rows, mask: KeyMask, angles: Rotary | None, **context: Any) -> tuple[Rows, Prefix]:
-        """One layer, and its keys and values [B, S, H, d]; `context` goes to `attention.attend`."""
+        """One layer, and its keys and values as a prefix; `context` goes to `attention.attend`."""
         output, keys_values = self.attention(x, mask, angles, **context)
         x = self.norm1(x + output).astype(x.dtype)
         return self.norm2(x + self.mlp(x)).astype(x.dtype), keys_values
 
     def attention(self, x: Rows, mask: KeyMask, angles: Rotary | None, **context: Any) -> tuple[Rows, Prefix]:
-        """Attention output and the keys and values [B, S, H, d] that it used."""
+        """Attention output, and the keys and values that it used as a prefix of other texts."""
         c = self.config
         qkv = self.qkv(x).reshape(*mask.shape, 3, c.heads, c.head_dim)  # [B, S, 3, H, d]
         q, k, v = qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]  # [B, S, H, d]
@@ -155,7 +155,7 @@ class Block(nnx.Module):
             q, k = self.rotate(q, angles), self.rotate(k, angles)
         output = attend(q, k, v, mask, kernel=c.attention, **context)
         output = checkpoint_name(output.reshape(x.shape), "attention")  # [B, S, H, d] → [N, D]
-        return self.out(output), Prefix(k, v)
+        return self.out(output), Prefix.of_slots(k, v)
 
     def rotate(self, x: Float[Array, "*batch S H d"], angles: Rotary) -> Float[Array, "*batch S H d"]:
         """Rotate feature i of each head with feature i + d/2 (GPT-NeoX's order), in float32."""
@@ -242,8 +242,8 @@ class Encoder(nnx.Module):
     ) -> tuple[Hidden, Prefix | None]:
         """The embedding norm and all layers over embeddings: hidden states and, if asked for, keys and values.
 
-        `prefix` and `bias` are stacked over layers, as are the keys and values [layers, B, S, H, d] returned; they
-        and `slots` go to `attention.attend`, layer by layer.
+        `prefix` and `bias` are stacked over layers, as are the keys and values returned ([layers, B, H, d, S] and
+        [layers, B, H, S, d]); they and `slots` go to `attention.attend`, layer by layer.
         """
         graph, blocks = nnx.split(self.blocks)
 

@@ -67,7 +67,7 @@ class Context:
         """Tensors and metadata of its file."""
         tensors = {"vectors": np.asarray(self.vectors, np.float32)}
         if self.cache is not None:
-            tensors |= {"slots": self.cache.slots, "keys": self.cache.prefix.keys, "values": self.cache.prefix.values}
+            tensors |= dict(zip(("slots", "keys", "values"), (self.cache.slots, *self.cache.prefix.by_slot()), strict=True))
         if self.whitening is not None:
             tensors |= {f"whitening.{name}": array for name, array in self.whitening._asdict().items()}
         metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in _METADATA}
@@ -86,7 +86,7 @@ class Context:
             raise ValueError(f"{path}: expected content of sha256 {expected}, got {got}: it was altered; {_AGAIN}")
         fields = {name: kind(metadata[name]) for name, kind in _METADATA.items()}
         if "keys" in tensors:
-            fields["cache"] = ContextCache(tensors["slots"], Prefix(tensors["keys"], tensors["values"]))
+            fields["cache"] = ContextCache(tensors["slots"], Prefix.of_slots(tensors["keys"], tensors["values"]))
         if "whitening.matrix" in tensors:
             fields["whitening"] = Whitening(**{name: tensors[f"whitening.{name}"] for name in Whitening._fields})
         if _HYBRID + "projection" in tensors:
