@@ -6,6 +6,7 @@
 "biencoder" reads no context; "isolated" reads a cached one (`prepare_context` once, not timed); "joint" takes the
 slots through every layer with every text. The exported PyTorch module does the same; its isolated context is fixed.
 Texts are random tokens of full length, in batches of the size that `Embedder` uses; cases take turns, a batch each.
+First a query a call: median and 99th percentile in milliseconds, and the cost of a cached context over the biencoder's.
 
 With --sentence-transformers whole texts are encoded, tokenisation included: by `Embedder` without and with a cached
 context, and by the sentence-transformers library from the same exported biencoder, in the same dtype.
@@ -46,10 +47,12 @@ def main() -> None:
     """Time each model at each shape, on queries and on documents."""
     parser = arguments(__doc__, ["long"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[QUERY, DOCUMENT], help="tokens of a text")
+    parser.add_argument("--calls", type=int, default=200, help="with one query each")
     parser.add_argument("--texts", type=int, default=0, help="texts of a batch; 0: as many as Embedder takes")
     parser.add_argument("--sentence-transformers", action="store_true", help="whole texts, against that library")
     args = parser.parse_args()
     for name in args.shapes:
+        one_at_a_time(args, name)
         for length in args.lengths:
             cases = {kind: jax_case(kind, SHAPES[name], length, args) for kind in args.models}
             report(args, name, f"{length} tokens", cases | torch_cases(args, SHAPES[name], length), length)
@@ -76,6 +79,22 @@ def report(args: argparse.Namespace, name: str, what: str, cases: dict[str, Case
             line |= {"flops_ratio": round(base / flops, 3), "tflops": round(flops / typical / 1e12, 3)}
             line["utilisation"] = None if used is None else round(used, 4)
         emit(line | {key: getattr(args, key) for key in ("rounds", "dtype", "attention")}, *PACKAGES)
+
+
+def one_at_a_time(args: argparse.Namespace, name: str) -> None:
+    """One query a call, in turns: milliseconds of all calls, median and 99th percentile; `cost` over the first's."""
+    alone = argparse.Namespace(**vars(args) | {"texts": 1})
+    cases = {kind: jax_case(kind, SHAPES[name], QUERY, alone) for kind in args.models if kind != "joint"}
+    for case in cases.values():
+        case.run()  # compiles
+    seconds = take_turns({label: case.run for label, case in cases.items()}, args.calls)
+    flops = {k: encoding_flops(config_of(k, SHAPES[name], "float32"), np.array([QUERY])) for k in cases}
+    first = next(iter(cases), None)
+    for label, taken in seconds.items():
+        ms = [round(1e3 * float(x), 2) for x in np.percentile(taken, [50, 99])]
+        line = {"benchmark": "encode", "shape": name, "what": "one query a call", "model": label, "ms": ms}
+        line |= {"cost": round(float(np.median(taken) / np.median(seconds[first])), 3), "calls": args.calls}
+        emit(line | {"flops_cost": round(float(flops[label] / flops[first]), 3), "dtype": args.dtype}, *PACKAGES)
 
 
 def texts_of_batch(args: argparse.Namespace, kind: str, shape: Shape, length: int) -> int:

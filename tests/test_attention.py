@@ -162,7 +162,9 @@ def test_a_long_context_of_a_low_bias_is_read_in_bfloat16_as_in_float32():
         for name in ("queries", "keys", "values")
     }
     given["mask"] = jnp.ones((2, LENGTH), bool)
-    given["prefix"] = Prefix.of_slots(*(jnp.asarray(random.normal(0, 1, (520, HEADS, WIDTH)), jnp.bfloat16) for _ in range(2)))
+    given["prefix"] = Prefix.of_slots(
+        *(jnp.asarray(random.normal(0, 1, (520, HEADS, WIDTH)), jnp.bfloat16) for _ in range(2))
+    )
     given["bias"] = jnp.asarray([-5.017, -4.983], jnp.float32)
     expected = plain(**given)
     for name, kernel in KERNELS.items():

@@ -191,7 +191,7 @@ def attend_xla(
 def largest(logits: Float[Array, "H B T S"]) -> Float[Array, "H B T"]:
     """The largest of each query's logits, without a gradient: in a softmax it cancels.
 
-    On a CPU half is compared with half until few are left, for XLA's own reduction over the last axis is not vectorised.
+    On a CPU half is compared with half until few are left: XLA's reduction over the last axis is not vectorised.
     """
 
     def by_halves(x: Float[Array, "H B T S"]) -> Float[Array, "H B T"]:

@@ -67,7 +67,8 @@ class Context:
         """Tensors and metadata of its file."""
         tensors = {"vectors": np.asarray(self.vectors, np.float32)}
         if self.cache is not None:
-            tensors |= dict(zip(("slots", "keys", "values"), (self.cache.slots, *self.cache.prefix.by_slot()), strict=True))
+            keys, values = self.cache.prefix.by_slot()
+            tensors |= {"slots": self.cache.slots, "keys": keys, "values": values}
         if self.whitening is not None:
             tensors |= {f"whitening.{name}": array for name, array in self.whitening._asdict().items()}
         metadata = {"format": FORMAT} | {name: str(getattr(self, name)) for name in _METADATA}
