@@ -19,6 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one process of a run c
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
+GC_THRESHOLD = gc.get_threshold()
 gc.set_threshold(20_000, 20, 20)  # tracing leaves little garbage: looking for it took a seventh of the time
 
 from pathlib import Path
@@ -37,6 +38,15 @@ def shared(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"../shared/{relative} is not here: the reference numbers were not compared")
     return path
+
+
+@pytest.fixture
+def usual_gc():
+    """Python's own frequency of garbage collection, for a test that measures memory."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(*GC_THRESHOLD)
+    yield
+    gc.set_threshold(*threshold)
 
 
 @pytest.fixture(scope="module")

@@ -229,6 +229,7 @@ def test_a_sample_has_enough_pairs_for_its_clusters(tmp_path, caplog):
     assert "on 128 pairs" in caplog.text  # 4 clusters of 32
 
 
+@pytest.mark.usefixtures("usual_gc")
 def test_memory_does_not_grow_with_a_domain_but_for_its_assignments(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "ASSIGNED", 2048)
     monkeypatch.setattr(cluster, "BLOCK", 512)

@@ -238,6 +238,7 @@ def test_the_log_has_the_pairs_of_each_file_and_data_set(repository):
     assert log == InputLog(shards | {"2:faq#test": 1})
 
 
+@pytest.mark.usefixtures("usual_gc")
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     text = "word " * 1000
     schema = pa.schema([("query", pa.string()), ("document", pa.string())])

@@ -97,6 +97,7 @@ def first_of_each(pairs):
     return list({(text_key(p.query), text_key(p.document)): p for p in reversed(pairs)}.values())
 
 
+@pytest.mark.usefixtures("usual_gc")
 def test_memory_of_cleaning_does_not_grow_with_the_pairs(tmp_path):
     def peak(n):
         tracemalloc.start()

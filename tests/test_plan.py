@@ -257,6 +257,7 @@ def test_same_inputs_and_seed_give_the_same_bytes(stores, tmp_path):
     assert {name for name in one if one[name] == other[name]} <= {"masks.offsets.bin"}  # too small to compress
 
 
+@pytest.mark.usefixtures("usual_gc")
 def test_memory_does_not_grow_with_the_number_of_batches(tmp_path):
     pairs = tiny_pairs(tmp_path / "pairs", (300,))
     vectors = tiny_vectors(tmp_path / "vectors", pairs)

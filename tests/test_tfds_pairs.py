@@ -152,6 +152,7 @@ def test_neither_tensorflow_nor_a_network_is_needed(tmp_path):
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
+@pytest.mark.usefixtures("usual_gc")
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     # One shard of 40 MB: TFDS would keep every example until the shard is written.
     text = "word " * 1000

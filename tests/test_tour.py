@@ -56,6 +56,7 @@ def test_tour_is_the_reference_s(case):
     np.testing.assert_array_equal(greedy_tour(centroids, int(expected[0])), expected)
 
 
+@pytest.mark.usefixtures("usual_gc")
 def test_tour_never_holds_all_pairs_of_centroids():
     centroids = np.random.default_rng(0).normal(size=(1500, 4)).astype(np.float32)
     tracemalloc.start()

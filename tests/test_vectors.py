@@ -151,6 +151,7 @@ def test_models_of_two_widths_are_refused_before_anything_is_written(tmp_path, p
     assert [path.name for path in tmp_path.iterdir()] == ["pairs"]
 
 
+@pytest.mark.usefixtures("usual_gc")
 def test_memory_stays_flat(tmp_path, monkeypatch):
     monkeypatch.setattr(vectors_module, "BLOCK", 64)
     peaks = []
