@@ -25,7 +25,6 @@ from plan import SETTINGS, write_stores
 from shapes import KINDS, PACKAGES, SHAPES, Shape, build, config_of, random_texts
 from train_step import Run, jax_step, run_once, torch_process, torch_steps
 
-from cde_jax import keep_memory
 from cde_jax.batching.build import build_plan
 from cde_jax.config import Batching
 from cde_jax.interop.read import TextSettings
@@ -50,7 +49,6 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="the exported PyTorch module too")
     parser.add_argument("--out", type=Path, default=Path("cost.svg"))
     args = parser.parse_args()
-    keep_memory()  # as the training command does
     curves = []
     with torch_process() as process:
         for axis in args.axes:

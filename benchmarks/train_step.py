@@ -24,7 +24,6 @@ from flax import nnx
 from harness import emit, speed_ratio
 from shapes import PACKAGES, SHAPES, Shape, Texts, arguments, build, config_of, random_batch
 
-from cde_jax import keep_memory
 from cde_jax.batching.layout import choose_layout, count_lengths, to_chunks
 from cde_jax.config import Train
 from cde_jax.models.attention import select_kernel
@@ -48,7 +47,6 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=0, help="texts encoded at once; 0: all")
     parser.add_argument("--remat", default="auto", help="of layers, in JAX, as model.remat in the config")
     args = parser.parse_args()
-    keep_memory()  # as the training command does
     for name in args.shapes:
         shape = SHAPES[name]._replace(queries=args.queries or SHAPES[name].queries)
         compiled = {

@@ -3,7 +3,6 @@
 The names below are what most users hold; they are imported on first use, so that reading data needs no device.
 """
 
-import ctypes
 import os
 import re
 import sys
@@ -37,9 +36,6 @@ __all__ = [
 ]
 
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-
-# glibc's malloc.h: take no allocation from the kernel by itself, give nothing back, one heap for all threads.
-_KEEP_MEMORY = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm60_plugin", "jax_rocm7_plugin")
 
@@ -85,17 +81,6 @@ def deterministic_gpu() -> None:
     ):
         return
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-
-
-def keep_memory() -> None:
-    """Have glibc keep what is freed for later allocations of this process; does nothing without glibc.
-
-    On a CPU, XLA allocates a program's memory anew at each call; by default such large pieces come from the kernel,
-    which fills every page with zeros, and go back to it (docs/speed.md). To be called before threads start.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter, value in _KEEP_MEMORY.values():
-            libc.mallopt(parameter, value)
 
 
 _disable_ynn_fusions()

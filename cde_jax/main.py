@@ -13,7 +13,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from cde_jax import deterministic_gpu, keep_memory
+from cde_jax import deterministic_gpu
 from cde_jax.commands import exit_with_message
 from cde_jax.config import from_config_dict, is_setting, unknown_setting
 
@@ -47,7 +47,6 @@ def main(argv: list[str]) -> None:
         config = from_config_dict(_CONFIG.value)  # checked before JAX is loaded
         if _STAGE.value in ("all", "train"):
             deterministic_gpu()
-            keep_memory()
         if _DISTRIBUTED.value:
             from cde_jax.training import processes
 

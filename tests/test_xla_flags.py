@@ -68,22 +68,6 @@ def test_training_is_deterministic_where_there_is_a_gpu_and_the_user_said_nothin
     assert run(f"{code}; cde_jax.deterministic_gpu(); print(os.environ['XLA_FLAGS'])") == after
 
 
-KEPT = """
-import resource, numpy as np
-def mapped():
-    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-before = mapped()
-np.ones(2**23)  # 64 MiB, and freed
-print((mapped() - before) // 2**20)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_freed_memory_is_kept_for_the_next_program_where_training_asks_for_it():
-    assert int(run("import cde_jax; cde_jax.keep_memory()" + KEPT)) >= 60
-    assert int(run("import cde_jax" + KEPT)) < 10
-
-
 # The loss and the norm of each gradient for each kind of model, over 16,384 tokens.
 MODELS = """
 import jax, numpy as np

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from absl import app, flags
 
-from cde_jax import deterministic_gpu, keep_memory
+from cde_jax import deterministic_gpu
 from cde_jax import main as command
 from cde_jax.config import from_config_dict
 
@@ -31,7 +31,6 @@ RESTARTS = 10
 def train(arguments: dict[str, Any]) -> None:
     """What each worker runs; Ray has called `jax.distributed.initialize` before."""
     deterministic_gpu()
-    keep_memory()
     from cde_jax.stages import run
     from cde_jax.training.processes import is_first
 
