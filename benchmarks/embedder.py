@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of all documents")
     parser.add_argument("--starts", type=int, default=0, help="processes of each library, until the first vector")
     args = parser.parse_args()
-    start_up(args.model, args.starts)
+    if args.starts:
+        start_up(args.model, args.starts)
     from sentence_transformers import SentenceTransformer
 
     ours, theirs = Embedder.from_pretrained(args.model, progress=False), SentenceTransformer(args.model, device="cpu")
@@ -63,7 +64,7 @@ def start_up(model: str, starts: int) -> None:
         none = {"JAX_COMPILATION_CACHE_DIR": ""}
         cases = {"ours": (OURS, none), "ours, kept programs": (OURS, kept), "theirs": (THEIRS, none)}
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
-        for _ in range(starts + 1 if starts else 0):
+        for _ in range(starts + 1):
             for name, (code, changes) in cases.items():
                 before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
                 command = [sys.executable, "-c", code.format(model)]
@@ -71,7 +72,7 @@ def start_up(model: str, starts: int) -> None:
                 wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
                 cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
                 taken[name].append((cpu, wall))
-    for name, seconds in taken.items() if starts else ():
+    for name, seconds in taken.items():
         cpu, wall = (round(float(x), 2) for x in np.median(seconds[1:], axis=0))
         line = {"benchmark": "embedder", "case": "start-up", "library": name, "starts": starts}
         emit(line | {"cpu_seconds": cpu, "wall_seconds": wall}, *PACKAGES)

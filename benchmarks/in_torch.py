@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from cde_jax.interop import torch_module
 from cde_jax.interop.architectures import to_dict
 from cde_jax.interop.weight_mapping import biencoder_mapping, contextual_mapping, to_torch
-from cde_jax.interop.write import parameters
+from cde_jax.interop.write import keys_values, parameters
 
 DEVICE = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
 # Fields of the authors' config that the shape does not give.
@@ -49,9 +49,7 @@ def exported_with_context(shape: Shape, context: Float[np.ndarray, "J D"]) -> to
     prefix = model.prepare_context(context).prefix
     config = {"model": to_dict(model.config), "jax_only": [], "corpus_slots": prefix.keys.shape[-1]}
     module = torch_module.CdeModel(torch_module.CdeConfig(cde_jax=config))
-    keys, values = (np.asarray(x, np.float32) for x in prefix)
-    keys_values = np.stack([keys.swapaxes(-2, -1), values], axis=1)  # [layers, 2, H, P, d]
-    module.second_stage_model.context.data = torch.from_numpy(keys_values)
+    module.second_stage_model.context.data = torch.from_numpy(keys_values(prefix))
     return module.to(DEVICE)
 
 

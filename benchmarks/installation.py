@@ -26,9 +26,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    found = {canonical(d.metadata["Name"]): d for d in distributions()}
-    sizes = {name: megabytes(distribution) for name, distribution in found.items()}
-    needs = {name: requirements(distribution) & found.keys() for name, distribution in found.items()}
+    installed = {canonical(d.metadata["Name"]): d for d in distributions()}
+    sizes = {name: megabytes(distribution) for name, distribution in installed.items()}
+    needs = {name: requirements(distribution) & installed.keys() for name, distribution in installed.items()}
     for name in sorted(sizes, key=sizes.get, reverse=True):
         needed_by = sorted(other for other, required in needs.items() if name in required)
         alone = sum(sizes[other] for other in only_for(name, needs))
@@ -38,8 +38,8 @@ def main() -> None:
     seconds = take_turns(
         {"python": lambda: start("pass")} | {m: lambda m=m: start(statement(m)) for m in MODULES}, rounds
     )
-    for module, took in seconds.items():
-        emit({"benchmark": "installation", "import": module, "seconds": round(statistics.median(took), 2)}, "jax")
+    for module, of_module in seconds.items():
+        emit({"benchmark": "installation", "import": module, "seconds": round(statistics.median(of_module), 2)}, "jax")
 
 
 def canonical(name: str) -> str:
@@ -64,14 +64,14 @@ def only_for(name: str, needs: dict[str, set[str]]) -> set[str]:
 
     What nobody needs was asked for by name; it stays.
     """
-    gone, waiting = {name}, {name}
-    while waiting := {
+    removed, last = {name}, {name}
+    while last := {
         other
-        for other in set().union(*(needs[of] for of in waiting)) - gone
-        if all(user in gone for user, required in needs.items() if other in required)
+        for other in set().union(*(needs[of] for of in last)) - removed
+        if all(user in removed for user, required in needs.items() if other in required)
     }:
-        gone |= waiting
-    return gone
+        removed |= last
+    return removed
 
 
 def statement(module: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cde_jax.models import attention, cudnn, encoder
-from cde_jax.models.attention import Prefix, attend, attend_cudnn, cudnn_works, kernel_error, select_kernel
+from cde_jax.models.attention import Prefix, attend, attend_cudnn, cudnn_works, kernel_error, largest, select_kernel
 
 TEXTS, LENGTH, SLOTS, HEADS, WIDTH = 5, 6, 4, 2, 8
 KERNELS = {
@@ -152,6 +152,13 @@ def test_the_gradient_of_the_plain_kernel_is_the_slope():
     output = lambda bias: float(attend(**(given | {"bias": given["bias"] + bias}), kernel="xla").sum())  # noqa: E731
     slope = jax.grad(lambda bias: attend(**(given | {"bias": bias}), kernel="xla").sum())(given["bias"]).sum()
     np.testing.assert_allclose(slope, (output(1e-2) - output(-1e-2)) / 2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("keys", [1, 32, 33, 65, 520])
+def test_the_largest_logit_is_found_by_halves_and_has_no_gradient(keys):
+    logits = jnp.asarray(np.random.default_rng(keys).normal(size=(2, 3, 4, keys)), jnp.float32)
+    np.testing.assert_array_equal(largest(logits), logits.max(axis=-1))
+    assert not jax.grad(lambda x: largest(x).sum())(logits).any()
 
 
 def test_a_long_context_of_a_low_bias_is_read_in_bfloat16_as_in_float32():

@@ -224,7 +224,20 @@ def test_speed_ratios_compare_rounds():
 
 @pytest.mark.parametrize(
     "name",
-    ["cluster", "encode", "figure", "gpu", "installation", "kernels", "memory", "plan", "profile_step", "train_step"],
+    [
+        "cluster",
+        "cost",
+        "embedder",
+        "encode",
+        "figure",
+        "gpu",
+        "installation",
+        "kernels",
+        "memory",
+        "plan",
+        "profile_step",
+        "train_step",
+    ],
 )
 def test_benchmarks_import(name):
     assert import_module(name).main

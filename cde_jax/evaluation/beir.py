@@ -93,19 +93,18 @@ def vectors_by_kind(
     """
     own, adapted = SAME_CORPUS if embedder.contextual else NO_CONTEXT, {WHITENED, STATISTICS} & set(kinds)
     queries, corpus = list(dataset.queries.values()), list(dataset.corpus.values())
+    in_tokens = isinstance(dataset, TokenSet)
+    as_texts = dataset.texts if in_tokens else dataset
+    query_texts, texts = list(as_texts.queries.values()), list(as_texts.corpus.values())
     if own in kinds or adapted:
-        context = plain = None
+        context = plain = pseudo = statistics = None
         if adapted:
-            words, pseudo = dataset, None
-            if isinstance(dataset, TokenSet):
-                words, pseudo = dataset.texts, dataset.pseudo_queries
-            asked, texts = list(words.queries.values()), list(words.corpus.values())
-            statistics = CorpusStatistics.fit(texts) if STATISTICS in kinds else None
-            pseudo = pseudo_queries(texts, seed) if pseudo is None else pseudo
-            context = embedder.embed_context(corpus, seed, pseudo, statistics, texts if statistics else None)
+            pseudo = dataset.pseudo_queries if in_tokens else pseudo_queries(texts, seed)
+        if STATISTICS in kinds:
+            statistics = CorpusStatistics.fit(texts)
+        if embedder.contextual or adapted:
+            context = embedder.embed_context(corpus, seed, pseudo, statistics, texts)
             plain = dataclasses.replace(context, whitening=None, hybrid=None)
-        elif embedder.contextual:
-            plain = embedder.embed_context(corpus, seed)
         vectors = _encode(embedder, queries, corpus, plain)
         if own in kinds:
             yield own, *vectors
@@ -115,7 +114,7 @@ def vectors_by_kind(
             if WHITENED in kinds:
                 yield WHITENED, *vectors
             if STATISTICS in kinds:
-                yield STATISTICS, h.transform_queries(vectors[0], asked), h.transform_documents(vectors[1], texts)
+                yield STATISTICS, h.transform_queries(vectors[0], query_texts), h.transform_documents(vectors[1], texts)
     if other_context is not None and RANDOM_DOCUMENTS in kinds:
         yield RANDOM_DOCUMENTS, *_encode(embedder, queries, corpus, other_context)
     if NO_CONTEXT in kinds and embedder.contextual and embedder.works_without_context:
@@ -182,8 +181,8 @@ def write_tokens(
     One of the same set, tokenizer, settings and seed is kept, any other is replaced.
     """
     s, corpus = settings, list(dataset.corpus.values())
-    settings_and_layout = [dataclasses.asdict(s), "with texts"]
-    identity = fingerprint([dataclasses.asdict(dataset), *settings_and_layout, tokenizer.fingerprint, seed])
+    contents = "tokens and texts"  # of the store; another one is replaced
+    identity = fingerprint([dataclasses.asdict(dataset), dataclasses.asdict(s), tokenizer.fingerprint, seed, contents])
     with suppress(ValueError):  # no store there, or a damaged one
         if (store := Store.open(directory, kind=KIND)).fingerprint == identity:
             return store
@@ -216,7 +215,8 @@ def read_tokens(directory: str | Path) -> TokenSet:
     names = ("query_tokens", "document_tokens", "pseudo_query_tokens")
     queries, documents, pseudo = ([r.row(i) for i in range(r.count())] for r in map(store.ragged, names))
     names = ("query_ids", "document_ids", "query_texts", "document_texts")
-    query_ids, document_ids, asked, texts = ([r.text(i) for i in range(r.count())] for r in map(store.ragged, names))
+    texts = ([r.text(i) for i in range(r.count())] for r in map(store.ragged, names))
+    query_ids, document_ids, query_texts, document_texts = texts
     qrels: dict[str, dict[str, int]] = {query: {} for query in query_ids}
     for query, document, grade in store.array("qrels").tolist():
         qrels[query_ids[query]][document_ids[document]] = grade
@@ -225,4 +225,5 @@ def read_tokens(directory: str | Path) -> TokenSet:
         return dict(zip(query_ids, of_queries, strict=True)), dict(zip(document_ids, of_documents, strict=True))
 
     name = store.manifest["name"]
-    return TokenSet(name, *by_id(queries, documents), qrels, pseudo, EvaluationSet(name, *by_id(asked, texts), qrels))
+    as_texts = EvaluationSet(name, *by_id(query_texts, document_texts), qrels)
+    return TokenSet(name, *by_id(queries, documents), qrels, pseudo, as_texts)

@@ -25,6 +25,7 @@ from cde_jax.interop.modules import TextSettings
 from cde_jax.interop.read import TOKENIZER_FILES, check_tokenizer
 from cde_jax.interop.reference_model import ModelConfig
 from cde_jax.interop.weight_mapping import TIED, model_mapping, to_torch
+from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, BiencoderConfig, ContextCache, ContextualEncoder
 from cde_jax.models.encoder import EncoderConfig
 
@@ -91,10 +92,7 @@ def export_corpus(
     slots, prefix = context if isinstance(context, ContextCache) else model.prepare_context(context)
     tensors = to_torch(model_mapping(config), parameters(model))
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_FIRST_STAGE)}
-    constant = np.asarray(slots, np.float32)  # [P, D]
-    if prefix is not None:  # [layers, 2, H, P, d]
-        keys, values = (np.asarray(x, np.float32) for x in prefix)
-        constant = np.stack([keys.swapaxes(-2, -1), values], axis=1)
+    constant = np.asarray(slots, np.float32) if prefix is None else keys_values(prefix)
     tensors["second_stage_model.context"] = np.ascontiguousarray(constant)
     with NewFolder(directory, marker="config.json") as new:
         _write_texts(new.path, config, settings, Path(tokenizer), card)
@@ -103,6 +101,12 @@ def export_corpus(
         if onnx:
             _write_onnx(new.path)
         new.put_in_place()
+
+
+def keys_values(prefix: Prefix) -> Float[np.ndarray, "layers 2 H P d"]:
+    """Keys and values of all layers as the PyTorch module keeps them, float32."""
+    keys, values = (np.asarray(x, np.float32) for x in prefix)
+    return np.stack([keys.swapaxes(-2, -1), values], axis=1)
 
 
 def _write_texts(folder: Path, config: ModelConfig, settings: TextSettings, tokenizer: Path, card: str | None) -> None:

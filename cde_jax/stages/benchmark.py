@@ -61,7 +61,7 @@ def evaluate(
     first_model: str | None = None,
     candidates: int = 1024,
 ) -> Iterator[str]:
-    """Score a model, by default under every kind of context that it can have, of ConTEB's own kinds none.
+    """Score a model, by default under every kind of context that it can have but those of ConTEB.
 
     Yields the table of results. Raises ValueError for what cannot be evaluated, before anything is encoded; for a task
     that failed, after the others.

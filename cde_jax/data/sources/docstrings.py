@@ -102,8 +102,8 @@ def read_pairs(
     whose query or whose rest was there before are dropped here, for their documents differ by the name (the same
     function under a second one, a method that repeats its parent's text). Read all packages in one call, so that a
     held-out one shares no text with the others. `counts` gains the numbers of files and docstrings by what became of
-    them, `log` the pairs of each package, and the files that are not readable. `map_tasks` parses many
-    files.
+    them, `log` the pairs of each package, and the files that are not readable. Where there
+    are many files, `map_tasks` parses them.
 
     A package that is not installed is a ValueError, before anything is read.
     """
@@ -202,10 +202,14 @@ def _parse_files(files: Sequence[tuple[str, Path]]) -> list[_File]:
         except (SyntaxError, ValueError, RecursionError, MemoryError, OSError) as error:
             result.append(_File(f"{type(error).__name__}: {error}", 0, []))
             continue
-        found = [(name, *split_docstring(docstring)) for name, docstring in _docstrings(tree, module)]
-        long = [x for x in found if _words(x[1]) >= QUERY_WORDS and _words(x[2]) >= REST_WORDS]
-        result.append(_File("", len(found), long))
+        docs = [(name, *split_docstring(docstring)) for name, docstring in _docstrings(tree, module)]
+        long = [(name, query, rest) for name, query, rest in docs if _is_long(query, rest)]
+        result.append(_File("", len(docs), long))
     return result
+
+
+def _is_long(query: str, rest: str) -> bool:
+    return _words(query) >= QUERY_WORDS and _words(rest) >= REST_WORDS
 
 
 def _words(text: str) -> int:
