@@ -11,6 +11,7 @@ the slots for each batch of texts.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import numpy as np
 from harness import emit
 from plan import SETTINGS, write_stores
 from shapes import KINDS, PACKAGES, SHAPES, Shape, build, config_of, random_texts
-from train_step import Run, jax_step, run_once, torch_process, torch_steps
+from train_step import Run, jax_step, run_once, timed_runs, torch_process, torch_steps
 
 from cde_jax.batching.build import build_plan
 from cde_jax.config import Batching
@@ -64,9 +65,8 @@ def measure(axis: str, args: argparse.Namespace, process: ProcessPoolExecutor) -
             cases = cases_of(axis, size, args, process, Path(folder))
             for run in cases.values():
                 run()  # compiles
-            turns = [{case: run().seconds for case, run in cases.items()} for _ in range(args.rounds)]
-        for case in cases:
-            seconds.setdefault(case, []).append(statistics.median(turn[case] for turn in turns))
+            for case, runs in timed_runs(cases, args.rounds).items():
+                seconds.setdefault(case, []).append(statistics.median(run.seconds for run in runs))
     curves = [
         {"benchmark": "cost", "axis": axis, "case": case, "sizes": sizes}
         | {"seconds": [round(s, 4) for s in of_case], "slope": round(slope(sizes, of_case), 2)}
@@ -87,7 +87,7 @@ def cases_of(axis: str, size: int, args: argparse.Namespace, process: ProcessPoo
     shape, forms = SHAPES[args.shape], ["eager"] * args.torch
     if axis == "pairs":
         settings, stores = Batching(**SETTINGS), write_stores(folder, size, PLAN_WIDTH)
-        numbers = iter(range(args.rounds + 1))
+        numbers = itertools.count()
         return {"batch plan": partial(run_once, lambda: plan(folder / str(next(numbers)), stores, settings))}
     if axis == "documents":
         cases = {kind: partial(run_once, jax_encoder(kind, shape, args.dtype, size)) for kind in KINDS}

@@ -4,8 +4,9 @@
     python benchmarks/train_step.py --shapes large --dtype bfloat16 --chunk 256 --torch eager --peak 790   # on a GPU
 
 The cases take turns, step by step, those of PyTorch in a process of their own: each library has its threads and memory
-for itself, and sleeps while the other one runs. A ratio is the median over rounds of the first case's seconds by the
-case's, for PyTorch of our seconds for the same model by PyTorch's. `cores_used` is (user + system) / wall of the case's
+for itself, and sleeps while the other one runs. Each turn begins with a step that is not timed: a process that slept
+may have lost its memory to the kernel, and takes up to three times as long. A ratio is the median over rounds of the
+first case's seconds by the case's, for PyTorch of our seconds for the same model by PyTorch's. `cores_used` is (user + system) / wall of the case's
 process. `flops_ratio` is what the ratio would be if every model ran at the biencoder's FLOP/s: the biencoder's model
 FLOPs by the case's, padding and recomputation not counted.
 """
@@ -91,8 +92,17 @@ def run_once(function: Callable[[], Any]) -> Run:
 def take_turns(steps: dict[str, Callable[[], Run]], rounds: int, dtype: str) -> dict[str, list[Run]]:
     """Runs of each case, round by round, after a first round that compiles and compares the losses."""
     check_same_loss({case: step().result for case, step in steps.items()}, dtype)
-    turns = [{case: step() for case, step in steps.items()} for _ in range(rounds)]
-    return {case: [turn[case] for turn in turns] for case in steps}
+    return timed_runs(steps, rounds)
+
+
+def timed_runs(steps: dict[str, Callable[[], Run]], rounds: int) -> dict[str, list[Run]]:
+    """Runs of each case, round by round, each after one that is not timed."""
+    runs: dict[str, list[Run]] = {case: [] for case in steps}
+    for _ in range(rounds):
+        for case, step in steps.items():
+            step()
+            runs[case].append(step())
+    return runs
 
 
 def check_same_loss(losses: dict[str, float], dtype: str) -> None:
