@@ -4,11 +4,11 @@
     python benchmarks/train_step.py --shapes large --dtype bfloat16 --chunk 256 --torch eager --peak 790   # on a GPU
 
 The cases take turns, step by step, those of PyTorch in a process of their own: each library has its threads and memory
-for itself, and sleeps while the other one runs. Each turn begins with a step that is not timed: a process that slept
-may have lost its memory to the kernel, and takes up to three times as long. A ratio is the median over rounds of the
-first case's seconds by the case's, for PyTorch of our seconds for the same model by PyTorch's. `cores_used` is (user + system) / wall of the case's
-process. `flops_ratio` is what the ratio would be if every model ran at the biencoder's FLOP/s: the biencoder's model
-FLOPs by the case's, padding and recomputation not counted.
+for itself, and sleeps while the other one runs. Each turn begins with a step that is not timed: in a process that slept
+it takes longer (2.7 × was seen). A ratio is the median over rounds of the first case's seconds by the case's, for
+PyTorch of our seconds for the same model by PyTorch's. `cores_used` is (user + system) / wall of the case's process.
+`flops_ratio` is what the ratio would be if every model ran at the biencoder's FLOP/s: the biencoder's model FLOPs by
+the case's, padding and recomputation not counted.
 """
 
 import statistics
