@@ -674,7 +674,7 @@ def test_every_text_is_in_one_batch_that_holds_it(sizes, full):
         seen += rows.tolist()
         shapes.add((size, length))
     assert sorted(seen) == list(range(len(sizes)))
-    assert len(shapes) <= 2 * len(lengths)
+    assert len(shapes) <= 2 * len(lengths) + 3 * (len(lengths) - 1)  # three lengths between two are in full batches
 
 
 CPU_BATCHES = [(1, [1]), (12, [8] + [1] * 4), (13, [8, 8]), (32, [8] * 4), (33, [64]), (97, [64, 64]), (64, [64])]
@@ -688,6 +688,16 @@ def test_a_rest_of_at_most_half_a_batch_goes_in_small_batches(texts, sizes):
 def test_an_accelerator_takes_one_query_in_a_batch_of_eight(monkeypatch):
     monkeypatch.setattr(encode.jax, "default_backend", lambda: "gpu")
     assert [size for _, size, _ in batches(np.full(12, 5), (16,), lambda length: 64)] == [8, 8]
+
+
+def test_many_texts_of_a_length_are_padded_to_a_quarter_of_the_way():
+    def shapes(sizes):
+        return [(len(rows), size, length) for rows, size, length in batches(np.array(sizes), (16, 32), lambda length: 4)]
+
+    assert shapes([18] * 32) == [(4, 4, 20)] * 8
+    assert shapes([18] * 31) == [(4, 4, 32)] * 7 + [(3, 4, 32)]
+    assert shapes([20] * 34 + [21] * 2) == [(4, 4, 20)] * 8 + [(4, 4, 32)]  # the rest goes on to the next length
+    assert shapes([9] * 32) == [(4, 4, 16)] * 8  # nothing is shorter than the first
 
 
 def test_padded_lengths_end_with_the_longest_allowed():

@@ -28,6 +28,8 @@ SHORTEST = 16  # padded lengths are 16, 32, 64, … and the longest allowed
 TOKENS_PER_BATCH = {"cpu": 2048, "other": 32_768}
 SMALL_BATCHES = {"cpu": (8, 1), "other": (8,)}
 LARGEST_BATCH = 1024
+# Full batches of a block for which a program of their own length pays: it takes a second to compile on a CPU.
+WORTH_COMPILING = {"cpu": 8, "other": 32}
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 Tokens = list[Integer[np.ndarray, "_"]]  # token ids of each text, with prefix and special tokens
@@ -213,16 +215,32 @@ def batches(
     """(rows, batch size, padded length) of each batch: full batches, then small ones for the rest of a length.
 
     `full_batch` gives the rows of one device, and each of the `devices` gets as many. A rest of more than half a full
-    batch is one full batch: its empty rows cost less than many small batches; and so on for those.
+    batch is one full batch: its empty rows cost less than many small batches; and so on for those. Lengths between
+    two of `lengths` are taken where they fill `WORTH_COMPILING` batches.
     """
-    bucket = np.searchsorted(lengths, sizes)  # index of the shortest length that is enough
-    for b in np.unique(bucket):
-        rows = np.flatnonzero(bucket == b)
-        *larger, smallest = (n * devices for n in (full_batch(lengths[b]), *_of_platform(SMALL_BATCHES)))
-        while len(rows):
-            size = next((n for n in larger if 2 * len(rows) > n), smallest)
-            yield rows[:size], size, int(lengths[b])
-            rows = rows[size:]
+    rows = np.argsort(sizes, kind="stable")
+    for length, between in with_quarters(lengths):
+        *larger, smallest = (n * devices for n in (full_batch(length), *_of_platform(SMALL_BATCHES)))
+        count = int(np.searchsorted(sizes[rows], length, side="right"))
+        if between:
+            full = count // larger[0]
+            count = full * larger[0] if full >= _of_platform(WORTH_COMPILING) else 0
+        fitting, rows = rows[:count], rows[count:]
+        while len(fitting):
+            size = next((n for n in larger if 2 * len(fitting) > n), smallest)
+            yield fitting[:size], size, length
+            fitting = fitting[size:]
+
+
+def with_quarters(lengths: Sequence[int]) -> Iterator[tuple[int, bool]]:
+    """Each length, and a quarter, half and three quarters of the way to it; whether it is one of these.
+
+    Texts are a third longer when padded to 16, 32, 64, …, and a tenth with quarters.
+    """
+    for shorter, length in zip((None, *lengths), lengths, strict=False):
+        if shorter is not None:
+            yield from ((shorter + (length - shorter) * quarter // 4, True) for quarter in (1, 2, 3))
+        yield length, False
 
 
 def padded(
