@@ -692,7 +692,8 @@ def test_an_accelerator_takes_one_query_in_a_batch_of_eight(monkeypatch):
 
 def test_many_texts_of_a_length_are_padded_to_a_quarter_of_the_way():
     def shapes(sizes):
-        return [(len(rows), size, length) for rows, size, length in batches(np.array(sizes), (16, 32), lambda length: 4)]
+        found = batches(np.array(sizes), (16, 32), lambda length: 4)
+        return [(len(rows), size, length) for rows, size, length in found]
 
     assert shapes([18] * 32) == [(4, 4, 20)] * 8
     assert shapes([18] * 31) == [(4, 4, 32)] * 7 + [(3, 4, 32)]

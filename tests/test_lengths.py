@@ -123,10 +123,16 @@ def test_a_chunk_counts_the_slots_that_joint_attention_runs_with_every_text():
     assert choose_layout(counted, 2, 64 * 512).texts == (2048, 64)  # isolated: slots are keys only
 
 
-@pytest.mark.parametrize(("texts", "tokens"), [(20, 80), (1000, 512), (10_000, 5000)])
+@pytest.mark.parametrize(("texts", "tokens"), [(20, 80), (280, 746), (1000, 1024), (10_000, 5000)])
 def test_left_alone_a_chunk_is_a_share_of_a_plan_batch_neither_tiny_nor_most_of_it(texts, tokens):
     (length,), (held,), _ = choose_layout(count_lengths([np.full(texts, 16)] * 3), 1)
     assert (length, held) == (16, tokens // 16)
+
+
+def test_a_chunk_is_smaller_where_many_lengths_each_leave_half_of_one_empty():
+    batches = [np.repeat([16, 32, 48, 64], 100)] * 3
+    assert choose_layout(count_lengths(batches), 1).texts == (1024 // 64,)
+    assert choose_layout(count_lengths(batches), 4).texts == (41, 20, 13, 10)  # 16,000 / (6 · 4) = 666 positions
 
 
 def test_the_first_text_has_its_length_and_a_missing_one_has_none():

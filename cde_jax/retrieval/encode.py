@@ -220,6 +220,8 @@ def batches(
     """
     rows = np.argsort(sizes, kind="stable")
     for length, between in with_quarters(lengths):
+        if not len(rows):
+            return
         *larger, smallest = (n * devices for n in (full_batch(length), *_of_platform(SMALL_BATCHES)))
         count = int(np.searchsorted(sizes[rows], length, side="right"))
         if between:
