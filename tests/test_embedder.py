@@ -665,11 +665,15 @@ def test_a_bar_shows_on_long_work_only(tokenizer, monkeypatch, capsys):
 
 
 @settings(deadline=None, max_examples=50)
-@given(sizes=st.lists(st.integers(1, 40), max_size=200), full=st.sampled_from([8, 16, 64]))
-def test_every_text_is_in_one_batch_that_holds_it(sizes, full):
+@given(
+    sizes=st.lists(st.integers(1, 40), max_size=200),
+    full=st.sampled_from([8, 16, 64]),
+    token_flops=st.sampled_from([0.0, 1e9, 1e12]),
+)
+def test_every_text_is_in_one_batch_that_holds_it(sizes, full, token_flops):
     sizes, lengths = np.array(sizes, np.int64), padded_lengths(40)
     seen, shapes = [], set()
-    for rows, size, length in batches(sizes, lengths, lambda length: full):
+    for rows, size, length in batches(sizes, lengths, lambda length: full, 1, token_flops):
         assert 0 < len(rows) <= size and sizes[rows].max() <= length
         seen += rows.tolist()
         shapes.add((size, length))
@@ -690,15 +694,27 @@ def test_an_accelerator_takes_one_query_in_a_batch_of_eight(monkeypatch):
     assert [size for _, size, _ in batches(np.full(12, 5), (16,), lambda length: 64)] == [8, 8]
 
 
-def test_many_texts_of_a_length_are_padded_to_a_quarter_of_the_way():
-    def shapes(sizes):
-        found = batches(np.array(sizes), (16, 32), lambda length: 4)
+def test_a_length_between_two_is_taken_where_it_saves_what_its_program_costs(monkeypatch):
+    def shapes(sizes, token_flops=1.0):
+        found = batches(np.array(sizes), (16, 32), lambda length: 4, 1, token_flops)
         return [(len(rows), size, length) for rows, size, length in found]
 
-    assert shapes([18] * 32) == [(4, 4, 20)] * 8
-    assert shapes([18] * 31) == [(4, 4, 32)] * 7 + [(3, 4, 32)]
-    assert shapes([20] * 34 + [21] * 2) == [(4, 4, 20)] * 8 + [(4, 4, 32)]  # the rest goes on to the next length
+    monkeypatch.setitem(encode.PROGRAM_FLOPS, "cpu", 96)  # as many as eight texts padded by 12 tokens
+    assert shapes([18] * 8) == [(4, 4, 20)] * 2
+    assert shapes([18] * 7) == [(4, 4, 32), (3, 4, 32)]
+    assert shapes([18] * 8, 0.9) == [(4, 4, 32)] * 2
+    assert shapes([20] * 10 + [21] * 2) == [(4, 4, 20)] * 2 + [(4, 4, 32)]  # the rest goes on to the next length
     assert shapes([9] * 32) == [(4, 4, 16)] * 8  # nothing is shorter than the first
+
+
+def test_only_encoders_that_take_longer_than_their_compilation_have_more_lengths(tokenizer, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(encode, "padded", lambda tokens, size, length, pad: lengths.append(length) or 1 / 0)
+    for flops in (encode.PROGRAM_FLOPS["cpu"], 1.0):
+        monkeypatch.setitem(encode.PROGRAM_FLOPS, "cpu", flops)
+        with pytest.raises(ZeroDivisionError):
+            build("biencoder", tokenizer).encode_documents([np.full(17, 5)] * 600)  # 64 for each of 8 devices
+    assert lengths == [24, 18]
 
 
 def test_padded_lengths_end_with_the_longest_allowed():

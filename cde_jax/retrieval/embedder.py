@@ -28,6 +28,7 @@ from cde_jax.models.attention import Prefix
 from cde_jax.models.contextual import Biencoder, ContextCache, ContextualConfig, ContextualEncoder
 from cde_jax.retrieval.context import Context, digest
 from cde_jax.retrieval.encode import Tokens, as_texts, checked, encode, in_blocks, joined, padded_lengths
+from cde_jax.training.accounting import encoding_flops
 from cde_jax.training.sharding import local_mesh, map_rows, replicate
 
 __all__ = ["Context", "Embedder"]
@@ -79,6 +80,8 @@ class Embedder:
         self._caches: WeakKeyDictionary[Context, ContextCache] = WeakKeyDictionary()
         self._null_context = Context(np.zeros((0, self.width), np.float32), 0, 0, "", "")
         options = {"vocab_size": c.encoder.vocab_size, "devices": self._mesh.size, "progress": progress}
+        length = settings.document_length
+        options["token_flops"] = float(encoding_flops(c, np.array([length]))) / length
         self._run = partial(encode, tokenizer=tokenizer, **options)
         if adapter is not None:
             self._check_fitted(adapter, "weights", self.weights)

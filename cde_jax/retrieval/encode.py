@@ -28,8 +28,9 @@ SHORTEST = 16  # padded lengths are 16, 32, 64, … and the longest allowed
 TOKENS_PER_BATCH = {"cpu": 2048, "other": 32_768}
 SMALL_BATCHES = {"cpu": (8, 1), "other": (8,)}
 LARGEST_BATCH = 1024
-# Full batches of a block for which a program of their own length pays: it takes a second to compile on a CPU.
-WORTH_COMPILING = {"cpu": 8, "other": 32}
+# What a program for one more padded length has to save in a block of texts: the time of its compilation, about a second
+# on a CPU (measured); on accelerators an estimate.
+PROGRAM_FLOPS = {"cpu": 1.5e11, "other": 5e14}
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 Tokens = list[Integer[np.ndarray, "_"]]  # token ids of each text, with prefix and special tokens
@@ -83,6 +84,7 @@ def encode(
     vocab_size: int,
     slots: int = 0,
     devices: int = 1,
+    token_flops: float = 0.0,
     width: int,
     name: str,
     total: int | None = None,
@@ -91,9 +93,9 @@ def encode(
     """Tokenize, embed in batches of similar padded length; yields each block's vectors in the order of its texts.
 
     The next block is read and tokenized in a thread meanwhile. `slots` stand beside each text, so that batches are
-    smaller; batches are for `devices` at once; `name` says what the texts are, `total` how many, if that is known.
-    Without any text there is one array of no rows. Raises ValueError for a text without a token, token ids that do not
-    fit, and vectors with NaN or infinity.
+    smaller; batches are for `devices` at once; `token_flops` are those of a token (`batches`); `name` says what the
+    texts are, `total` how many, if that is known. Without any text there is one array of no rows. Raises ValueError for
+    a text without a token, token ids that do not fit, and vectors with NaN or infinity.
     """
     pad_id = tokenizer.pad_id if tokenizer else 0  # masked: any token will do
     # A batch: its block's vectors, its rows of these, what the device computes, whether it is the block's last.
@@ -115,7 +117,7 @@ def encode(
     with _progress_bar(total, name, progress) as bar, closing(tokenized):
         for tokens, sizes in tokenized:
             vectors, done = np.empty((len(tokens), width), np.float32), 0
-            for rows, size, length in batches(sizes, lengths, partial(full_batch, slots=slots), devices):
+            for rows, size, length in batches(sizes, lengths, partial(full_batch, slots=slots), devices, token_flops):
                 done += len(rows)
                 result = embed(*padded([tokens[i] for i in rows], size, length, pad_id))
                 running.append((vectors, rows, result, done == len(tokens)))
@@ -210,23 +212,28 @@ def full_batch(length: int, *, slots: int) -> int:
 
 
 def batches(
-    sizes: Int[np.ndarray, " n"], lengths: Sequence[int], full_batch: Callable[[int], int], devices: int = 1
+    sizes: Int[np.ndarray, " n"],
+    lengths: Sequence[int],
+    full_batch: Callable[[int], int],
+    devices: int = 1,
+    token_flops: float = 0.0,
 ) -> Iterator[tuple[Int[np.ndarray, " b"], int, int]]:
     """(rows, batch size, padded length) of each batch: full batches, then small ones for the rest of a length.
 
     `full_batch` gives the rows of one device, and each of the `devices` gets as many. A rest of more than half a full
-    batch is one full batch: its empty rows cost less than many small batches; and so on for those. Lengths between
-    two of `lengths` are taken where they fill `WORTH_COMPILING` batches.
+    batch is one full batch: its empty rows cost less than many small batches; and so on for those. Full batches of a
+    length between two of `lengths` are made where that saves `PROGRAM_FLOPS` of padding.
     """
     rows = np.argsort(sizes, kind="stable")
-    for length, between in with_quarters(lengths):
+    for length, longer in with_quarters(lengths):
         if not len(rows):
             return
         *larger, smallest = (n * devices for n in (full_batch(length), *_of_platform(SMALL_BATCHES)))
         count = int(np.searchsorted(sizes[rows], length, side="right"))
-        if between:
-            full = count // larger[0]
-            count = full * larger[0] if full >= _of_platform(WORTH_COMPILING) else 0
+        if length < longer:
+            count -= count % larger[0]
+            if count * (longer - length) * token_flops < _of_platform(PROGRAM_FLOPS) * devices:
+                continue
         fitting, rows = rows[:count], rows[count:]
         while len(fitting):
             size = next((n for n in larger if 2 * len(fitting) > n), smallest)
@@ -234,15 +241,15 @@ def batches(
             fitting = fitting[size:]
 
 
-def with_quarters(lengths: Sequence[int]) -> Iterator[tuple[int, bool]]:
-    """Each length, and a quarter, half and three quarters of the way to it; whether it is one of these.
+def with_quarters(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """A quarter, half and three quarters of the way to each length but the first, and itself, each with that length.
 
     Texts are a third longer when padded to 16, 32, 64, …, and a tenth with quarters.
     """
     for shorter, length in zip((None, *lengths), lengths, strict=False):
         if shorter is not None:
-            yield from ((shorter + (length - shorter) * quarter // 4, True) for quarter in (1, 2, 3))
-        yield length, False
+            yield from ((shorter + (length - shorter) * quarter // 4, length) for quarter in (1, 2, 3))
+        yield length, length
 
 
 def padded(
