@@ -40,7 +40,7 @@ $(VENV)/core: $(PINS) | $(BIN)/python
 	touch $@
 
 $(VENV)/dev: $(VENV)/core
-	$(PIP) -e ".[dev]"
+	$(PIP) --no-compile -e ".[dev]"
 	touch $@
 
 clean:
