@@ -127,6 +127,7 @@ def local_tasks(monkeypatch):
     monkeypatch.setattr(ours.mteb, "get_task", lambda name: made[name]() if name in made else published(name))
 
 
+@pytest.mark.slow
 def test_every_kind_of_task_is_scored_under_every_kind_of_context_in_one_call(home, tmp_path, local_tasks, monkeypatch):
     run = lambda: list(evaluate(  # noqa: E731
         str(home / "isolated"), tmp_path, tasks=NAMES, seeds=[0, 1],
