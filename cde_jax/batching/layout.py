@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 MULTIPLE = 8  # padded lengths are multiples of it
 # The default size of a chunk: 1/32 of a plan batch's positions, for on average half of the last chunk of each length is
-# empty. Fewer than 512 do not keep even a CPU busy, and 1,024 are better where that leaves six chunks a length: 1.1 times
-# as fast in the demo. It is never more than a quarter of a plan batch.
+# empty. Fewer than 512 do not keep even a CPU busy, and 1,024 are better (the demo is 1.1 times as fast) where that
+# leaves six chunks a length. It is never more than a quarter of a plan batch.
 CHUNKS_PER_BATCH, CHUNKS_PER_LENGTH, MIN_CHUNKS = 32, 6, 4
 MIN_POSITIONS, BETTER_POSITIONS = 512, 1024
 
