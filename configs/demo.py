@@ -1,7 +1,7 @@
 """The whole job on a laptop in minutes: docstrings of our own dependencies, held-out packages as evaluation sets.
 
 Command: make demo   (python -m cde_jax.main --config=configs/demo.py --workdir=runs/demo)
-Hardware: 2 CPU cores (AMD EPYC), 2.9 GiB. Time after installation: 5 min 14 s to 5 min 57 s, 510 s of CPU time.
+Hardware: 2 CPU cores (AMD EPYC), 2.9 GiB. Time after installation: 5 min 14 s to 5 min 57 s, 510 to 570 s of CPU.
 Score: mean NDCG@10 0.630 with corpus statistics, 0.554 whitened by the corpus, 0.546 with any context or none; BM25
 0.576, LSA 0.216 (benchmarks/results/demo.json). Three epochs: 0.574 whitened, 0.561 with any context or none.
 """
