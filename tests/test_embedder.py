@@ -696,8 +696,8 @@ def test_an_accelerator_takes_one_query_in_a_batch_of_eight(monkeypatch):
 
 def test_a_length_between_two_is_taken_where_it_saves_what_its_program_costs(monkeypatch):
     def shapes(sizes, token_flops=1.0):
-        found = batches(np.array(sizes), (16, 32), lambda length: 4, 1, token_flops)
-        return [(len(rows), size, length) for rows, size, length in found]
+        result = batches(np.array(sizes), (16, 32), lambda length: 4, 1, token_flops)
+        return [(len(rows), size, length) for rows, size, length in result]
 
     monkeypatch.setitem(encode.PROGRAM_FLOPS, "cpu", 96)  # as many as eight texts padded by 12 tokens
     assert shapes([18] * 8) == [(4, 4, 20)] * 2

@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 MULTIPLE = 8  # padded lengths are multiples of it
 # The default size of a chunk: 1/32 of a plan batch's positions, for on average half of the last chunk of each length is
-# empty. Fewer than 512 do not keep even a CPU busy, and 1,024 are better (the demo is 1.1 times as fast) where that
-# leaves six chunks a length. It is never more than a quarter of a plan batch.
+# empty. Fewer than 512 do not keep even a CPU busy, and 1,024 are better (docs/speed.md) where that leaves six chunks
+# a length. It is never more than a quarter of a plan batch.
 CHUNKS_PER_BATCH, CHUNKS_PER_LENGTH, MIN_CHUNKS = 32, 6, 4
-MIN_POSITIONS, BETTER_POSITIONS = 512, 1024
+MIN_POSITIONS, PREFERRED_POSITIONS = 512, 1024
 
 
 class Layout(NamedTuple):
@@ -66,7 +66,7 @@ def choose_layout(counted: LengthCounts, lengths: int, positions: int = 0, slots
     of_length[candidates] = counted.texts.sum(axis=0, dtype=np.int64)
     chosen = choose_lengths(of_length, lengths)
     average = (counted.tokens + slots * int(of_batch.sum())) // len(of_batch)
-    least = int(np.clip(average // (CHUNKS_PER_LENGTH * len(chosen)), MIN_POSITIONS, BETTER_POSITIONS))
+    least = int(np.clip(average // (CHUNKS_PER_LENGTH * len(chosen)), MIN_POSITIONS, PREFERRED_POSITIONS))
     positions = positions or max(average // CHUNKS_PER_BATCH, min(average // MIN_CHUNKS, least))
     texts = [min(max(1, positions // (length + slots)), int(of_batch.max())) for length in chosen]
     first = np.searchsorted(candidates, [0, *chosen[:-1]], side="right")  # candidate of each length
